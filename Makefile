@@ -1,0 +1,67 @@
+# `make demo` and `make test` set up all that they need in $(VENV), once, and then do their job.
+#
+#   PYTHON   the interpreter that makes the environment; the first one >= 3.10 is taken
+#   VENV     the environment; one that already has a torch keeps it
+#   TORCH    what pip installs where torch is missing, e.g. TORCH="torch==2.12.1"
+#   JOBS     test processes
+#   DIST     where `make wheel` writes
+#   LORA_FAST_BUILD   auto, none, cpu or cuda: which part of csrc/ is compiled
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= -c constraints.txt torch "triton; platform_system == 'Linux'"
+JOBS ?= 2
+DIST ?= dist
+PYTEST ?= $(BIN)/pytest
+PYTEST_ARGS ?= -n $(JOBS) --dist loadgroup
+export LORA_FAST_BUILD ?= auto
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
+READY := $(VENV)/.lora_fast-installed
+# Every test process computes on one thread, and Inductor compiles in it: the processes are the
+# parallelism.
+ONE_THREAD := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+
+.PHONY: demo test bench lint wheel setup clean
+
+demo: $(READY)
+	$(BIN)/lora-fast demo $(DEMO_ARGS)
+
+test: $(READY)
+	$(ONE_THREAD) $(PYTEST) $(PYTEST_ARGS)
+
+bench: $(READY)
+	$(BIN)/python bench/bench_layers.py $(BENCH_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs $(BIN)/clang-format --dry-run -Werror
+
+wheel: $(READY)
+	$(BIN)/python -m build --no-isolation --outdir $(DIST) .
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
+	@test -x $(BIN)/python || { \
+	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10; do \
+	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue; \
+	    echo "making $(VENV) with $$($$python --version)"; \
+	    exec $$python -m venv $(VENV); \
+	  done; \
+	  echo "no Python >= 3.10 found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
+	  echo "installing torch into $(VENV)"; $(PIP) $(TORCH); }
+	@# The torch that is here stays, whichever version it is.
+	@sed -E '/^(torch|triton)==/d' constraints.txt > $(VENV)/constraints.txt
+	@echo "installing lora_fast and its tools into $(VENV)"
+	@$(PIP) -c $(VENV)/constraints.txt "setuptools>=77" wheel ninja
+	@$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,bench,demo,lint]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist lora_fast.egg-info
+	find lora_fast kernels -name '*.so' -delete

@@ -1,0 +1,234 @@
+// What the CPU and the CUDA side of merge_ and unmerge_ share: the arguments, checked and laid out.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "merge_math.h"
+
+namespace lora_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// What merge_ returns for a weight in place of the length of its overflow list.
+constexpr int64_t kNotFinite = -1;
+constexpr int64_t kListFull = -2;
+
+constexpr int kMaxDims = 8;
+
+// A strided tensor in row-major logical order; dimensions that continue one another are joined.
+struct View {
+  int dims = 0;
+  int64_t size[kMaxDims] = {};
+  int64_t stride[kMaxDims] = {};
+
+  LORA_FAST_INLINE int64_t offset(int64_t index) const {
+    int64_t result = 0;
+    for (int d = dims - 1; d > 0; --d) {
+      result += index % size[d] * stride[d];
+      index /= size[d];
+    }
+    return result + index * stride[0];
+  }
+};
+
+enum class Dtype : int8_t { kFp64, kFp32, kFp16, kBf16 };
+
+// lora_A or lora_B, or its transpose: data[i * stride0 + j * stride1].
+struct Factor {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::kFp32;
+  int64_t stride0 = 0, stride1 = 0;
+};
+
+// W[i, k] += scaling * sum_j left[i, j] * right[j, k] over one weight. Where memory runs down the
+// columns of the weight (fan_in_fan_out, Embedding), all of it is transposed.
+struct Item {
+  void* weight = nullptr;
+  int8_t* code = nullptr;  // null: no way back is kept
+  View weight_view, code_view;
+  Factor left, right;
+  int64_t rows = 0, cols = 0, rank = 0;
+  bool transposed = false;
+  double scaling = 0;
+  int32_t* overflow_index = nullptr;  // row-major in the weight as it was passed
+  void* overflow_value = nullptr;
+  int32_t overflow_size = 0;  // merge_: room in the list; unmerge_: entries
+
+  LORA_FAST_INLINE int64_t numel() const { return rows * cols; }
+
+  LORA_FAST_INLINE int64_t passed_index(int64_t row, int64_t col) const {
+    return transposed ? col * rows + row : row * cols + col;
+  }
+
+  LORA_FAST_INLINE int64_t own_index(int64_t passed) const {
+    return transposed ? passed % rows * cols + passed / rows : passed;
+  }
+};
+
+inline View view_of(const Tensor& tensor, bool transposed) {
+  View whole;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) == 1) continue;
+    whole.size[whole.dims] = tensor.size(d);
+    whole.stride[whole.dims++] = tensor.stride(d);
+  }
+  if (transposed) {
+    std::swap(whole.size[0], whole.size[1]);
+    std::swap(whole.stride[0], whole.stride[1]);
+  }
+  View view;
+  view.dims = 1;
+  view.size[0] = view.stride[0] = 1;
+  for (int d = 0; d < whole.dims; ++d) {
+    const int last = view.dims - 1;
+    if (view.size[last] == 1) {
+      view.size[last] = whole.size[d];
+      view.stride[last] = whole.stride[d];
+    } else if (view.stride[last] == whole.size[d] * whole.stride[d]) {
+      view.size[last] *= whole.size[d];
+      view.stride[last] = whole.stride[d];
+    } else {
+      view.size[view.dims] = whole.size[d];
+      view.stride[view.dims++] = whole.stride[d];
+    }
+  }
+  return view;
+}
+
+inline Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return Dtype::kFp64;
+    case ScalarType::Float: return Dtype::kFp32;
+    case ScalarType::Half: return Dtype::kFp16;
+    case ScalarType::BFloat16: return Dtype::kBf16;
+    default: STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16");
+  }
+}
+
+inline Factor factor_of(const Tensor& tensor, const char* name, bool transposed) {
+  const int64_t first = tensor.stride(0), second = tensor.stride(1);
+  return {
+      tensor.const_data_ptr(), dtype_of(tensor, name), transposed ? second : first,
+      transposed ? first : second};
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+  }
+  return true;
+}
+
+inline Item make_item(
+    const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling,
+    const Tensor& code, const Tensor& overflow_index, const Tensor& overflow_value) {
+  STD_TORCH_CHECK(
+      lora_a.dim() == 2 && lora_b.dim() == 2 && lora_a.size(0) == lora_b.size(1),
+      "lora_A (R, K) and lora_B (N, R) do not agree in R");
+  for (const Tensor* other : {&lora_a, &lora_b, &code, &overflow_index, &overflow_value}) {
+    STD_TORCH_CHECK(other->device() == weight.device(), "all tensors must be on weight's device");
+  }
+  Item item;
+  item.rows = lora_b.size(0);
+  item.cols = lora_a.size(1);
+  item.rank = lora_a.size(0);
+  item.scaling = scaling;
+  STD_TORCH_CHECK(
+      weight.dim() <= kMaxDims && weight.numel() == item.numel(), "weight has ", weight.numel(),
+      " elements in ", weight.dim(), " dimensions, lora_B @ lora_A has ", item.rows, " x ",
+      item.cols);
+  STD_TORCH_CHECK(
+      item.numel() <= std::numeric_limits<int32_t>::max(),
+      "a weight beyond 2**31 - 1 elements must be passed in parts");
+  if (item.numel() == 0) return item;
+
+  // One row or column of stride 0 or of a lone element leaves nothing to transpose.
+  const View plain = view_of(weight, false);
+  item.transposed = plain.dims == 2 && plain.size[0] == item.rows && plain.size[1] == item.cols &&
+      plain.stride[0] < plain.stride[1];
+  item.weight = weight.mutable_data_ptr();
+  item.weight_view = view_of(weight, item.transposed);
+  item.left = factor_of(lora_b, "lora_B", false);
+  item.right = factor_of(lora_a, "lora_A", false);
+  if (item.transposed) {
+    item.left = factor_of(lora_a, "lora_A", true);
+    item.right = factor_of(lora_b, "lora_B", true);
+    std::swap(item.rows, item.cols);
+  }
+  if (code.numel() == 0) return item;
+
+  STD_TORCH_CHECK(
+      same_sizes(code, weight) && code.scalar_type() == ScalarType::Char,
+      "code must be int8 with the sizes of weight");
+  STD_TORCH_CHECK(
+      overflow_index.scalar_type() == ScalarType::Int && overflow_index.is_contiguous() &&
+          overflow_value.scalar_type() == weight.scalar_type() && overflow_value.is_contiguous() &&
+          overflow_index.numel() == overflow_value.numel() &&
+          overflow_index.numel() <= weight.numel(),
+      "overflow_index (int32) and overflow_value (weight's dtype) must be contiguous and as long as "
+      "each other, and no longer than weight");
+  item.code = static_cast<int8_t*>(code.mutable_data_ptr());
+  item.code_view = view_of(code, item.transposed);
+  item.overflow_index = static_cast<int32_t*>(overflow_index.mutable_data_ptr());
+  item.overflow_value = overflow_value.mutable_data_ptr();
+  item.overflow_size = static_cast<int32_t>(overflow_index.numel());
+  return item;
+}
+
+inline std::vector<Item> make_items(
+    const Tensors& weight, const Tensors& lora_a, const Tensors& lora_b,
+    const std::vector<double>& scaling, const Tensors& code, const Tensors& overflow_index,
+    const Tensors& overflow_value) {
+  const size_t count = weight.size();
+  STD_TORCH_CHECK(
+      lora_a.size() == count && lora_b.size() == count && scaling.size() == count &&
+          code.size() == count && overflow_index.size() == count && overflow_value.size() == count,
+      "the lists must be as long as each other");
+  std::vector<Item> items;
+  items.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(
+        weight[i].scalar_type() == weight[0].scalar_type() &&
+            weight[i].device() == weight[0].device(),
+        "the weights of one call must share dtype and device");
+    items.push_back(make_item(
+        weight[i], lora_a[i], lora_b[i], scaling[i], code[i], overflow_index[i],
+        overflow_value[i]));
+  }
+  return items;
+}
+
+inline Tensor status_tensor(const std::vector<int64_t>& status) {
+  const int64_t size = static_cast<int64_t>(status.size());
+  Tensor result = torch::stable::empty(
+      {&size, 1}, ScalarType::Long, std::nullopt,
+      torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  std::copy(status.begin(), status.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
+  return result;
+}
+
+// Calls function(format) for the format of the weights.
+template <class Function>
+void dispatch_format(Dtype dtype, const Function& function) {
+  switch (dtype) {
+    case Dtype::kFp64: return function(Fp64{});
+    case Dtype::kFp32: return function(Fp32{});
+    case Dtype::kFp16: return function(Fp16{});
+    case Dtype::kBf16: return function(Bf16{});
+  }
+}
+
+}  // namespace lora_fast

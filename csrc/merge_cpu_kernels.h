@@ -1,0 +1,157 @@
+// The inner loops of merge_ and unmerge_ on the CPU, compiled once for each instruction set.
+//
+// The loops are plain C++ over merge_math.h; the compiler turns them into vectors. Which set runs is
+// decided when an op is called, so one binary serves every x86-64, and the bits are the same in all.
+#pragma once
+
+#include <cstdlib>
+#include <string>
+
+#include "merge.h"
+
+namespace lora_fast {
+
+constexpr int kTileRows = 8;
+constexpr int kRowsAtOnce = 4;
+constexpr int kTileCols = 256;
+constexpr int64_t kTaskRows = 256;
+constexpr int64_t kRightBytes = 256 * 1024;  // of the packed right factor: what an L2 cache holds
+
+struct TileFlags {
+  bool finite = true;
+  bool overflow = false;
+};
+
+// acc[r, c] = fma over kRank of the j of left[r, j] * right[j, c], four rows at a time. Four by four
+// keeps the two FMA units of a core busy: one load for each four operations.
+template <int kRank, class Compute>
+LORA_FAST_INLINE void accumulate_rows(
+    const Compute* __restrict left, int64_t rank, const Compute* __restrict right, int64_t cols,
+    Compute* __restrict acc) {
+  Compute factor[kRowsAtOnce][kRank];
+  for (int r = 0; r < kRowsAtOnce; ++r) {
+    for (int j = 0; j < kRank; ++j) factor[r][j] = left[r * rank + j];
+  }
+  for (int64_t c = 0; c < cols; ++c) {
+    Compute sum[kRowsAtOnce];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsAtOnce; ++r) sum[r] = acc[r * kTileCols + c];
+#pragma GCC unroll 4
+    for (int j = 0; j < kRank; ++j) {
+      const Compute value = right[j * kTileCols + c];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRowsAtOnce; ++r) sum[r] = fused(factor[r][j], value, sum[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsAtOnce; ++r) acc[r * kTileCols + c] = sum[r];
+  }
+}
+
+template <class Compute>
+LORA_FAST_INLINE void accumulate_tile(
+    const Compute* __restrict left, const Compute* __restrict right, int64_t rank, int64_t rows,
+    int64_t cols, Compute* __restrict acc) {
+  cols = (cols + 15) / 16 * 16;  // right is padded with zeros, left as well
+  std::memset(acc, 0, sizeof(Compute) * kTileRows * kTileCols);
+  int64_t j = 0;
+  for (; j + 4 <= rank; j += 4) {
+    for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
+      accumulate_rows<4>(
+          left + r * rank + j, rank, right + j * kTileCols, cols, acc + r * kTileCols);
+    }
+  }
+  for (; j < rank; ++j) {
+    for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
+      accumulate_rows<1>(
+          left + r * rank + j, rank, right + j * kTileCols, cols, acc + r * kTileCols);
+    }
+  }
+}
+
+template <class F>
+LORA_FAST_INLINE void merge_row(
+    const typename F::Bits* __restrict before, const typename F::Compute* __restrict acc,
+    typename F::Compute scaling, int64_t cols, typename F::Bits* __restrict after,
+    int8_t* __restrict code, TileFlags& flags) {
+  typename F::Word infinite = 0, overflow = 0;
+  for (int64_t c = 0; c < cols; ++c) {
+    const Merged<F> merged = merge_weight<F>(before[c], acc[c], scaling);
+    after[c] = merged.bits;
+    code[c] = merged.code;
+    infinite |= merged.infinite;
+    overflow |= merged.overflow;
+  }
+  flags.finite = flags.finite && infinite == 0;
+  flags.overflow = flags.overflow || overflow != 0;
+}
+
+template <class F>
+LORA_FAST_INLINE void unmerge_row(
+    const typename F::Bits* __restrict before, const typename F::Compute* __restrict acc,
+    typename F::Compute scaling, const int8_t* __restrict code, int64_t cols,
+    typename F::Bits* __restrict after) {
+  for (int64_t c = 0; c < cols; ++c) {
+    after[c] = unmerge_weight<F>(before[c], acc[c], scaling, code[c]);
+  }
+}
+
+template <class F>
+struct Kernels {
+  using Bits = typename F::Bits;
+  using Compute = typename F::Compute;
+  void (*accumulate)(const Compute*, const Compute*, int64_t, int64_t, int64_t, Compute*);
+  void (*merge)(const Bits*, const Compute*, Compute, int64_t, Bits*, int8_t*, TileFlags&);
+  void (*unmerge)(const Bits*, const Compute*, Compute, const int8_t*, int64_t, Bits*);
+};
+
+#define LORA_FAST_KERNELS(NAME, TARGET)                                                           \
+  template <class F>                                                                              \
+  struct NAME {                                                                                   \
+    using Bits = typename F::Bits;                                                                \
+    using Compute = typename F::Compute;                                                          \
+    TARGET static void accumulate(                                                                \
+        const Compute* left, const Compute* right, int64_t rank, int64_t rows, int64_t cols,      \
+        Compute* acc) {                                                                           \
+      accumulate_tile(left, right, rank, rows, cols, acc);                                        \
+    }                                                                                             \
+    TARGET static void merge(                                                                     \
+        const Bits* before, const Compute* acc, Compute scaling, int64_t cols, Bits* after,       \
+        int8_t* code, TileFlags& flags) {                                                         \
+      merge_row<F>(before, acc, scaling, cols, after, code, flags);                               \
+    }                                                                                             \
+    TARGET static void unmerge(                                                                   \
+        const Bits* before, const Compute* acc, Compute scaling, const int8_t* code, int64_t cols,\
+        Bits* after) {                                                                            \
+      unmerge_row<F>(before, acc, scaling, code, cols, after);                                    \
+    }                                                                                             \
+    static Kernels<F> all() { return {accumulate, merge, unmerge}; }                              \
+  };
+
+LORA_FAST_KERNELS(Portable, )
+#if defined(__x86_64__)
+LORA_FAST_KERNELS(Avx2, __attribute__((target("avx2,fma"))))
+LORA_FAST_KERNELS(
+    Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))))
+#endif
+#undef LORA_FAST_KERNELS
+
+// The widest set that this machine has, or the one that LORA_FAST_CPU_ISA names.
+template <class F>
+Kernels<F> choose_kernels() {
+  const char* forced = std::getenv("LORA_FAST_CPU_ISA");
+  const std::string isa = forced == nullptr ? "" : forced;
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl");
+  if (avx512 && (isa.empty() || isa == "avx512")) return Avx512<F>::all();
+  if (avx2 && (isa.empty() || isa == "avx2")) return Avx2<F>::all();
+#endif
+  STD_TORCH_CHECK(
+      isa.empty() || isa == "portable", "LORA_FAST_CPU_ISA is '", isa,
+      "', expected portable, or avx2 or avx512 on a machine that has them");
+  return Portable<F>::all();
+}
+
+}  // namespace lora_fast

@@ -1,0 +1,273 @@
+"""Every tile size and every choice of implementation, per GPU architecture.
+
+Nothing in this file is measured: the tiles come from the compile report (registers, shared
+memory, no spills) and the choices from a model of the memory traffic. Rows that a GPU has
+measured belong in `MEASURED_FORWARD` and win over the rule.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from lora_fast.kernels.primitives import MAX_BLOCK_R
+
+ForwardImpl = Literal["one_pass", "split", "lora_first"]
+InputGradImpl = Literal["fused", "lora_first"]
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile of the large product.
+
+    Attributes:
+        tma: descriptors and a persistent grid instead of pointers, for operands that allow it.
+        parts: 2 where the epilogue works on half the columns at a time, to need fewer registers.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    parts: int = 1
+    group_m: int = 8
+
+    def without_tma(self) -> "GemmConfig":
+        """For operands off the 16-byte grid: pointers take registers, so the tile is narrower."""
+        return replace(self, tma=False, parts=1, block_n=128, num_stages=3)
+
+
+@dataclass(frozen=True)
+class ShrinkConfig:
+    """Tile of the pass over x; `block_n` is the width of the columns of y0 written at its end."""
+
+    block_m: int
+    block_k: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GradSBConfig:
+    """Tile of the pass over dY; one program covers `block_m` rows and `chunk_n` columns."""
+
+    block_m: int
+    block_n: int
+    chunk_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GradAConfig:
+    """Tile of the backward pass over x; one program covers `chunk_m` rows and `block_k` columns."""
+
+    block_m: int
+    block_k: int
+    chunk_m: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a chip allows, and the tiles chosen for it.
+
+    Attributes:
+        shared_memory: bytes one program may use.
+        flops_per_byte: dense 16-bit rate over memory bandwidth, from datasheets.
+        triton_ratio: assumed speed of the Triton GEMM relative to the vendor's.
+        gemm: tile for 16-bit operands; `gemm_one_pass` where the loop computes S as well,
+            `gemm_wide` for fp32, `gemm_small` for few rows.
+    """
+
+    name: str
+    shared_memory: int
+    flops_per_byte: float
+    triton_ratio: float
+    gemm: GemmConfig
+    gemm_one_pass: GemmConfig
+    gemm_wide: GemmConfig
+    gemm_small: GemmConfig
+    shrink: ShrinkConfig
+    grad_sb: GradSBConfig
+    grad_a: GradAConfig
+
+
+_SMALL = GemmConfig(16, 32, 128, num_warps=4, num_stages=4)
+_AMPERE = GemmConfig(128, 128, 32, num_warps=8, num_stages=4)
+_WIDE = GemmConfig(128, 64, 32, num_warps=8, num_stages=3)
+_SHRINK = ShrinkConfig(32, 128, 128, num_warps=4, num_stages=4)
+_GRAD_SB = GradSBConfig(256, 64, 512, num_warps=8, num_stages=3)
+_GRAD_A = GradAConfig(64, 64, 1024, num_warps=4, num_stages=3)
+
+ARCHITECTURES = {
+    arch.name: arch
+    for arch in (
+        Architecture(
+            *("sm_80", 163 * 1024, 153.0, 0.90),
+            gemm=_AMPERE,
+            gemm_one_pass=_AMPERE,
+            gemm_wide=_WIDE,
+            gemm_small=_SMALL,
+            shrink=_SHRINK,
+            grad_sb=_GRAD_SB,
+            grad_a=_GRAD_A,
+        ),
+        Architecture(
+            *("sm_89", 99 * 1024, 165.0, 0.90),
+            gemm=_AMPERE,
+            gemm_one_pass=_AMPERE,
+            gemm_wide=_WIDE,
+            gemm_small=_SMALL,
+            shrink=_SHRINK,
+            grad_sb=_GRAD_SB,
+            grad_a=_GRAD_A,
+        ),
+        Architecture(
+            *("sm_90", 227 * 1024, 184.0, 0.95),
+            gemm=GemmConfig(128, 256, 64, num_warps=8, num_stages=4, tma=True, parts=2),
+            gemm_one_pass=GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True, parts=2),
+            gemm_wide=_WIDE,
+            gemm_small=_SMALL,
+            shrink=_SHRINK,
+            grad_sb=_GRAD_SB,
+            grad_a=_GRAD_A,
+        ),
+        Architecture(
+            *("sm_100", 227 * 1024, 281.0, 0.90),
+            gemm=GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True, parts=2),
+            gemm_one_pass=GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True, parts=2),
+            gemm_wide=_WIDE,
+            gemm_small=_SMALL,
+            shrink=_SHRINK,
+            grad_sb=_GRAD_SB,
+            grad_a=_GRAD_A,
+        ),
+        Architecture(
+            *("gfx942", 64 * 1024, 247.0, 0.90),
+            gemm=GemmConfig(128, 128, 32, num_warps=8, num_stages=2),
+            gemm_one_pass=GemmConfig(128, 128, 32, num_warps=8, num_stages=2),
+            gemm_wide=GemmConfig(64, 64, 32, num_warps=4, num_stages=2),
+            gemm_small=GemmConfig(16, 32, 64, num_warps=4, num_stages=2),
+            shrink=ShrinkConfig(32, 64, 64, num_warps=4, num_stages=2),
+            grad_sb=GradSBConfig(64, 64, 512, num_warps=4, num_stages=2),
+            grad_a=GradAConfig(64, 64, 1024, num_warps=4, num_stages=2),
+        ),
+    )
+}
+
+SMALL_M = 16  # decode: few rows, bound by the read of the weight and by the launch
+ONE_PASS_MAX_N = 3072  # beyond it, x A^T per column tile costs more than a second read of x
+LIBRARY_RANK = 64  # from this rank on two vendor GEMMs over dY beat one pass (kernels are thin)
+
+# (arch, M, N, K, R, dropout) -> implementation, as measured; empty until a GPU has.
+MEASURED_FORWARD: dict[tuple[str, int, int, int, int, bool], ForwardImpl] = {}
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """How one forward call runs."""
+
+    impl: ForwardImpl
+    gemm: GemmConfig
+    shrink: ShrinkConfig
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """How one backward call runs. `library_sb`: dS and dB by two vendor GEMMs."""
+
+    input_grad: InputGradImpl
+    library_sb: bool
+    gemm: GemmConfig
+    grad_sb: GradSBConfig
+    grad_a: GradAConfig
+
+
+@lru_cache(maxsize=None)
+def architecture(device: torch.device) -> Architecture:
+    """The row of the table that serves a device: its own, or the nearest with less memory."""
+    if device.type != "cuda":
+        return ARCHITECTURES["sm_90"]  # interpreted or compiled offline
+    if torch.version.hip is not None:
+        return ARCHITECTURES["gfx942"]
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 9:
+        return ARCHITECTURES["sm_90"]
+    if major in (10, 11):
+        return ARCHITECTURES["sm_100"]
+    return ARCHITECTURES["sm_80" if (major, minor) == (8, 0) else "sm_89"]
+
+
+@lru_cache(maxsize=None)
+def processor_count(device: torch.device) -> int:
+    """How many programs run at once: the size of a persistent grid."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def fused_gemm_pays(arch: Architecture, depth: int, dtype: torch.dtype) -> bool:
+    """Does the Triton GEMM beat the vendor's plus one read of C, for a product of this depth?
+
+    Break-even (kernels.md's byte model): ratio > 1 / (1 + flops_per_byte / depth). The fp32
+    tensor-core path is left to the vendor.
+    """
+    if dtype is torch.float32:
+        return False
+    return arch.triton_ratio > 1.0 / (1.0 + arch.flops_per_byte / depth)
+
+
+def gemm_config(
+    arch: Architecture, M: int, dtype: torch.dtype, *, one_pass: bool = False
+) -> GemmConfig:
+    """Tile of the large product for M rows."""
+    if M <= SMALL_M:
+        return arch.gemm_small
+    if dtype is torch.float32:
+        return arch.gemm_wide
+    return arch.gemm_one_pass if one_pass else arch.gemm
+
+
+@lru_cache(maxsize=4096)
+def forward_plan(
+    arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool
+) -> ForwardPlan:
+    """Choose the forward implementation: the measured row, else the model."""
+    impl = MEASURED_FORWARD.get((arch.name, M, N, K, R, dropout))
+    if impl is None:
+        fused = fused_gemm_pays(arch, K, dtype)
+        narrow = N <= ONE_PASS_MAX_N and fused and R <= 16
+        if not dropout and R <= MAX_BLOCK_R and (M <= SMALL_M or narrow):
+            impl = "one_pass"
+        else:
+            impl = "split" if fused else "lora_first"
+    gemm = gemm_config(arch, M, dtype, one_pass=impl == "one_pass")
+    return ForwardPlan(impl, gemm, shrink_config(arch, M))
+
+
+@lru_cache(maxsize=4096)
+def backward_plan(
+    arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype
+) -> BackwardPlan:
+    """Choose the implementation of dx (a product of depth N) and of dS and dB."""
+    return BackwardPlan(
+        input_grad="fused" if fused_gemm_pays(arch, N, dtype) else "lora_first",
+        library_sb=R >= LIBRARY_RANK,
+        gemm=gemm_config(arch, M, dtype),
+        grad_sb=arch.grad_sb,
+        grad_a=arch.grad_a,
+    )
+
+
+def shrink_config(arch: Architecture, M: int) -> ShrinkConfig:
+    """Fewer rows per program where M is too small to fill the chip."""
+    if M > 2048:
+        return arch.shrink
+    base = arch.shrink
+    return ShrinkConfig(16, base.block_k, base.block_n, base.num_warps, base.num_stages)

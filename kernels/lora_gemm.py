@@ -1,0 +1,328 @@
+"""The large product with the low-rank update in its epilogue: y = x W^T + keep * (t U^T) + bias.
+
+Forward: t = S, U = lora_B. One pass: t comes out of the same loop, t = multiplier * x D^T with
+D = lora_A. Backward: x = dY, W = weight^T, t = dS, U = lora_A^T and `keep` is the dropout mask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_fast.kernels.configs import GemmConfig, processor_count
+from lora_fast.kernels.dropout import apply_keep, load_keep
+from lora_fast.kernels.primitives import (
+    block_offsets,
+    dot_precision,
+    grouped_tile,
+    mma,
+    rank_blocks,
+    tile_ptrs,
+)
+
+
+@triton.jit
+def round_rank_tile(acc_t, t_ptr, start_m, M, R, multiplier, is_writer):
+    """Scale and round the rank tile of a one-pass forward; one column of tiles stores it."""
+    offs_m = start_m.to(tl.int64) + tl.arange(0, acc_t.shape[0])
+    offs_r = tl.arange(0, acc_t.shape[1]).to(tl.int64)
+    t = (acc_t * multiplier).to(t_ptr.dtype.element_ty)
+    mask = (offs_m[:, None] < M) & (offs_r[None, :] < R) & is_writer
+    tl.store(tile_ptrs(t_ptr, (R, 1), offs_m, offs_r), t, mask=mask)
+    return t
+
+
+@triton.jit
+def split_columns(acc, PARTS: tl.constexpr):
+    """The tile as a tuple of one or two parts, so that an epilogue needs half the registers."""
+    if PARTS == 1:
+        return (acc,)
+    else:
+        halves = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
+        return tl.split(tl.permute(halves, (0, 2, 1)))
+
+
+@triton.jit
+def add_update(
+    acc,
+    t,
+    t_ptr,
+    up_ptr,
+    up_strides,
+    offs_m,
+    offs_n,
+    sizes,
+    BLOCK_R: tl.constexpr,
+    R_BLOCKS: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`acc + t U^T` for one tile: t is at hand in one pass, else it is read from [M, R]."""
+    M, N, R = sizes
+    for block in tl.static_range(R_BLOCKS):
+        offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        mask_r = offs_r[None, :] < R
+        if not ONE_PASS:
+            t_ptrs = tile_ptrs(t_ptr, (R, 1), offs_m, offs_r)
+            t = tl.load(t_ptrs, mask=(offs_m[:, None] < M) & mask_r, other=0.0)
+        up_ptrs = tile_ptrs(up_ptr, up_strides, offs_n, offs_r)
+        up = tl.load(up_ptrs, mask=(offs_n[:, None] < N) & mask_r, other=0.0)
+        acc = mma(t, tl.trans(up.to(t_ptr.dtype.element_ty)), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def finish_tile(
+    acc,
+    t,
+    y,
+    t_ptr,
+    up_ptr,
+    up_strides,
+    bias_ptr,
+    keep_ptr,
+    start_m,
+    start_n,
+    sizes,
+    BLOCK_R: tl.constexpr,
+    R_BLOCKS: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Add the update and the bias to one tile, round once, store. `y`: pointer or descriptor."""
+    M, N, R = sizes
+    offs_m = start_m.to(tl.int64) + tl.arange(0, acc.shape[0])
+    offs_n = start_n.to(tl.int64) + tl.arange(0, acc.shape[1])
+    base = acc
+    if keep_ptr is not None:
+        base = tl.zeros_like(acc)
+    out = add_update(
+        *(base, t, t_ptr, up_ptr, up_strides, offs_m, offs_n, sizes),
+        *(BLOCK_R, R_BLOCKS, ONE_PASS, PRECISION),
+    )
+    if keep_ptr is not None:
+        keep = load_keep(keep_ptr, offs_m, start_n, M, N, acc.shape[0], acc.shape[1])
+        out = acc + apply_keep(out, keep)
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    out = out.to(t_ptr.dtype.element_ty)
+    if TMA:
+        y.store([start_m, start_n], out)
+    else:
+        mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+        tl.store(tile_ptrs(y, (N, 1), offs_m, offs_n), out, mask=mask)
+
+
+@triton.jit
+def lora_gemm_kernel(
+    x_ptr,
+    x_strides,
+    w_ptr,
+    w_strides,
+    y_ptr,
+    t_ptr,
+    up_ptr,
+    up_strides,
+    down_ptr,
+    down_strides,
+    bias_ptr,
+    keep_ptr,
+    M,
+    N,
+    K,
+    R,
+    multiplier,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    R_BLOCKS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Each program writes one [BLOCK_M, BLOCK_N] tile of y; in one pass column 0 writes t too.
+
+    Grid: (cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N),).
+    x: [M, K], w: [N, K], up: [N, R], down: [R, K], any strides.  y: [M, N], t: [M, R],
+    bias: [N], keep: [M, ceil(N / 8)] bytes, contiguous.
+    Accumulates in fp32 and rounds y once, at the store.
+    """
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    offs_m, offs_n = block_offsets(pid_m, BLOCK_M), block_offsets(pid_n, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask_m, mask_n, mask_r = offs_m[:, None] < M, offs_n[None, :] < N, offs_r[None, :] < R
+    x_ptrs = tile_ptrs(x_ptr, x_strides, offs_m, offs_k)
+    w_ptrs = tile_ptrs(w_ptr, (w_strides[1], w_strides[0]), offs_k, offs_n)
+    step = tl.full((), BLOCK_K, tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if ONE_PASS:
+        down_ptrs = tile_ptrs(down_ptr, (down_strides[1], down_strides[0]), offs_k, offs_r)
+
+    for start_k in range(0, K, BLOCK_K):
+        mask_k = (offs_k < K - start_k) | EVEN_K
+        x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=mask_n & mask_k[:, None], other=0.0)
+        acc = mma(x, w, acc, PRECISION)
+        if ONE_PASS:
+            down = tl.load(down_ptrs, mask=mask_r & mask_k[:, None], other=0.0).to(x.dtype)
+            acc_t = mma(x, down, acc_t, PRECISION)
+            down_ptrs += step * down_strides[1]
+        x_ptrs += step * x_strides[1]
+        w_ptrs += step * w_strides[1]
+
+    start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+    t = acc_t
+    if ONE_PASS:
+        t = round_rank_tile(acc_t, t_ptr, start_m, M, R, multiplier, pid_n == 0)
+    parts = split_columns(acc, PARTS)
+    for part in tl.static_range(PARTS):
+        finish_tile(
+            *(parts[part], t, y_ptr, t_ptr, up_ptr, up_strides, bias_ptr, keep_ptr, start_m),
+            *(start_n + part * (BLOCK_N // PARTS), (M, N, R)),
+            *(BLOCK_R, R_BLOCKS, ONE_PASS, PRECISION, False),
+        )
+
+
+@triton.jit
+def lora_gemm_tma_kernel(
+    x_desc,
+    w_desc,
+    y_desc,
+    t_ptr,
+    up_ptr,
+    up_strides,
+    down_desc,
+    bias_ptr,
+    keep_ptr,
+    M,
+    N,
+    K,
+    R,
+    multiplier,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    R_BLOCKS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    W_IS_KN: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same tiles as `lora_gemm_kernel` through the tensor memory accelerator.
+
+    Grid: one program per multiprocessor, each walking over tiles.
+    Descriptors: x [M, K], w [N, K] or, with W_IS_KN, [K, N], down [R, K], y [M, N] in blocks of
+    BLOCK_N // PARTS columns. The accelerator fills with zeros and clips at the edges.
+    """
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
+        start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc_t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for start_k in range(0, K, BLOCK_K):
+            x = x_desc.load([start_m, start_k])
+            if W_IS_KN:
+                acc = mma(x, w_desc.load([start_k, start_n]), acc, PRECISION)
+            else:
+                acc = mma(x, tl.trans(w_desc.load([start_n, start_k])), acc, PRECISION)
+            if ONE_PASS:
+                down = down_desc.load([0, start_k]).to(x.dtype)
+                acc_t = mma(x, tl.trans(down), acc_t, PRECISION)
+        t = acc_t
+        if ONE_PASS:
+            t = round_rank_tile(acc_t, t_ptr, start_m, M, R, multiplier, pid_n == 0)
+        parts = split_columns(acc, PARTS)
+        for part in tl.static_range(PARTS):
+            finish_tile(
+                *(parts[part], t, y_desc, t_ptr, up_ptr, up_strides, bias_ptr, keep_ptr, start_m),
+                *(start_n + part * (BLOCK_N // PARTS), (M, N, R)),
+                *(BLOCK_R, R_BLOCKS, ONE_PASS, PRECISION, True),
+            )
+
+
+def descriptor_fits(tensor: Tensor) -> bool:
+    """Can the accelerator read this matrix: rows contiguous, base and pitch on 16 bytes?"""
+    pitch_bytes = tensor.stride(0) * tensor.element_size()
+    return tensor.stride(1) == 1 and pitch_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def lora_gemm(
+    x: Tensor,
+    w: Tensor,
+    up: Tensor,
+    *,
+    config: GemmConfig,
+    t: Tensor | None = None,
+    down: Tensor | None = None,
+    multiplier: float = 1.0,
+    bias: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the product for x (M, K), w (N, K), up (N, R), and either t (M, R) or down (R, K).
+
+    Returns y (M, N) and t (M, R), contiguous, in x's dtype. With `down`, t is computed in the
+    same pass, which takes a rank of at most one block.
+    """
+    (M, K), (N, R) = x.shape, up.shape
+    block_r, r_blocks = rank_blocks(R)
+    y = torch.empty((M, N), device=x.device, dtype=x.dtype)
+    one_pass = t is None
+    if config.tma and not tma_operands_fit(x, w, y, down):
+        config = config.without_tma()
+    if one_pass:
+        t = torch.empty((M, R), device=x.device, dtype=x.dtype)
+    constants = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": block_r,
+        "R_BLOCKS": r_blocks,
+        "GROUP_M": config.group_m,
+        "PARTS": config.parts,
+        "ONE_PASS": one_pass,
+        "PRECISION": dot_precision(x.dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    sizes = (M, N, K, R, multiplier)
+    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    if config.tma:
+        w_is_kn = w.stride(1) != 1
+        block_w = [config.block_k, config.block_n] if w_is_kn else [config.block_n, config.block_k]
+        describe = TensorDescriptor.from_tensor
+        lora_gemm_tma_kernel[(min(tiles, processor_count(x.device)),)](
+            describe(x, [config.block_m, config.block_k]),
+            describe(w.t() if w_is_kn else w, block_w),
+            describe(y, [config.block_m, config.block_n // config.parts]),
+            *(t, up, up.stride()),
+            None if down is None else describe(down, [block_r, config.block_k]),
+            *(bias, keep, *sizes),
+            W_IS_KN=w_is_kn,
+            **constants,
+        )
+        return y, t
+    lora_gemm_kernel[(tiles,)](
+        *(x, x.stride(), w, w.stride(), y, t, up, up.stride()),
+        *(down, (0, 0) if down is None else down.stride()),
+        *(bias, keep, *sizes),
+        EVEN_K=K % config.block_k == 0,
+        **constants,
+    )
+    return y, t
+
+
+def tma_operands_fit(x: Tensor, w: Tensor, y: Tensor, down: Tensor | None) -> bool:
+    """Do all operands meet the accelerator's alignment? w may be (N, K) or (K, N) in memory."""
+    w_fits = descriptor_fits(w) or descriptor_fits(w.t())
+    others = (x, y) if down is None else (x, y, down)
+    return w_fits and all(descriptor_fits(operand) for operand in others)

@@ -1,0 +1,206 @@
+"""Forward of the LoRA linear layer: y = x W^T + scaling * ((x * D) A^T) B^T + bias."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_fast.kernels.configs import ForwardPlan, ShrinkConfig, architecture, forward_plan
+from lora_fast.kernels.dropout import (
+    apply_keep,
+    draw_keep_bits,
+    keep_scale,
+    keep_threshold,
+    packed_width,
+    unpack_keep_bits,
+)
+from lora_fast.kernels.lora_gemm import lora_gemm
+from lora_fast.kernels.primitives import (
+    block_offsets,
+    dot_precision,
+    mma,
+    on_device_of,
+    rank_blocks,
+    tile_ptrs,
+)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def lora_shrink_kernel(
+    x_ptr,
+    x_strides,
+    a_ptr,
+    a_strides,
+    s_ptr,
+    keep_ptr,
+    seed_ptr,
+    b_ptr,
+    b_strides,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    R,
+    multiplier,
+    threshold,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Each program writes [BLOCK_M, BLOCK_R] of s = multiplier * (x * keep) a^T.
+
+    Grid: (cdiv(M, BLOCK_M), cdiv(R, BLOCK_R)).
+    With a seed, keep bits are drawn here, once per element, and the first block of the rank
+    stores them: keep [M, ceil(K / 8)] bytes. With y, the program goes on to write its rows of
+    y = s b^T + bias, which takes a rank of one block.
+    x: [M, K], a: [R, K], b: [N, R], any strides.  s: [M, R], y: [M, N], bias: [N], contiguous.
+    Accumulates in fp32; s is rounded once, and y is built from the rounded s.
+    """
+    offs_m = block_offsets(tl.program_id(0), BLOCK_M)
+    offs_r = block_offsets(tl.program_id(1), BLOCK_R)
+    mask_m, mask_r = offs_m[:, None] < M, offs_r < R
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        width = tl.cdiv(K, 8)
+
+    for start_k in range(0, K, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
+        mask_k = offs_k[None, :] < K
+        x = tl.load(tile_ptrs(x_ptr, x_strides, offs_m, offs_k), mask=mask_m & mask_k, other=0.0)
+        a_ptrs = tile_ptrs(a_ptr, a_strides, offs_r, offs_k)
+        a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k, other=0.0).to(x.dtype)
+        if seed_ptr is not None:
+            octets = start_k // 8 + tl.arange(0, BLOCK_K // 8).to(tl.int64)
+            bits = draw_keep_bits(seed, offs_m, octets, threshold)
+            mask = mask_m & (octets[None, :] < width) & (tl.program_id(1) == 0)
+            tl.store(tile_ptrs(keep_ptr, (width, 1), offs_m, octets), bits, mask=mask)
+            x = apply_keep(x, unpack_keep_bits(bits, BLOCK_M, BLOCK_K))
+        acc = mma(x, tl.trans(a), acc, PRECISION)
+
+    s = (acc * multiplier).to(s_ptr.dtype.element_ty)
+    tl.store(tile_ptrs(s_ptr, (R, 1), offs_m, offs_r), s, mask=mask_m & mask_r[None, :])
+
+    if y_ptr is not None:
+        for start_n in range(0, N, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
+            mask_n = offs_n < N
+            b_ptrs = tile_ptrs(b_ptr, b_strides, offs_n, offs_r)
+            b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0).to(s.dtype)
+            y = mma(s, tl.trans(b), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+            if bias_ptr is not None:
+                y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+            y_ptrs = tile_ptrs(y_ptr, (N, 1), offs_m, offs_n)
+            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n[None, :])
+
+
+def lora_shrink(
+    x: Tensor,
+    lora_a: Tensor,
+    scaling: float,
+    *,
+    config: ShrinkConfig,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    expand: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One pass over x (M, K): s (M, R), the packed keep mask, and s b^T + bias for (b, bias).
+
+    s carries the whole factor scaling / (1 - dropout_p). The mask is None without a seed, the
+    last result None without `expand`.
+    """
+    (M, K), R = x.shape, lora_a.shape[0]
+    block_r, r_blocks = rank_blocks(R)
+    b, bias = expand if expand is not None else (None, None)
+    N = 0 if b is None else b.shape[0]
+    s = torch.empty((M, R), device=x.device, dtype=x.dtype)
+    keep = y = None
+    if seed is not None:
+        keep = torch.empty((M, packed_width(K)), device=x.device, dtype=torch.uint8)
+        scaling *= keep_scale(dropout_p)
+    if b is not None:
+        y = torch.empty((M, N), device=x.device, dtype=x.dtype)
+    lora_shrink_kernel[(triton.cdiv(M, config.block_m), r_blocks)](
+        *(x, x.stride(), lora_a, lora_a.stride(), s, keep, seed),
+        *(b, (0, 0) if b is None else b.stride(), bias, y),
+        *(M, N, K, R, scaling, keep_threshold(dropout_p)),
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_N=config.block_n,
+        BLOCK_R=block_r,
+        PRECISION=dot_precision(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return s, keep, y
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    plan: ForwardPlan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = x W^T + scaling * ((x * D) A^T) B^T + bias.
+
+    x (..., K), weight (N, K) and x share a dtype, any strides; lora_a (R, K), lora_b (N, R) and
+    bias (N,) of any floating dtype. With a seed (one int64 on the device) D is a dropout mask.
+
+    Returns y (..., N), S (M, R) with every factor applied, and the packed mask
+    (M, ceil(K / 8)) uint8 or, without dropout, (0,); all contiguous.
+    Note: fp32 accumulation; the same bits for the same inputs and seed.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    (M, K), N, R = rows.shape, weight.shape[0], lora_a.shape[0]
+    no_mask = x.new_empty(0, dtype=torch.uint8)
+    shape = (*x.shape[:-1], N)
+    if M == 0:
+        mask = no_mask if seed is None else x.new_empty((0, packed_width(K)), dtype=torch.uint8)
+        return x.new_empty(shape), x.new_empty((0, R)), mask
+    if bias is not None:
+        bias = bias.contiguous()
+    if plan is None:
+        plan = forward_plan(architecture(x.device), M, N, K, R, x.dtype, seed is not None)
+    with on_device_of(x):
+        if plan.impl == "one_pass":
+            y, s = lora_gemm(
+                *(rows, weight, lora_b),
+                down=lora_a,
+                multiplier=scaling,
+                bias=bias,
+                config=plan.gemm,
+            )
+            return y.view(shape), s, no_mask
+        fits_block = rank_blocks(R)[1] == 1
+        expand = (lora_b, bias) if plan.impl == "lora_first" and fits_block else None
+        s, keep, y = lora_shrink(
+            *(rows, lora_a, scaling),
+            config=plan.shrink,
+            dropout_p=dropout_p,
+            seed=seed,
+            expand=expand,
+        )
+        if plan.impl == "split":
+            y, _ = lora_gemm(rows, weight, lora_b, t=s, bias=bias, config=plan.gemm)
+        else:
+            y = lora_first(rows, weight, lora_b, bias, s, y)
+    return y.view(shape), s, no_mask if keep is None else keep
+
+
+def lora_first(
+    rows: Tensor, weight: Tensor, lora_b: Tensor, bias: Tensor | None, s: Tensor, y: Tensor | None
+) -> Tensor:
+    """Let the vendor GEMM accumulate x W^T onto y0 = s b^T + bias, which large ranks build here."""
+    if y is None:
+        up = lora_b.to(rows.dtype).t()
+        y = s @ up if bias is None else torch.addmm(bias.to(rows.dtype), s, up)
+    return y.addmm_(rows, weight.t())

@@ -1,0 +1,62 @@
+"""Building blocks that at least two kernels share."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The interpreter computes with NumPy, which has no bf16: it needs fp32 operands.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+MAX_BLOCK_R = 64  # wider ranks are cut into blocks of this many columns
+
+
+@triton.jit
+def tile_ptrs(ptr, strides, rows, cols):
+    """Addresses of the elements [rows, cols] of a strided matrix; `rows` and `cols` are int64."""
+    return ptr + rows[:, None] * strides[0] + cols[None, :] * strides[1]
+
+
+@triton.jit
+def block_offsets(block, BLOCK: tl.constexpr):
+    """Indices of one block in int64: rows times columns passes 2**31 at 64k tokens x 32k features."""
+    return block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def mma(a, b, acc, PRECISION: tl.constexpr):
+    """`acc + a @ b` with an fp32 `acc`; PRECISION concerns fp32 operands only."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def grouped_tile(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Row and column of a tile, walking GROUP_M rows of tiles at a time so that L2 keeps both."""
+    per_group = GROUP_M * num_n
+    first_m = (tile // per_group) * GROUP_M
+    group_m = min(num_m - first_m, GROUP_M)
+    return first_m + (tile % per_group) % group_m, (tile % per_group) // group_m
+
+
+def rank_blocks(rank: int) -> tuple[int, int]:
+    """Width of a block of the rank (16 is the least that `tl.dot` takes) and how many there are."""
+    block_r = min(MAX_BLOCK_R, max(16, triton.next_power_of_2(rank)))
+    return block_r, triton.cdiv(rank, block_r)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """TF32 for fp32 operands only where torch's own matmul is allowed to use it."""
+    tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's GPU current: Triton launches on the current one, wherever the data is."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()

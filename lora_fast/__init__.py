@@ -1,0 +1,40 @@
+"""LoRA layers that replace `loralib`: same layers, helpers and checkpoints, fused kernels."""
+
+from lora_fast import layers, utils
+from lora_fast.backend import explain, get_backend, set_backend, use_backend
+from lora_fast.checkpoint import load, save
+from lora_fast.layers import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvLoRA,
+    Embedding,
+    Linear,
+    LoRALayer,
+    MergedLinear,
+)
+from lora_fast.utils import lora_state_dict, mark_only_lora_as_trainable
+
+__version__ = "0.1.0"
+name = "lora"  # as loralib has it
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvLoRA",
+    "Embedding",
+    "Linear",
+    "LoRALayer",
+    "MergedLinear",
+    "explain",
+    "get_backend",
+    "layers",
+    "load",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "save",
+    "set_backend",
+    "use_backend",
+    "utils",
+]

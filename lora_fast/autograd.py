@@ -1,0 +1,132 @@
+"""The autograd of the fused operators.
+
+Saved for backward: x itself, S = factor * (x * D) A^T and the packed dropout mask, beside the
+parameters; each only where a gradient reads it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fast import ops
+
+_SEED_END = 2**63 - 1
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """One int64 from torch's generator, on the device.
+
+    An ordinary torch op and no host read: `torch.manual_seed` and activation checkpointing replay
+    it, each replay of a CUDA graph draws a fresh one, and torch.compile traces it.
+    """
+    return torch.randint(0, _SEED_END, (1,), device=device, dtype=torch.int64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """Y = X W^T + scaling (dropout(X) A^T) B^T + bias by the fused kernels.
+
+    Under autocast x and weight are cast as torch's linear casts them; A, B and bias keep their
+    dtype, and the kernels convert what they read.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    p = dropout_p if training else 0.0
+    seed = draw_seed(x.device) if p > 0.0 else None
+    inputs = (x, weight, bias, lora_A, lora_B)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        y: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, seed, scaling, p)
+        return y
+    return ops.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, p, seed)[0]
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        seed: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+    ) -> Tensor:
+        y, s, mask = ops.lora_linear_fwd(
+            x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed
+        )
+        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        ctx.scaling, ctx.dropout_p = scaling, dropout_p
+        ctx.bias_dtype = bias.dtype if bias is not None else y.dtype
+        ctx.save_for_backward(
+            x if need_w or need_a else None,
+            weight if need_x else None,
+            lora_A,
+            lora_B,
+            s if need_b else None,
+            mask if seed is not None and (need_x or need_a) else None,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:5])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _differentiable_grads(ctx, dy)
+        else:
+            grads = ops.lora_linear_bwd(
+                *(dy, x, weight, lora_A, lora_B, s, mask),
+                *(ctx.scaling, ctx.dropout_p, needs, ctx.bias_dtype),
+            )
+        kept = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return (*kept, None, None, None)
+
+
+def _differentiable_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as ordinary torch code, for `create_graph=True`: they have gradients again."""
+    x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
+    need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+    flat = dy.reshape(-1, dy.shape[-1])
+    a, b = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
+    rows = x.reshape(-1, a.shape[1]) if x is not None else None
+    if need_b and rows is None and need_x:
+        raise RuntimeError(
+            "lora_linear: with lora_A frozen the fused path does not keep x, which create_graph="
+            "True needs for the gradient of lora_B; run the forward under "
+            "lora_fast.use_backend('reference')"
+        )
+    drop = None
+    if mask is not None:
+        from lora_fast.kernels.dropout import keep_scale, unpack_mask
+
+        drop = unpack_mask(mask, a.shape[1]).to(dy.dtype) * keep_scale(ctx.dropout_p)
+    dropped = rows if rows is None or drop is None else rows * drop
+    ds = flat @ b * ctx.scaling
+    dx = dw = dbias = da = db = None
+    if need_x:
+        delta = ds @ a
+        dx = flat @ weight + (delta if drop is None else delta * drop)
+        dx = dx.view(*dy.shape[:-1], a.shape[1])
+    if need_w:
+        dw = flat.t() @ rows
+    if need_bias:
+        dbias = flat.sum(0).to(ctx.bias_dtype)
+    if need_a:
+        da = (ds.t() @ dropped).to(lora_A.dtype)
+    if need_b:
+        # Without x no gradient flows through S, and the saved one serves.
+        u = s if dropped is None else dropped @ a.t() * ctx.scaling
+        db = (flat.t() @ u).to(lora_B.dtype)
+    return dx, dw, dbias, da, db

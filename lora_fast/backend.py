@@ -1,0 +1,216 @@
+"""Which implementation runs: what this machine can do, and the one choice that is the user's.
+
+`auto` takes the fastest implementation that can serve the call and says why at DEBUG on the logger
+`lora_fast.dispatch`; a forced backend that cannot serve it raises.
+"""
+
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+_log = logging.getLogger("lora_fast.dispatch")
+
+
+class Backend(Enum):
+    """An implementation of an op."""
+
+    TRITON = "triton"
+    """The fused kernels in `lora_fast.kernels`."""
+    EAGER = "eager"
+    """`lora_fast.eager`: torch's own kernels, with a backward written by hand."""
+    REFERENCE = "reference"
+    """`lora_fast.reference`: plain differentiable torch."""
+
+
+_CHOICES = ("auto", Backend.TRITON.value, Backend.REFERENCE.value)
+_OPS = ("lora_linear", "lora_merged_linear", "lora_embedding", "lora_conv", "merge_", "unmerge_")
+# Ops that have a fused kernel, and those whose hand-written backward beats autograd's.
+_TRITON_OPS = frozenset({"lora_linear"})
+_EAGER_OPS = frozenset({"lora_linear", "lora_merged_linear"})
+# Looked for, not imported; once, because torch.compile cannot trace the search.
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in _CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(_CHOICES)}, got {name!r}")
+    return name
+
+
+_selected = _checked(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_BACKEND")
+
+
+def set_backend(name: str) -> None:
+    """Choose the implementation of every op in this process.
+
+    Args:
+        name: `"auto"` (the fastest that can serve the call), `"triton"` (the fused kernels or an
+            error) or `"reference"` (plain PyTorch). The environment variable `LORA_FAST_BACKEND`
+            sets the value that a process starts with.
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+    global _selected
+    _selected = _checked(name, "backend")
+
+
+def get_backend() -> str:
+    """Return the chosen backend: `"auto"`, `"triton"` or `"reference"`."""
+    return _selected
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend for the body of a `with` statement, then go back.
+
+    The choice is the process's, not the thread's: backward runs in threads of its own.
+
+    Args:
+        name: as for `set_backend`.
+
+    Raises:
+        ValueError: `name` is not a backend.
+    """
+    before = get_backend()
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def choose(op: str, *tensors: Tensor | None) -> Backend:
+    """Return the implementation that serves this call of `op`.
+
+    Args:
+        op: name of the function in `lora_fast.functional`.
+        tensors: its tensor arguments, the input first.
+
+    Raises:
+        RuntimeError: the forced backend cannot serve the call.
+    """
+    if _selected == "reference":
+        return _decided(op, Backend.REFERENCE, "chosen by set_backend")
+    special = _needs_reference(op, tensors)
+    if _selected == "triton":
+        reason = special or _why_not_triton(op, tensors)
+        if reason:
+            raise RuntimeError(
+                f"{op}: backend 'triton' was forced but cannot run: {reason}. "
+                "Use set_backend('auto') to let other implementations serve such calls."
+            )
+        return _decided(op, Backend.TRITON, "chosen by set_backend")
+    if special:
+        return _decided(op, Backend.REFERENCE, special)
+    x = tensors[0]
+    if x is not None and x.is_cuda:
+        reason = _why_not_triton(op, tensors)
+        if reason is None:
+            return _decided(op, Backend.TRITON, "plain CUDA tensors")
+    else:
+        reason = "not a CUDA tensor"
+    return _decided(op, Backend.EAGER if op in _EAGER_OPS else Backend.REFERENCE, reason)
+
+
+def _decided(op: str, backend: Backend, reason: str) -> Backend:
+    if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s -> %s: %s", op, backend.value, reason)
+    return backend
+
+
+def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Say why only ordinary differentiable torch code can serve the call, if so."""
+    x = tensors[0]
+    # The fused operators trace as one node each and cast by themselves under autocast.
+    fusable = op in _TRITON_OPS and x is not None and (x.is_cuda or _selected == "triton")
+    if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not fusable):
+        return "traced by torch.compile or torch.export"
+    for t in tensors:
+        if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
+            return f"a {type(t).__name__} is not a plain tensor"
+    if _in_functorch_transform(tensors):
+        return "inside a functorch transform"
+    if torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing():
+        return "traced by torch.jit"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "inside a TorchDispatchMode"
+    if x is not None and torch.is_autocast_enabled(x.device.type) and not fusable:
+        return "autocast"
+    return None
+
+
+def _in_functorch_transform(tensors: tuple[Tensor | None, ...]) -> bool:
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling():  # which can trace this question, not the other
+        return any(t is not None and functorch.is_batchedtensor(t) for t in tensors)
+    return functorch.peek_interpreter_stack() is not None
+
+
+def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    if op not in _TRITON_OPS:
+        return f"{op} has no fused kernel"
+    x = tensors[0]
+    assert x is not None
+    if not x.is_cuda and not (x.device.type == "cpu" and _interpreted()):
+        return f"the input is on {x.device}, the kernels need CUDA (or TRITON_INTERPRET=1)"
+    for t in tensors:
+        if t is not None and t.dtype not in _TRITON_DTYPES:
+            return f"dtype {t.dtype} is not fp32, fp16 or bf16"
+        if t is not None and t.device != x.device:
+            return f"tensors on {x.device} and {t.device}"
+    weight = tensors[1] if len(tensors) > 1 else None
+    if weight is not None and weight.dtype != x.dtype:
+        if not torch.is_autocast_enabled(x.device.type):
+            return f"x is {x.dtype} and weight {weight.dtype}"
+    return None if _TRITON_FOUND else "triton is not installed"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def explain() -> str:
+    """Print which implementation serves each op on each device of this machine, and why.
+
+    Returns:
+        The text that was printed.
+    """
+    rows = [f"backend: {_selected} (of {', '.join(_CHOICES)}), torch {torch.__version__}"]
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    if "cuda" not in devices:
+        rows.append("cuda: not available, nothing is fused on this machine")
+    for device in devices:
+        for op in _OPS:
+            backend, reason = _explain_op(op, device)
+            rows.append(f"{op:20} {device:5} -> {backend:10} {reason}")
+    text = "\n".join(rows)
+    sys.stdout.write(text + "\n")
+    return text
+
+
+def _explain_op(op: str, device: str) -> tuple[str, str]:
+    if op in ("merge_", "unmerge_"):
+        from lora_fast import merging
+
+        return merging.explain(device)
+    x = torch.empty(0, device=device)
+    try:
+        backend = choose(op, x)
+    except RuntimeError as error:
+        return "none", str(error)
+    if _selected == "reference":
+        return backend.value, "chosen by set_backend"
+    return backend.value, _why_not_triton(op, (x,)) or "plain tensors"

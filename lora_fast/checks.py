@@ -1,0 +1,152 @@
+"""Shape and argument checks: one copy, for the functions, the layers and the ops' fakes.
+
+Every refusal names the argument, what was expected and what came.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def linear_shapes(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> None:
+    """Refuse shapes that do not fit `lora_linear`."""
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(
+            f"lora_linear: x must have {k} features in its last dimension, as weight "
+            f"{tuple(weight.shape)} expects, got shape {tuple(x.shape)}"
+        )
+    if lora_A.dim() != 2 or lora_A.shape[1] != k:
+        raise ValueError(f"lora_linear: lora_A must be (r, {k}), got {tuple(lora_A.shape)}")
+    if lora_B.dim() != 2 or lora_B.shape[0] != n or lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(
+            f"lora_linear: lora_B must be ({n}, {lora_A.shape[0]}) to fit weight "
+            f"{tuple(weight.shape)} and lora_A {tuple(lora_A.shape)}, got {tuple(lora_B.shape)}"
+        )
+    _bias_shape("lora_linear", bias, n)
+
+
+def merged_linear_shapes(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    enable_lora: Sequence[bool],
+    out_splits: Sequence[int] | None,
+) -> None:
+    """Refuse shapes that do not fit `lora_merged_linear`."""
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(
+            f"lora_merged_linear: x must have {k} features in its last dimension, as weight "
+            f"{tuple(weight.shape)} expects, got shape {tuple(x.shape)}"
+        )
+    grouped_factors("lora_merged_linear", (n, k), lora_A, lora_B, enable_lora, out_splits)
+    _bias_shape("lora_merged_linear", bias, n)
+
+
+def grouped_factors(
+    op: str,
+    shape: tuple[int, int],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    enable_lora: Sequence[bool],
+    out_splits: Sequence[int] | None,
+) -> None:
+    """Refuse A and B that do not fit the enabled blocks of an (N, K) weight."""
+    n, k = shape
+    widths = splits(op, n, enable_lora, out_splits)
+    groups = sum(enable_lora)
+    rows = sum(w for w, on in zip(widths, enable_lora, strict=True) if on)
+    if lora_B.dim() != 2 or lora_B.shape[0] != rows:
+        raise ValueError(
+            f"{op}: lora_B must be ({rows}, r), the rows of the enabled blocks of {widths}, "
+            f"got {tuple(lora_B.shape)}"
+        )
+    if tuple(lora_A.shape) != (lora_B.shape[1] * groups, k):
+        raise ValueError(
+            f"{op}: lora_A must be ({lora_B.shape[1]} * {groups}, {k}), a rank block for each "
+            f"enabled output block, got {tuple(lora_A.shape)}"
+        )
+
+
+def splits(
+    op: str, out_features: int, enable_lora: Sequence[bool], out_splits: Sequence[int] | None
+) -> list[int]:
+    """Width of every output block, after checking that the blocks make up `out_features`."""
+    if len(enable_lora) == 0:
+        raise ValueError(
+            f"{op}: enable_lora must have an entry for each block of the output, got an empty "
+            "list; for no adapter at all use r=0 or enable_lora=[False]"
+        )
+    if out_splits is None:
+        if out_features % len(enable_lora):
+            raise ValueError(
+                f"{op}: the length of enable_lora ({len(enable_lora)}) must divide out_features "
+                f"({out_features}); give out_splits for blocks of unequal width"
+            )
+        return [out_features // len(enable_lora)] * len(enable_lora)
+    if len(out_splits) != len(enable_lora) or sum(out_splits) != out_features or min(out_splits) < 1:
+        raise ValueError(
+            f"{op}: out_splits must be {len(enable_lora)} positive widths, one for each entry of "
+            f"enable_lora, that sum to out_features={out_features}, got {list(out_splits)}"
+        )
+    return list(out_splits)
+
+
+def embedding_shapes(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Refuse tensors that do not fit `lora_embedding`."""
+    num, dim = weight.shape
+    if input.is_floating_point() or input.is_complex():
+        raise TypeError(
+            f"lora_embedding: input must hold integer indices, got dtype {input.dtype}; "
+            "convert with input.long()"
+        )
+    if lora_A.dim() != 2 or lora_A.shape[1] != num:
+        raise ValueError(f"lora_embedding: lora_A must be (r, {num}), got {tuple(lora_A.shape)}")
+    if tuple(lora_B.shape) != (dim, lora_A.shape[0]):
+        raise ValueError(
+            f"lora_embedding: lora_B must be ({dim}, {lora_A.shape[0]}), got {tuple(lora_B.shape)}"
+        )
+
+
+def delta_shapes(
+    op: str,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    enable_lora: Sequence[bool] | None,
+    out_splits: Sequence[int] | None,
+) -> None:
+    """Refuse a weight that the delta of A and B does not cover exactly."""
+    if lora_A.dim() != 2 or lora_B.dim() != 2:
+        raise ValueError(
+            f"{op}: lora_A and lora_B must have two dimensions, got {tuple(lora_A.shape)} and "
+            f"{tuple(lora_B.shape)}"
+        )
+    if enable_lora is not None:
+        n, k = weight.shape
+        grouped_factors(op, (n, k), lora_A, lora_B, enable_lora, out_splits)
+        return
+    fits = tuple(weight.shape) == (lora_B.shape[0], lora_A.shape[1]) or (
+        weight.dim() > 2 and weight.numel() == lora_B.shape[0] * lora_A.shape[1]
+    )
+    if lora_B.shape[1] != lora_A.shape[0] or not fits:
+        raise ValueError(
+            f"{op}: lora_B {tuple(lora_B.shape)} @ lora_A {tuple(lora_A.shape)} does not give a "
+            f"delta for a weight of shape {tuple(weight.shape)}"
+        )
+
+
+def dropout_p(op: str, p: float) -> None:
+    """Refuse a dropout rate outside [0, 1]."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be between 0 and 1, got {p}")
+
+
+def _bias_shape(op: str, bias: Tensor | None, n: int) -> None:
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"{op}: bias must have shape ({n},), got {tuple(bias.shape)}")

@@ -1,0 +1,175 @@
+"""Convolutions with an adapter on the kernel: conv(X, W + lora_alpha / r * (B A).view(W), bias)."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fast.lora_layer import LoRALayer, MergingLayer, merge_after_load, warn_no_gradient
+
+# What a caller finds on a plain nn.Conv*d and may read here too.
+_CONV_ATTRIBUTES = frozenset(
+    (
+        "weight",
+        "bias",
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "transposed",
+        "output_padding",
+        "groups",
+        "padding_mode",
+    )
+)
+
+
+class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
+    """A convolution module, kept as `conv`, with an adapter on its kernel.
+
+    Args:
+        conv_module: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, or a subclass.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: k, the same in every dimension; a tuple of equal sizes is accepted.
+        r: rank of the adapter; 0 for none. With r > 0 the kernel is frozen, the bias is not.
+        lora_alpha: scale of the update.
+        lora_dropout: accepted as in loralib, where it has no effect either; warns.
+        merge_weights: whether `eval()` folds the adapter into the kernel.
+        kwargs: `stride`, `padding` and so on, as for the convolution module.
+
+    Raises:
+        ValueError: the kernel is not the same size in every dimension.
+
+    Note:
+        A is (r k, in_channels k), B (out_channels / groups * k^(d-1), r k) with d spatial
+        dimensions: for d = 2 loralib's shapes. The rank of the update is up to r k, not r.
+    """
+
+    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+    def __init__(
+        self,
+        conv_module: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d],
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        k = _square(kernel_size)
+        super().__init__()
+        self.conv = conv_module(in_channels, out_channels, k, **kwargs)
+        LoRALayer.__init__(
+            self,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            merge_weights=merge_weights,
+        )
+        if lora_dropout > 0.0:
+            warnings.warn(
+                f"{type(self).__name__}: lora_dropout={lora_dropout} has no effect on a "
+                "convolution, as in loralib; leave it out",
+                UserWarning,
+                stacklevel=3,
+            )
+        if self.r > 0:
+            weight = self.conv.weight
+            rows = out_channels // self.conv.groups * k ** (weight.dim() - 3)
+            self.lora_A = nn.Parameter(weight.new_zeros((self.r * k, in_channels * k)))
+            self.lora_B = nn.Parameter(weight.new_zeros((rows, self.r * k)))
+            self.scaling = self.lora_alpha / self.r
+            weight.requires_grad = False
+        self.reset_parameters()
+        self.register_load_state_dict_post_hook(merge_after_load)
+
+    def reset_parameters(self) -> None:
+        """Draw the convolution and A anew; B is zero, so the adapter's update is too."""
+        was_merged = self.merged
+        if was_merged:
+            self._unmerge()
+        self.conv.reset_parameters()
+        if self._has_adapter():
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+        if was_merged:
+            self._merge()
+
+    def _weight_owner(self) -> nn.Module:
+        return self.conv
+
+    def _weight_key(self) -> str:
+        return "conv.weight"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve `x`, (batch, in_channels, *space) or without the batch."""
+        if self.r > 0 and not self.merged:
+            conv: Any = self.conv
+            return conv._conv_forward(x, self.effective_weight(), conv.bias)  # type: ignore[no-any-return]
+        if self.merged and self.r > 0 and not torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                warn_no_gradient(self)
+        return self.conv(x)
+
+    def __getattr__(self, name: str) -> Any:
+        """Read the convolution's settings and parameters as if this were the convolution."""
+        if name in _CONV_ATTRIBUTES and "conv" in self.__dict__.get("_modules", ()):
+            return getattr(self.conv, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Write the convolution's parameters where they are, never a second copy."""
+        if name in ("weight", "bias") and "conv" in self.__dict__.get("_modules", ()):
+            setattr(self.conv, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # loralib 0.1.1 wrote weight and bias, its newest commit those and conv.weight, conv.bias.
+        for name in ("weight", "bias"):
+            if prefix + name in state_dict:
+                value = state_dict.pop(prefix + name)
+                state_dict.setdefault(f"{prefix}conv.{name}", value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class Conv2d(ConvLoRA):
+    """`nn.Conv2d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(nn.Conv2d, *args, **kwargs)
+
+
+class Conv1d(ConvLoRA):
+    """`nn.Conv1d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(nn.Conv1d, *args, **kwargs)
+
+
+class Conv3d(ConvLoRA):
+    """`nn.Conv3d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(nn.Conv3d, *args, **kwargs)
+
+
+def _square(kernel_size: int | Sequence[int]) -> int:
+    sizes = {kernel_size} if isinstance(kernel_size, int) else set(kernel_size)
+    if len(sizes) != 1 or not all(isinstance(k, int) for k in sizes):
+        raise ValueError(
+            "kernel_size must be one integer, or a tuple of equal ones, because the adapter's "
+            f"factors are built for square kernels, got {kernel_size!r}"
+        )
+    return sizes.pop()

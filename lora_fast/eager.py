@@ -1,0 +1,202 @@
+"""The linear ops on torch's own kernels, with a backward written by hand.
+
+Autograd over the reference formulas copies the output once for every block that an adapter adds
+to, and keeps the dropped input beside the mask. Here the blocks are added in place, and backward
+keeps the input itself, S = dropout(X) A^T and a byte a mask element. Serves plain tensors in eager
+mode; `lora_fast.backend` sends everything else to `lora_fast.reference`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Blocks = tuple[tuple[int, int], ...]
+"""First and last + 1 column of every output block that has an adapter."""
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    blocks: Blocks,
+) -> Tensor:
+    """Y = X W^T + bias; Y[:, lo:hi] += scaling (dropout(X) A_g^T) B_g^T for block g = (lo, hi).
+
+    Args:
+        x: (..., K). All tensors have one floating-point dtype and one device.
+        weight: (N, K), any strides.
+        lora_A: (R * len(blocks), K).
+        lora_B: (sum of block widths, R).
+        scaling: lora_alpha / r.
+        bias: (N,) or None.
+        dropout_p: rate in [0, 1]; 0 draws nothing.
+        blocks: output columns of each adapter block, ascending.
+
+    Returns:
+        (..., N), contiguous, the dtype of `x`.
+    """
+    return _LowRankLinear.apply(  # type: ignore[no-any-return]
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p, blocks
+    )
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        blocks: Blocks,
+    ) -> Tensor:
+        keep, keep_scale = None, 1.0
+        dropped = x
+        if dropout_p > 0.0:
+            keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+            dropped, keep = _dropout(x, dropout_p)
+        y = F.linear(x, weight, bias)
+        s = F.linear(dropped, lora_A)
+        y2, s2 = y.view(-1, y.shape[-1]), s.view(-1, s.shape[-1])
+        rank = lora_B.shape[1]
+        for (lo, hi), s_block, b_block in zip(
+            blocks, s2.split(rank, 1), _rows(lora_B, blocks), strict=True
+        ):
+            y2[:, lo:hi].addmm_(s_block, b_block.t(), alpha=scaling)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, s, keep)
+        ctx.scaling, ctx.blocks, ctx.keep_scale = scaling, blocks, keep_scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return (*_backward_through_reference(ctx, grads[0]), None, None, None)
+        x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
+        need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+        scaling, blocks, rank = ctx.scaling, ctx.blocks, lora_B.shape[1]
+        dy = grads[0].reshape(-1, weight.shape[0])
+        x2 = x.reshape(-1, weight.shape[1])
+        s2 = s.view(-1, s.shape[-1])
+        dx = dW = dA = dB = dbias = None
+        if need_B:
+            dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
+            for (lo, hi), s_block, out in zip(
+                blocks, s2.split(rank, 1), _rows(dB, blocks), strict=True
+            ):
+                torch.mm(dy[:, lo:hi].t(), s_block, out=out)
+            dB.mul_(scaling)
+        if need_x or need_A:
+            ds = torch.empty_like(s2)
+            for (lo, hi), out, b_block in zip(
+                blocks, ds.split(rank, 1), _rows(lora_B, blocks), strict=True
+            ):
+                torch.mm(dy[:, lo:hi], b_block, out=out)
+            ds.mul_(scaling * ctx.keep_scale)
+            keep2 = None if keep is None else keep.reshape(x2.shape)
+            if need_A:
+                dA = ds.t() @ (x2 if keep2 is None else x2 * keep2)
+            if need_x:
+                dx = dy @ weight
+                if keep2 is None:
+                    dx.addmm_(ds, lora_A)
+                else:
+                    dx.addcmul_(ds @ lora_A, keep2.to(dx.dtype))
+                dx = dx.view(x.shape)
+        if need_weight:
+            dW = dy.t() @ x2
+        if need_bias:
+            dbias = dy.sum(0)
+        return dx, dW, dA, dB, dbias, None, None, None
+
+
+def _backward_through_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The same gradients from differentiable formulas, for double backward."""
+    x, weight, lora_A, lora_B, _, keep = ctx.saved_tensors
+    dropped = x if keep is None else x * keep * ctx.keep_scale
+    s = F.linear(dropped, lora_A) * ctx.scaling
+    y = F.linear(x, weight)
+    n = weight.shape[0]
+    for (lo, hi), s_block, b_block in zip(
+        ctx.blocks, s.split(lora_B.shape[1], -1), _rows(lora_B, ctx.blocks), strict=True
+    ):
+        y = y + F.pad(F.linear(s_block, b_block), (lo, n - hi))
+    inputs = (x, weight, lora_A, lora_B)
+    needed = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+    found = iter(torch.autograd.grad(y, needed, dy, create_graph=True) if needed else ())
+    grads = [next(found) if need else None for need in ctx.needs_input_grad[:4]]
+    dbias = dy.reshape(-1, n).sum(0) if ctx.needs_input_grad[4] else None
+    return (*grads, dbias)
+
+
+def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Draw as `F.dropout` on a CPU does, bit for bit; return the dropped x and the kept elements."""
+    if p == 1.0:
+        return x * 0.0, torch.zeros_like(x, dtype=torch.bool)
+    noise = torch.empty_like(x).bernoulli_(1.0 - p)
+    keep = noise.bool()
+    return noise.div_(1.0 - p).mul_(x), keep
+
+
+def _rows(lora_B: Tensor, blocks: Blocks) -> tuple[Tensor, ...]:
+    return lora_B.split([hi - lo for lo, hi in blocks])
+
+
+def sparse_columns(
+    input: Tensor, lora_A: Tensor, padding_idx: int | None, scale_grad_by_freq: bool
+) -> Tensor:
+    """A^T[input], with a sparse gradient for A.
+
+    Args:
+        input: integer indices of any shape.
+        lora_A: (R, num_embeddings).
+        padding_idx: this column gets no gradient; may count from the end.
+        scale_grad_by_freq: divide the gradient by the frequency of the index in `input`.
+
+    Returns:
+        (*input.shape, R).
+    """
+    return _SparseColumns.apply(  # type: ignore[no-any-return]
+        input, lora_A, padding_idx, scale_grad_by_freq
+    )
+
+
+class _SparseColumns(torch.autograd.Function):
+    """The gradient is COO with two sparse dimensions: A is (R, num), its columns are touched."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        lora_A: Tensor,
+        padding_idx: int | None,
+        scale_grad_by_freq: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.shape, ctx.padding_idx, ctx.by_freq = lora_A.shape, padding_idx, scale_grad_by_freq
+        return F.embedding(input, lora_A.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (input,) = ctx.saved_tensors
+        rank, num = ctx.shape
+        columns, values = input.reshape(-1), grads[0].reshape(-1, rank)
+        if ctx.padding_idx is not None:
+            kept = columns != ctx.padding_idx % num
+            columns, values = columns[kept], values[kept]
+        if ctx.by_freq:
+            values = values / torch.bincount(columns, minlength=num)[columns].unsqueeze(1)
+        rows = torch.arange(rank, device=columns.device).repeat(columns.numel())
+        indices = torch.stack([rows, columns.repeat_interleave(rank)])
+        grad = torch.sparse_coo_tensor(
+            indices, values.reshape(-1), ctx.shape, check_invariants=False
+        )
+        return None, grad, None, None

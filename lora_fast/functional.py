@@ -1,0 +1,398 @@
+"""The operators as functions: checked arguments, then the implementation that `backend` chooses.
+
+M rows, K in_features, N out_features, R rank, `scaling = lora_alpha / r`. A and B may have another
+floating-point dtype than x: they are used in x's, and their gradients come back in their own.
+Under autocast torch's rules choose the dtypes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_fast import autograd, checks, eager, reference, sharded
+from lora_fast.backend import Backend, choose
+from lora_fast.record import MergeRecord
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """Y = X W^T + scaling (dropout(X) A^T) B^T + bias.
+
+    Args:
+        x: (..., K), any strides, any number of dimensions from 1 on, also empty.
+        weight: (N, K), any strides (a weight stored (K, N) goes in as `weight.t()`), dtype of `x`.
+        lora_A: (R, K).
+        lora_B: (N, R).
+        scaling: factor of the update, lora_alpha / r.
+        bias: (N,) or None.
+        dropout_p: rate of the dropout on the adapter's input, in [0, 1].
+        training: whether dropout is applied.
+
+    Returns:
+        (..., N), the dtype of `x`, contiguous where `x` is.
+
+    Raises:
+        ValueError: a shape or the dropout rate does not fit; the message names both sides.
+        RuntimeError: a forced backend cannot serve the call.
+
+    Note:
+        Accumulates as torch's matrix products do (fp32 for 16-bit dtypes). On a CPU dropout draws
+        what `torch.nn.functional.dropout` draws. Source: loralib/layers.py:147-152.
+    """
+    if isinstance(x, Tensor):  # an fx proxy has no shape to check
+        if not torch.jit.is_tracing():
+            checks.dropout_p("lora_linear", dropout_p)
+            checks.linear_shapes(x, weight, lora_A, lora_B, bias)
+        backend = choose("lora_linear", x, weight, lora_A, lora_B, bias)
+        if backend is Backend.TRITON:
+            return autograd.lora_linear(
+                x, weight, lora_A, lora_B, scaling, bias, dropout_p, training
+            )
+        if backend is Backend.EAGER:
+            n = weight.shape[0]
+            p = dropout_p if training else 0.0
+            lora_A, lora_B = reference.like(lora_A, x), reference.like(lora_B, x)
+            return eager.low_rank_linear(x, weight, lora_A, lora_B, scaling, bias, p, ((0, n),))
+    return reference.lora_linear(
+        x, weight, lora_A, lora_B, scaling, bias, dropout_p, training
+    )
+
+
+def lora_merged_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    *,
+    enable_lora: Sequence[bool],
+    out_splits: Sequence[int] | None = None,
+) -> Tensor:
+    """Y = X W^T + bias, and block g of Y += scaling (dropout(X) A_g^T) B_g^T where g is enabled.
+
+    Args:
+        x: (..., K).
+        weight: (N, K), any strides.
+        lora_A: (R * enabled blocks, K), the blocks' factors one under the other.
+        lora_B: (sum of the enabled blocks' widths, R).
+        scaling: factor of the update, lora_alpha / r.
+        bias: (N,) or None.
+        dropout_p: rate of the dropout on the adapter's input, in [0, 1].
+        training: whether dropout is applied.
+        enable_lora: for each block of the output, whether it has an adapter.
+        out_splits: width of each block; None for equal blocks.
+
+    Returns:
+        (..., N), the dtype of `x`.
+
+    Raises:
+        ValueError: shapes, blocks or the dropout rate do not fit; the message names both sides.
+        RuntimeError: a forced backend cannot serve the call.
+
+    Note:
+        The dense delta is never formed. Source: loralib/layers.py:245-252.
+    """
+    enable = [bool(e) for e in enable_lora]
+    widths = None if out_splits is None else list(out_splits)
+    if isinstance(x, Tensor):
+        if not torch.jit.is_tracing():
+            checks.dropout_p("lora_merged_linear", dropout_p)
+            checks.merged_linear_shapes(x, weight, lora_A, lora_B, bias, enable, widths)
+        backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias)
+        if backend is Backend.EAGER:
+            blocks = _enabled_blocks(weight.shape[0], enable, widths)
+            p = dropout_p if training else 0.0
+            lora_A, lora_B = reference.like(lora_A, x), reference.like(lora_B, x)
+            return eager.low_rank_linear(x, weight, lora_A, lora_B, scaling, bias, p, blocks)
+    return reference.lora_merged_linear(
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        scaling,
+        bias,
+        dropout_p,
+        training,
+        enable_lora=enable,
+        out_splits=widths,
+    )
+
+
+def lora_embedding(
+    input: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Y = W[input] + scaling A^T[input] B^T.
+
+    Args:
+        input: integer indices of any shape, also a scalar or empty.
+        weight: (num_embeddings, D).
+        lora_A: (R, num_embeddings).
+        lora_B: (D, R).
+        scaling: factor of the update, lora_alpha / r.
+        padding_idx: as in `torch.nn.functional.embedding`; its row and column get no gradient.
+        max_norm: limits the rows of `weight` that are looked up, in place; never those of A.
+        norm_type: p of that norm.
+        scale_grad_by_freq: divides gradients by the frequency of the index in the batch.
+        sparse: gradients of `weight` and `lora_A` are sparse tensors.
+
+    Returns:
+        (*input.shape, D), the dtype of `weight`.
+
+    Raises:
+        ValueError: the factors do not fit the weight.
+        TypeError: `input` does not hold integers.
+        IndexError: an index is out of range.
+        RuntimeError: a forced backend cannot serve the call.
+
+    Note:
+        Source: loralib/layers.py:84-95.
+    """
+    if isinstance(input, Tensor):
+        if not torch.jit.is_tracing():
+            checks.embedding_shapes(input, weight, lora_A, lora_B)
+        choose("lora_embedding", input, weight, lora_A, lora_B)
+        if sparse and lora_A.requires_grad and torch.is_grad_enabled():
+            y = torch.nn.functional.embedding(
+                input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+            )
+            a = eager.sparse_columns(
+                input, reference.like(lora_A, y), padding_idx, scale_grad_by_freq
+            )
+            return reference.lora_expand(y, a, lora_B, scaling)
+    return reference.lora_embedding(
+        input,
+        weight,
+        lora_A,
+        lora_B,
+        scaling,
+        padding_idx,
+        max_norm,
+        norm_type,
+        scale_grad_by_freq,
+        sparse,
+    )
+
+
+def lora_conv(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | str | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Y = conv(X, W + scaling (B A).view(W), bias), in one to three spatial dimensions.
+
+    Args:
+        x: (batch, C_in, *space) or (C_in, *space).
+        weight: (C_out, C_in / groups, *kernel), one to three kernel dimensions.
+        lora_A: (R k, C_in k).
+        lora_B: (C_out / groups * k^(d-1), R k), d the number of spatial dimensions.
+        scaling: factor of the update, lora_alpha / r.
+        bias: (C_out,) or None.
+        stride: as in `torch.nn.functional.conv2d`.
+        padding: likewise.
+        dilation: likewise.
+        groups: likewise.
+
+    Returns:
+        The convolution's output, the dtype of `x`.
+
+    Raises:
+        ValueError: the factors do not fit the weight.
+        RuntimeError: a forced backend cannot serve the call.
+
+    Note:
+        Source: loralib/layers.py:301-308.
+    """
+    if isinstance(x, Tensor):
+        if weight.dim() not in (3, 4, 5):
+            raise ValueError(
+                "lora_conv: weight must have one to three kernel dimensions, got shape "
+                f"{tuple(weight.shape)}"
+            )
+        checks.delta_shapes("lora_conv", weight, lora_A, lora_B, None, None)
+        choose("lora_conv", x, weight, lora_A, lora_B, bias)
+    return reference.lora_conv(
+        x, weight, lora_A, lora_B, scaling, bias, stride, padding, dilation, groups
+    )
+
+
+def merged_delta(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    enable_lora: Sequence[bool] | None = None,
+    out_splits: Sequence[int] | None = None,
+) -> Tensor:
+    """Delta = scaling B A, the dense (N, K) matrix that a merge adds to the weight.
+
+    Args:
+        lora_A: (R, K), or (R * enabled blocks, K) with `enable_lora`.
+        lora_B: (N, R), or (sum of the enabled blocks' widths, R).
+        scaling: factor of the update, lora_alpha / r.
+        enable_lora: for each block of rows, whether it has an adapter; None for a single block.
+        out_splits: width of each block; None for equal blocks.
+
+    Returns:
+        (N, K), differentiable; the rows of disabled blocks are zero.
+
+    Raises:
+        ValueError: the factors do not fit each other or the blocks.
+    """
+    enable = None if enable_lora is None else [bool(e) for e in enable_lora]
+    widths = None if out_splits is None else list(out_splits)
+    if enable is not None:
+        n = lora_B.shape[0] // max(1, sum(enable)) * len(enable) if widths is None else sum(widths)
+        shape = (n, lora_A.shape[-1])
+        checks.grouped_factors("merged_delta", shape, lora_A, lora_B, enable, widths)
+    elif lora_A.dim() != 2 or lora_B.dim() != 2 or lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(
+            "merged_delta: lora_B must be (N, r) and lora_A (r, K), got "
+            f"{tuple(lora_B.shape)} and {tuple(lora_A.shape)}"
+        )
+    return reference.merged_delta(
+        lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
+    )
+
+
+def merged_weight(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    enable_lora: Sequence[bool] | None = None,
+    out_splits: Sequence[int] | None = None,
+) -> Tensor:
+    """W + Delta.view(W), out of place and differentiable.
+
+    Args:
+        weight: (N, K), or more dimensions with the same number of elements (a convolution's).
+        lora_A: as for `merged_delta`.
+        lora_B: as for `merged_delta`.
+        scaling: factor of the update, lora_alpha / r.
+        enable_lora: as for `merged_delta`.
+        out_splits: as for `merged_delta`.
+
+    Returns:
+        The shape and dtype of `weight`.
+
+    Raises:
+        ValueError: the factors do not fit the weight.
+    """
+    enable = None if enable_lora is None else [bool(e) for e in enable_lora]
+    widths = None if out_splits is None else list(out_splits)
+    checks.delta_shapes("merged_weight", weight, lora_A, lora_B, enable, widths)
+    return reference.merged_weight(
+        weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
+    )
+
+
+@torch.no_grad()
+def merge_(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    enable_lora: Sequence[bool] | None = None,
+    out_splits: Sequence[int] | None = None,
+) -> MergeRecord:
+    """W <- round(W + Delta) in place.
+
+    Args:
+        weight: (N, K) or a convolution's N-D weight, any strides; or a DTensor, of which each rank
+            merges its own shard.
+        lora_A: as for `merged_delta`.
+        lora_B: as for `merged_delta`.
+        scaling: factor of the update, lora_alpha / r.
+        enable_lora: as for `merged_delta`.
+        out_splits: as for `merged_delta`.
+
+    Returns:
+        The record with which `unmerge_` restores the weight bit for bit.
+
+    Raises:
+        ValueError: the factors do not fit the weight.
+        OverflowError: a finite element would become infinite or NaN. The weight is as it was.
+
+    Note:
+        Accumulates in fp32 (fp64 for fp64) whatever autocast says, and rounds once. Infinities and
+        NaN that the weight held before stay. Source: loralib/layers.py:131-140.
+    """
+    enable = None if enable_lora is None else [bool(e) for e in enable_lora]
+    widths = None if out_splits is None else list(out_splits)
+    checks.delta_shapes("merge_", weight, lora_A, lora_B, enable, widths)
+    merge = sharded.merge_ if sharded.is_dtensor(weight) else reference.merge_
+    lora_A, lora_B = sharded.whole(lora_A), sharded.whole(lora_B)
+    with torch.autocast(weight.device.type, enabled=False):
+        original = merge(
+            weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
+        )
+    return MergeRecord(original, lora_A.clone(), lora_B.clone(), scaling, enable, widths)
+
+
+@torch.no_grad()
+def unmerge_(weight: Tensor, record: MergeRecord) -> None:
+    """W <- the weight that `merge_` found, bit for bit.
+
+    Args:
+        weight: the tensor that was given to `merge_`.
+        record: what `merge_` returned.
+
+    Raises:
+        ValueError: the record is not of a weight of this shape and dtype.
+    """
+    local = sharded.local(weight)
+    if not isinstance(record, MergeRecord):
+        raise TypeError(
+            f"unmerge_: record must be the MergeRecord that merge_ returned, got "
+            f"{type(record).__name__}"
+        )
+    original = record.original
+    if original.shape != local.shape or original.dtype != local.dtype:
+        raise ValueError(
+            f"unmerge_: the record is of a {original.dtype} weight of shape "
+            f"{tuple(original.shape)}, got a {local.dtype} weight of shape {tuple(local.shape)}"
+        )
+    reference.unmerge_(local, original)
+
+
+def _enabled_blocks(
+    out_features: int, enable_lora: list[bool], out_splits: list[int] | None
+) -> eager.Blocks:
+    blocks, lo = [], 0
+    for width, enabled in zip(
+        reference.block_widths(out_features, enable_lora, out_splits), enable_lora, strict=True
+    ):
+        if enabled:
+            blocks.append((lo, lo + width))
+        lo += width
+    return tuple(blocks)

@@ -1,0 +1,346 @@
+"""The layers of loralib: state and behaviour; the arithmetic is in `lora_fast.functional`.
+
+Where loralib is wrong the layers are right; docs/differences.md lists every difference.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_fast import checks, functional, reference
+from lora_fast.conv import Conv1d, Conv2d, Conv3d, ConvLoRA
+from lora_fast.lora_layer import (
+    LoRALayer,
+    MergingLayer,
+    identity,
+    merge_after_load,
+    warn_no_gradient,
+)
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvLoRA",
+    "Embedding",
+    "Linear",
+    "LoRALayer",
+    "MergedLinear",
+]
+
+
+class Embedding(MergingLayer, nn.Embedding, LoRALayer):
+    """`nn.Embedding` with an adapter: Y = W[x] + lora_alpha / r * A^T[x] B^T.
+
+    Args:
+        num_embeddings: number of rows of the table.
+        embedding_dim: width of a row.
+        r: rank of the adapter; 0 for none. With r > 0 the table is frozen.
+        lora_alpha: scale of the update.
+        merge_weights: whether `eval()` folds the adapter into the table.
+        kwargs: as for `nn.Embedding`.
+
+    Note:
+        A (r, num_embeddings) starts at zero and B (embedding_dim, r) random, the reverse of the
+        other layers, as in loralib. A layer with `max_norm` is never merged.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        given = kwargs.get("_weight")
+        if given is not None and r > 0:
+            kwargs["_weight"] = given.clone()  # a merge must not write to the caller's tensor
+        self._given_weight = given is not None
+        nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
+        LoRALayer.__init__(
+            self, r=r, lora_alpha=lora_alpha, lora_dropout=0, merge_weights=merge_weights
+        )
+        if self.r > 0:
+            self.lora_A = nn.Parameter(self.weight.new_zeros((self.r, num_embeddings)))
+            self.lora_B = nn.Parameter(self.weight.new_zeros((embedding_dim, self.r)))
+            self.scaling = self.lora_alpha / self.r
+            self.weight.requires_grad = False
+        if given is None:
+            self.reset_parameters()
+        else:
+            self._reset_adapter()
+        self.register_load_state_dict_post_hook(merge_after_load)
+
+    def reset_parameters(self) -> None:
+        """Draw the table and the adapter anew; the adapter's update is zero."""
+        was_merged = self.__dict__.get("merged", False)
+        if was_merged:
+            self._unmerge()
+        nn.Embedding.reset_parameters(self)
+        self._reset_adapter()
+        if was_merged:
+            self._merge()
+
+    def _reset_adapter(self) -> None:
+        if self._has_adapter():
+            nn.init.zeros_(self.lora_A)
+            nn.init.normal_(self.lora_B)
+
+    def _as_delta(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look up `x`, integer indices of any shape; returns (*x.shape, embedding_dim)."""
+        if self.r > 0 and not self.merged:
+            lookup = (
+                reference.lora_embedding if torch.jit.is_scripting() else functional.lora_embedding
+            )
+            return lookup(
+                x,
+                self.weight,
+                self.lora_A,
+                self.lora_B,
+                self.scaling,
+                self.padding_idx,
+                self.max_norm,
+                self.norm_type,
+                self.scale_grad_by_freq,
+                self.sparse,
+            )
+        _tell(self)
+        return nn.Embedding.forward(self, x)
+
+
+class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
+    """What `Linear` and `MergedLinear` share: a weight that may be stored transposed."""
+
+    fan_in_fan_out: bool
+
+    def _init_adapter(self, rows_A: int, rows_B: int) -> None:
+        self.lora_A = nn.Parameter(self.weight.new_zeros((rows_A, self.in_features)))
+        self.lora_B = nn.Parameter(self.weight.new_zeros((rows_B, self.r)))
+        self.scaling = self.lora_alpha / self.r
+        self.weight.requires_grad = False
+
+    def _finish_init(self) -> None:
+        self.reset_parameters()
+        if self.fan_in_fan_out:
+            self.weight.data = self.weight.data.transpose(0, 1)
+        self.register_load_state_dict_post_hook(merge_after_load)
+
+    def reset_parameters(self) -> None:
+        """Draw weight, bias and A anew; B is zero, so the adapter's update is too."""
+        was_merged = self.__dict__.get("merged", False)
+        if was_merged:
+            self._unmerge()
+        if self.weight.shape[0] == self.out_features:
+            nn.Linear.reset_parameters(self)
+        else:  # stored (in, out): the fan is that of the transpose
+            nn.init.kaiming_uniform_(self.weight.t(), a=math.sqrt(5))
+            if self.bias is not None:
+                bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+                nn.init.uniform_(self.bias, -bound, bound)
+        if self._has_adapter():
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+        if was_merged:
+            self._merge()
+
+    def _as_delta(self, weight: Tensor) -> Tensor:
+        return weight.transpose(0, 1) if self.fan_in_fan_out else weight
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._as_delta(self.weight), self.bias)
+
+    def _dropout_rate(self) -> float | None:
+        """Return the rate that applies now, or None where the module must be called."""
+        dropout = self.lora_dropout
+        if dropout is identity:
+            return 0.0
+        if type(dropout) is nn.Dropout and not dropout._forward_hooks:
+            return dropout.p if dropout.training else 0.0
+        return None
+
+
+class Linear(_LinearBase):
+    """`nn.Linear` with an adapter: Y = X W^T + lora_alpha / r * (dropout(X) A^T) B^T + bias.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        r: rank of the adapter; 0 for none. With r > 0 the weight is frozen, the bias is not.
+        lora_alpha: scale of the update.
+        lora_dropout: rate of the dropout on the adapter's input, in [0, 1].
+        fan_in_fan_out: whether the weight is stored (K, N), as GPT-2's Conv1D stores it.
+        merge_weights: whether `eval()` folds the adapter into the weight.
+        kwargs: `bias`, `device`, `dtype` as for `nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        LoRALayer.__init__(
+            self,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            merge_weights=merge_weights,
+        )
+        self.fan_in_fan_out = fan_in_fan_out
+        if self.r > 0:
+            self._init_adapter(self.r, out_features)
+        self._finish_init()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., in_features) to (..., out_features)."""
+        if self.r <= 0 or self.merged:
+            _tell(self)
+            return self._frozen(x)
+        weight = self._as_delta(self.weight)
+        p = self._dropout_rate()
+        if p is None:
+            y = F.linear(x, weight, self.bias)
+            return reference.lora_update(
+                y, self.lora_dropout(x), self.lora_A, self.lora_B, self.scaling
+            )
+        return functional.lora_linear(
+            x, weight, self.lora_A, self.lora_B, self.scaling, self.bias, p, p > 0.0
+        )
+
+
+class MergedLinear(_LinearBase):
+    """Several `nn.Linear` on one input in one weight (q, k, v), an adapter for some of them.
+
+    Args:
+        in_features: K.
+        out_features: N, all blocks together.
+        r: rank of each enabled block's adapter; 0 for none.
+        lora_alpha: scale of the update.
+        lora_dropout: rate of the dropout on the adapters' input, in [0, 1].
+        enable_lora: for each block of the output, whether it has an adapter; any truthy values.
+        fan_in_fan_out: whether the weight is stored (K, N).
+        merge_weights: whether `eval()` folds the adapter into the weight.
+        out_splits: width of each block, for grouped-query attention, say; None for equal blocks.
+        kwargs: `bias`, `device`, `dtype` as for `nn.Linear`.
+
+    Raises:
+        ValueError: the blocks do not make up `out_features`.
+
+    Note:
+        A is (r * enabled blocks, K), B (sum of the enabled blocks' widths, r).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        enable_lora: Sequence[bool] = (False,),
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        out_splits: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        enabled = [bool(e) for e in enable_lora]
+        widths = checks.splits("MergedLinear", out_features, enabled, out_splits)
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        LoRALayer.__init__(
+            self,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            merge_weights=merge_weights,
+        )
+        self.enable_lora = enabled
+        self.out_splits = None if out_splits is None else widths
+        self.fan_in_fan_out = fan_in_fan_out
+        if self.r > 0 and any(enabled):
+            rows = sum(w for w, on in zip(widths, enabled, strict=True) if on)
+            self._init_adapter(self.r * sum(enabled), rows)
+        self._finish_init()
+
+    @property
+    def lora_ind(self) -> Tensor:
+        """Mask of the output features that have an adapter: bool, (out_features,)."""
+        widths = reference.block_widths(self.out_features, self.enable_lora, self.out_splits)
+        mask = [on for w, on in zip(widths, self.enable_lora, strict=True) for _ in range(w)]
+        return torch.tensor(mask, device=self.weight.device)
+
+    def zero_pad(self, x: Tensor) -> Tensor:
+        """Spread the enabled blocks' rows of `x` over all output features, zeros elsewhere."""
+        widths = reference.block_widths(self.out_features, self.enable_lora, self.out_splits)
+        blocks, row = [], 0
+        for width, enabled in zip(widths, self.enable_lora, strict=True):
+            if enabled:
+                blocks.append(x.narrow(0, row, width))
+                row += width
+            else:
+                blocks.append(x.new_zeros((width, *x.shape[1:])))
+        return torch.cat(blocks)
+
+    def merge_AB(self) -> Tensor:  # noqa: N802 - loralib's name
+        """Return the dense delta without its scaling, in the layout of the weight."""
+        delta = functional.merged_delta(self.lora_A, self.lora_B, 1.0, **self._blocks())
+        return self._as_delta(delta)
+
+    def _blocks(self) -> dict[str, Any]:
+        return {"enable_lora": self.enable_lora, "out_splits": self.out_splits}
+
+    def extra_repr(self) -> str:
+        """Return the layer's settings and which blocks have an adapter."""
+        base = super().extra_repr()
+        splits = "" if self.out_splits is None else f", out_splits={self.out_splits}"
+        return f"{base}, enable_lora={self.enable_lora}{splits}" if self._has_adapter() else base
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., in_features) to (..., out_features)."""
+        if self.merged or not self._has_adapter():
+            _tell(self)
+            return self._frozen(x)
+        weight = self._as_delta(self.weight)
+        p = self._dropout_rate()
+        if p is None:
+            no_weight = weight.new_zeros(()).expand_as(weight)
+            update = functional.lora_merged_linear(
+                self.lora_dropout(x),
+                no_weight,
+                self.lora_A,
+                self.lora_B,
+                self.scaling,
+                **self._blocks(),
+            )
+            return self._frozen(x) + update
+        return functional.lora_merged_linear(
+            x,
+            weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.bias,
+            p,
+            p > 0.0,
+            **self._blocks(),
+        )
+
+
+def _tell(layer: MergingLayer) -> None:
+    if layer.merged and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if layer._has_adapter():
+            warn_no_gradient(layer)

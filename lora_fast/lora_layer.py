@@ -1,0 +1,312 @@
+"""What every LoRA layer shares: the adapter's settings, and the merge of `eval()` and `train()`."""
+
+import logging
+import operator
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fast import functional, readers
+from lora_fast.record import MergeRecord
+
+_log = logging.getLogger("lora_fast.merge")
+# Merging and unmerging is seldom and short: one lock for all layers keeps them picklable.
+_merge_lock = threading.RLock()
+
+
+def identity(x: Tensor) -> Tensor:
+    """Return `x`: stands for the dropout of a layer that has none."""
+    return x
+
+
+class LoRALayer:
+    """The settings of an adapter, as in loralib: a plain mixin, `isinstance` marks a LoRA layer.
+
+    Args:
+        r: rank; 0 or less means that there is no adapter.
+        lora_alpha: scale of the update; the layer multiplies it by `lora_alpha / r`.
+        lora_dropout: rate of the dropout on the adapter's input, in [0, 1].
+        merge_weights: whether `eval()` folds the adapter into the weight.
+
+    Raises:
+        TypeError: `r` is not an integer.
+        ValueError: `lora_dropout` is outside [0, 1].
+    """
+
+    def __init__(
+        self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool
+    ) -> None:
+        if isinstance(r, bool) or not hasattr(r, "__index__"):
+            raise TypeError(f"r must be an integer, got {r!r} of type {type(r).__name__}")
+        if not 0.0 <= lora_dropout <= 1.0:
+            raise ValueError(f"lora_dropout must be between 0 and 1, got {lora_dropout}")
+        self.r = operator.index(r)
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = nn.Dropout(p=lora_dropout) if lora_dropout > 0.0 else identity
+        self.merged = False
+        self.merge_weights = merge_weights
+
+
+class MergingLayer:
+    """The part of a LoRA layer whose adapter `eval()` merges into the weight and `train()` takes out again.
+
+    A layer tells through `_weight_owner`, `_as_delta` and `_blocks` where its weight is and how the
+    delta lies in it. The weight's original bits come back whatever happens while it is merged.
+    Stands before the `nn.Module` in a layer's bases, `LoRALayer` behind it.
+    """
+
+    r: int
+    lora_alpha: float
+    merged: bool
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scaling: float
+    _record: MergeRecord | None = None
+    _merged_version: int | None = None
+    _merge_weights: bool = True
+
+    def _has_adapter(self) -> bool:
+        return "lora_A" in self.__dict__.get("_parameters", ())
+
+    def _weight_owner(self) -> nn.Module:
+        """Return the module that holds `weight`."""
+        return self  # type: ignore[return-value]
+
+    def _as_delta(self, weight: Tensor) -> Tensor:
+        """Return the view of `weight` that has the rows and columns of the delta B A."""
+        return weight
+
+    def _blocks(self) -> dict[str, Any]:
+        """Return the arguments that describe a grouped weight to the functions."""
+        return {}
+
+    def effective_weight(self) -> Tensor:
+        """Return W + scaling B A, (differentiable), or the weight itself where it is merged."""
+        weight: Tensor = self._weight_owner().weight  # type: ignore[assignment]
+        if self.merged or not self._has_adapter():
+            return weight
+        merged = functional.merged_weight(
+            self._as_delta(weight), self.lora_A, self.lora_B, self.scaling, **self._blocks()
+        )
+        return self._as_delta(merged)  # a transposition undoes itself
+
+    @property
+    def merge_weights(self) -> bool:
+        """Whether `eval()` merges. Switching it off unmerges at once."""
+        return self._merge_weights
+
+    @merge_weights.setter
+    def merge_weights(self, value: bool) -> None:
+        self._merge_weights = value
+        if not value:
+            self._unmerge()
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode; merge the adapter into the weight in eval mode, take it out in train mode.
+
+        Returns:
+            The layer itself.
+        """
+        super().train(mode)  # type: ignore[misc]
+        if mode:
+            if self.merge_weights:
+                self._unmerge()
+        elif self.merge_weights:
+            self._merge()
+        return self
+
+    def _merge(self) -> None:
+        with _merge_lock:
+            if self.merged:
+                return
+            if self._has_adapter():
+                obstacle = readers.why_not_merge(self, self._weight_owner())
+                if obstacle is not None:
+                    _log.debug("%s stays unmerged: %s", self._described(), obstacle)
+                    return
+                try:
+                    self._record = self._merged_in_place()
+                except Exception as error:  # whatever it was: unmerged, the layer is right
+                    warnings.warn(
+                        f"{self._described()} was not merged: {error}. It goes on unmerged, with "
+                        "the same results; merge_weights=False avoids the attempt.",
+                        RuntimeWarning,
+                        stacklevel=3,
+                    )
+                    return
+                self._merged_version = _version(self._weight_owner())
+            self.merged = True
+
+    def _merged_in_place(self) -> MergeRecord:
+        weight: Tensor = self._weight_owner().weight  # type: ignore[assignment]
+        with torch.no_grad():
+            target = self._as_delta(weight)
+            return functional.merge_(
+                target, self.lora_A, self.lora_B, self.scaling, **self._blocks()
+            )
+
+    def _unmerge(self) -> None:
+        with _merge_lock:
+            if not self.merged:
+                return
+            if self._has_adapter():
+                self._restore(self._as_delta(self._weight_owner().weight))  # type: ignore[arg-type]
+            self._record, self._merged_version = None, None
+            self.merged = False
+
+    @torch.no_grad()
+    def _restore(self, target: Tensor) -> None:
+        record = self._record
+        if record is None:  # someone set `merged` by hand: do what loralib does
+            functional.merge_(
+                target, self.lora_A, self.lora_B, -self.scaling, **self._blocks()
+            )
+        elif self._changed_while_merged(target, record):
+            _log.debug("%s: the weight changed while merged; subtracting", self._described())
+            factors = {"enable_lora": record.enable_lora, "out_splits": record.out_splits}
+            functional.merge_(target, record.lora_A, record.lora_B, -record.scaling, **factors)
+        else:
+            functional.unmerge_(target, record)
+
+    def _changed_while_merged(self, target: Tensor, record: MergeRecord) -> bool:
+        """Tell whether somebody wrote to the weight since the merge, so that nothing is lost."""
+        if self._merged_version is None or _version(self._weight_owner()) == self._merged_version:
+            return False
+        original = target.clone()
+        functional.unmerge_(original, record)
+        factors = {"enable_lora": record.enable_lora, "out_splits": record.out_splits}
+        functional.merge_(original, record.lora_A, record.lora_B, record.scaling, **factors)
+        return not torch.equal(original, target)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or convert the original weight, not the merged one, and merge again."""
+        remerge = self.merged and self._record is not None
+        if remerge:
+            was_meta = self._weight_owner().weight.is_meta  # type: ignore[union-attr]
+            self._unmerge()
+        try:
+            return super()._apply(fn, recurse)  # type: ignore[misc]
+        finally:
+            # From meta to a device the values are yet to be filled in.
+            if remerge and not (was_meta and not self._weight_owner().weight.is_meta):  # type: ignore[union-attr]
+                self._merge()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled or copied layer; its tensors start to count their versions anew."""
+        super().__setstate__(state)  # type: ignore[misc]
+        if self._merged_version is not None:
+            self._merged_version = _version(self._weight_owner())
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None and self._has_adapter():
+            metadata["lora_merged"] = self.merged
+            metadata["lora_r"] = self.r
+            metadata["lora_scaling"] = float(self.scaling)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self._has_adapter():
+            errors = self._misfits(state_dict, prefix)
+            if errors:  # all of a layer is loaded or nothing
+                error_msgs.extend(errors)
+                for key in [k for k in state_dict if k.startswith(prefix)]:
+                    del state_dict[key]
+                return
+            self._unmerge()
+            self._undo_saved_merge(state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _weight_key(self) -> str:
+        return "weight"
+
+    def _misfits(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        errors = []
+        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.shape != parameter.shape:
+                errors.append(
+                    f"size mismatch for {prefix + name}: the checkpoint has "
+                    f"{tuple(value.shape)}, the layer {tuple(parameter.shape)}; nothing of the "
+                    "layer was loaded"
+                )
+        return errors
+
+    def _undo_saved_merge(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        """Put the base weight where the checkpoint holds a merged one."""
+        scaling = metadata.get("lora_scaling", self.scaling)
+        if scaling != self.scaling and prefix + "lora_A" in state_dict:
+            warnings.warn(
+                f"{prefix or 'the layer'}: the adapter was saved with scaling {scaling}, the layer "
+                f"has {self.scaling}; build the layer with the same r and lora_alpha",
+                UserWarning,
+                stacklevel=2,
+            )
+        keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
+        if not metadata.get("lora_merged") or not all(k in state_dict for k in keys):
+            return
+        weight, lora_A, lora_B = (state_dict[k] for k in keys)
+        with torch.no_grad():
+            weight = weight.clone()
+            functional.merge_(
+                self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks()
+            )
+        state_dict[keys[0]] = weight
+
+    def _described(self) -> str:
+        return repr(self).split("\n")[0]
+
+    def extra_repr(self) -> str:
+        """Return the layer's own settings and the adapter's."""
+        base: str = super().extra_repr()  # type: ignore[misc]
+        if not self._has_adapter():
+            return base
+        mine = f"r={self.r}, lora_alpha={self.lora_alpha}, merged={self.merged}"
+        return f"{base}, {mine}" if base else mine
+
+
+def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
+    """Merge what was just loaded into a layer in eval mode (a load_state_dict post-hook)."""
+    if not layer.training and layer.merge_weights:  # type: ignore[attr-defined]
+        layer._merge()
+
+
+def warn_no_gradient(layer: MergingLayer) -> None:
+    """Log, once a layer, that a merged forward gives A and B no gradient."""
+    if layer.lora_A.requires_grad and not layer.__dict__.get("_told_no_gradient"):
+        layer.__dict__["_told_no_gradient"] = True
+        _log.warning(
+            "%s computes with merged weights while gradients are enabled: lora_A and lora_B get "
+            "none. Call train(), or set merge_weights=False; for inference use torch.no_grad().",
+            layer._described(),
+        )
+
+
+def _version(owner: nn.Module) -> int | None:
+    weight: Tensor = owner.weight  # type: ignore[assignment]
+    return None if weight.is_inference() else weight._version

@@ -1,0 +1,103 @@
+"""Contracts of the lora_fast operators: schema, fake, and which function runs where.
+
+Nothing optional is imported here; a backend is imported when its entry first runs.
+"""
+
+import functools
+import importlib
+import math
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lora_fast import checks
+
+torch.library.define(
+    "lora_fast::lora_linear_fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, "
+    "float dropout_p, Tensor? seed) -> (Tensor y, Tensor s, Tensor mask)",
+)
+torch.library.define(
+    "lora_fast::lora_linear_bwd",
+    "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? s, Tensor? mask, "
+    "float scaling, float dropout_p, bool[5] needs, ScalarType bias_dtype) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor da, Tensor db)",
+)
+
+
+@torch.library.register_fake("lora_fast::lora_linear_fwd")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.linear_shapes(x, weight, lora_a, lora_b, bias)
+    rows = math.prod(x.shape[:-1])
+    mask_shape = (0,) if seed is None else (rows, (x.shape[-1] + 7) // 8)
+    return (
+        x.new_empty((*x.shape[:-1], weight.shape[0])),
+        x.new_empty((rows, lora_a.shape[0])),
+        x.new_empty(mask_shape, dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("lora_fast::lora_linear_bwd")
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    needs: list[bool],
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    n, (r, k) = dy.shape[-1], lora_a.shape
+    shapes = ((*dy.shape[:-1], k), (n, k), (n,), (r, k), (n, r))
+    dtypes = (dy.dtype, dy.dtype, bias_dtype, lora_a.dtype, lora_b.dtype)
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
+@functools.cache
+def _kernel(op: str) -> Callable[..., Any]:
+    """The launcher of a Triton op: the function named like the op, in the file named like it."""
+    return cast(Callable[..., Any], getattr(importlib.import_module(f"lora_fast.kernels.{op}"), op))
+
+
+def _register_kernel(op: str) -> None:
+    def launch(*args: Any) -> Any:
+        return _kernel(op)(*args)
+
+    def interpret(*args: Any) -> Any:
+        if os.environ.get("TRITON_INTERPRET", "0") != "1":
+            raise RuntimeError(
+                f"lora_fast::{op} got CPU tensors, which its kernels serve only with "
+                "TRITON_INTERPRET=1 set before Triton is imported; use CUDA tensors, or "
+                "use_backend('reference')"
+            )
+        return _kernel(op)(*args)
+
+    torch.library.impl(f"lora_fast::{op}", "cuda", launch)
+    torch.library.impl(f"lora_fast::{op}", "cpu", interpret)
+
+
+_register_kernel("lora_linear_fwd")
+_register_kernel("lora_linear_bwd")
+
+# Bound once: resolving torch.ops.* costs time on every call.
+lora_linear_fwd = torch.ops.lora_fast.lora_linear_fwd.default
+lora_linear_bwd = torch.ops.lora_fast.lora_linear_bwd.default

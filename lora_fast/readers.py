@@ -1,0 +1,93 @@
+"""Who else reads or owns a layer's weight: what a merge must not disturb, and who bypasses forward.
+
+A merge writes to the weight in place. That is wrong for a weight that other modules hold too or
+that is computed anew for every forward; such a layer stays unmerged, which gives the same results.
+`nn.MultiheadAttention` and the fast path of `nn.TransformerEncoderLayer` read weights without
+calling forward; they get the effective weight, or the slow path.
+"""
+
+import gc
+import sys
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+
+def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
+    """Say why the weight of `layer`, held by `owner`, must not be written to, if so."""
+    if getattr(layer, "max_norm", None) is not None:
+        return "max_norm limits the rows of the base weight, not of the merged one"
+    if "weight" not in owner._parameters:
+        return "the weight is computed (parametrization, pruning or weight norm)"
+    if _is_tied(owner._parameters):
+        return "the weight is tied: another module holds it too"
+    return None
+
+
+def _references(parameters: dict[str, Any]) -> int:
+    return sys.getrefcount(parameters["weight"])
+
+
+_UNSHARED = _references({"weight": object()})
+
+
+def _is_tied(parameters: dict[str, Any]) -> bool:
+    """Tell whether another module's parameters hold the same tensor."""
+    # Scanning all objects takes tens of ms; a weight that only one dict refers to needs no scan.
+    if _references(parameters) <= _UNSHARED:
+        return False
+    weight = parameters["weight"]
+    for holder in gc.get_referrers(weight):
+        if type(holder) is dict and holder is not parameters and _belongs_to_module(holder):
+            return any(value is weight for value in holder.values())
+    return False
+
+
+def _belongs_to_module(holder: dict[Any, Any]) -> bool:
+    """Tell whether a dict is the `_parameters` of a module."""
+    for referrer in gc.get_referrers(holder):
+        if issubclass(type(referrer), nn.Module) and referrer._parameters is holder:
+            return True
+        if type(referrer) is dict and referrer.get("_parameters") is holder:
+            return True
+    return False
+
+
+def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Prepare modules that read a child's weight directly for a LoRA layer as that child."""
+    if not hasattr(type(child), "effective_weight"):
+        return
+    assert child is not None
+    if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
+        parent.register_forward_pre_hook(_expose_effective_weight)
+        parent.register_forward_hook(_hide_effective_weight, always_call=True)
+        if isinstance(child.lora_dropout, nn.Dropout):
+            warnings.warn(
+                "MultiheadAttention.out_proj: attention reads the layer's weight directly, so its "
+                "lora_dropout is not applied; build the layer with lora_dropout=0",
+                UserWarning,
+                stacklevel=3,
+            )
+    elif isinstance(parent, nn.TransformerEncoderLayer):
+        # A hook keeps the encoder layer off its fast path, which reads weights past forward.
+        child.register_forward_pre_hook(_no_fast_path)
+
+
+def _expose_effective_weight(attention: nn.Module, args: Any) -> None:
+    layer = attention.out_proj
+    if hasattr(type(layer), "effective_weight"):
+        # An instance attribute is found before the parameter of the same name.
+        vars(layer)["weight"] = layer.effective_weight()  # type: ignore[operator]
+
+
+def _hide_effective_weight(attention: nn.Module, args: Any, output: Any) -> None:
+    vars(attention.out_proj).pop("weight", None)
+
+
+def _no_fast_path(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    return None
+
+
+register_module_module_registration_hook(_on_registration)

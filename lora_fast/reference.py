@@ -1,0 +1,274 @@
+"""The operators in plain, differentiable PyTorch: the oracle, and the path that runs anywhere.
+
+Every fused implementation has the name and the arguments of a function here. Nothing but torch is
+used, so functorch transforms, double backward, export, DTensor and any device work as they are.
+Arguments are documented in `lora_fast.functional`, which checks them first.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """Y = X W^T + scaling (dropout(X) A^T) B^T + bias. Source: loralib/layers.py:147-152."""
+    return lora_update(
+        F.linear(x, weight, bias), dropout(x, dropout_p, training), lora_A, lora_B, scaling
+    )
+
+
+def lora_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Y + scaling (X A^T) B^T, out of place: what an adapter adds to the frozen layer's output."""
+    s = F.linear(x, like(lora_A, x))
+    lora_B = like(lora_B, x)
+    if not torch.jit.is_scripting():
+        # addmm adds while it multiplies, which saves passes over Y; DTensor and fx proxies cannot
+        # always flatten the leading dimensions that it needs flat.
+        if type(y) is Tensor:
+            flat = torch.addmm(
+                y.reshape(-1, y.shape[-1]), s.reshape(-1, s.shape[-1]), lora_B.t(), alpha=scaling
+            )
+            return flat.view(y.shape)
+    return y + F.linear(s * scaling, lora_B)
+
+
+def lora_merged_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    *,
+    enable_lora: list[bool],
+    out_splits: list[int] | None = None,
+) -> Tensor:
+    """Y = X W^T + bias, and block g of Y += scaling (dropout(X) A_g^T) B_g^T where g is enabled.
+
+    Source: loralib/layers.py:245-252, which forms the dense delta; this is the factored form.
+    """
+    s = F.linear(dropout(x, dropout_p, training), like(lora_A, x)) * scaling
+    lora_B = like(lora_B, x)
+    widths = block_widths(weight.shape[0], enable_lora, out_splits)
+    updates: list[Tensor] = []
+    row, rank = 0, 0
+    for i in range(len(enable_lora)):
+        if enable_lora[i]:
+            s_block = s.narrow(-1, rank, lora_B.shape[1])
+            updates.append(F.linear(s_block, lora_B.narrow(0, row, widths[i])))
+            row, rank = row + widths[i], rank + lora_B.shape[1]
+        else:
+            updates.append(s.new_zeros(s.shape[:-1] + (widths[i],)))
+    return F.linear(x, weight, bias) + torch.cat(updates, dim=-1)
+
+
+def lora_embedding(
+    input: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Y = W[input] + scaling A^T[input] B^T. Source: loralib/layers.py:84-95.
+
+    `max_norm` limits the rows of W alone; A is never renormalised. A's gradient is dense here,
+    also for `sparse`: torch has no sparse gradient for a transposed view.
+    """
+    y = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    a = F.embedding(
+        input, like(lora_A, y).t(), padding_idx, scale_grad_by_freq=scale_grad_by_freq
+    )
+    return lora_expand(y, a, lora_B, scaling)
+
+
+def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Y + scaling S B^T, out of place."""
+    return y + F.linear(s * scaling, like(lora_B, y))
+
+
+def lora_conv(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | str | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Y = conv(X, W + scaling (B A).view(W), bias). Source: loralib/layers.py:301-308."""
+    conv = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+    w = merged_weight(weight, lora_A, lora_B, scaling)
+    return conv(x, w, bias, stride, padding, dilation, groups)
+
+
+def merged_delta(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    enable_lora: list[bool] | None = None,
+    out_splits: list[int] | None = None,
+) -> Tensor:
+    """Delta = scaling B A, (N, K), block by block where `enable_lora` is given."""
+    if enable_lora is None:
+        return (lora_B * scaling) @ lora_A
+    enabled_rows = lora_B.shape[0] // sum(enable_lora)
+    widths = block_widths(enabled_rows * len(enable_lora), enable_lora, out_splits)
+    row, rank = 0, 0
+    blocks: list[Tensor] = []
+    for width, enabled in zip(widths, enable_lora, strict=True):
+        if enabled:
+            block_A = lora_A.narrow(0, rank, lora_B.shape[1])
+            blocks.append(lora_B.narrow(0, row, width) * scaling @ block_A)
+            row, rank = row + width, rank + lora_B.shape[1]
+        else:
+            blocks.append(lora_A.new_zeros((width, lora_A.shape[1])))
+    return torch.cat(blocks)
+
+
+def merged_weight(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    enable_lora: list[bool] | None = None,
+    out_splits: list[int] | None = None,
+) -> Tensor:
+    """W + Delta.view(W), out of place and differentiable; W may have any number of dimensions."""
+    lora_A, lora_B = like(lora_A, weight), like(lora_B, weight)
+    if enable_lora is None and weight.is_contiguous():
+        # One product that adds while it multiplies: no dense delta, one rounding.
+        flat = weight.view(lora_B.shape[0], lora_A.shape[1])
+        return torch.addmm(flat, lora_B, lora_A, alpha=scaling).view(weight.shape)
+    delta = merged_delta(
+        lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits
+    )
+    return weight + delta.view(weight.shape)
+
+
+def block_widths(
+    out_features: int, enable_lora: list[bool], out_splits: list[int] | None
+) -> list[int]:
+    """Width of every output block; equal ones where `out_splits` is None."""
+    if out_splits is None:
+        return [out_features // len(enable_lora)] * len(enable_lora)
+    return out_splits
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout as `torch.nn.Dropout`; draws nothing from the generator where it changes nothing."""
+    return F.dropout(x, p, training) if training and p > 0.0 else x
+
+
+def like(adapter: Tensor, x: Tensor) -> Tensor:
+    """`adapter` in the dtype of `x`; under autocast torch's own rules choose the dtype."""
+    if adapter.dtype == x.dtype:
+        return adapter
+    if not torch.jit.is_scripting():
+        if torch.is_autocast_enabled(x.device.type):
+            return adapter
+    return adapter.to(x.dtype)
+
+
+@torch.no_grad()
+def merge_(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    enable_lora: list[bool] | None = None,
+    out_splits: list[int] | None = None,
+) -> Tensor:
+    """W <- round(W + Delta) in place, accumulated in fp32 (fp64 for fp64). Returns a copy of W.
+
+    Raises:
+        OverflowError: a finite element of W would become infinite or NaN; W is as it was.
+    """
+    original = weight.clone()
+    try:
+        _add_delta_(weight, lora_A, lora_B, scaling, enable_lora, out_splits)
+        if not finite_where(weight, original):
+            raise OverflowError(
+                f"the merged weight does not fit {weight.dtype}: some of its elements overflow"
+            )
+    except BaseException:
+        weight.copy_(original)
+        raise
+    return original
+
+
+@torch.no_grad()
+def unmerge_(weight: Tensor, original: Tensor) -> None:
+    """W <- the copy that `merge_` returned, bit for bit."""
+    weight.copy_(original)
+
+
+def finite_where(weight: Tensor, original: Tensor) -> bool:
+    """Tell whether `weight` is finite wherever `original` was."""
+    if weight.is_meta:
+        return True
+    accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if bool(weight.sum(dtype=accumulate).isfinite()):  # one pass, and nearly always enough
+        return True
+    return bool((weight.isfinite() | ~original.isfinite()).all())
+
+
+def _add_delta_(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    enable_lora: list[bool] | None,
+    out_splits: list[int] | None,
+) -> None:
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    if enable_lora is not None:
+        row, rank, top = 0, 0, 0
+        for width, enabled in zip(
+            block_widths(weight.shape[0], enable_lora, out_splits), enable_lora, strict=True
+        ):
+            if enabled:
+                block_A = lora_A.narrow(0, rank, lora_B.shape[1])
+                block = weight.narrow(0, top, width)
+                _add_product_(block, lora_B.narrow(0, row, width), block_A, scaling)
+                row, rank = row + width, rank + lora_B.shape[1]
+            top += width
+    elif weight.dim() == 2:
+        _add_product_(weight, lora_B, lora_A, scaling)
+    elif weight.is_contiguous():
+        flat = weight.view(lora_B.shape[0], lora_A.shape[1])
+        _add_product_(flat, lora_B, lora_A, scaling)
+    else:
+        delta = merged_delta(lora_A, lora_B, scaling).view(weight.shape)
+        weight.copy_(weight.to(dtype) + delta)
+
+
+def _add_product_(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float) -> None:
+    if weight.dtype == lora_A.dtype:
+        weight.addmm_(lora_B, lora_A, alpha=scaling)
+        return
+    rows = max(1, 2**20 // max(1, weight.shape[1]))  # 4 MiB of fp32 at a time
+    for w, b in zip(weight.split(rows), lora_B.split(rows), strict=True):
+        w.copy_(torch.addmm(w.to(b.dtype), b, lora_A, alpha=scaling))

@@ -1,0 +1,99 @@
+"""Which parameters are trained and which are saved."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from lora_fast.lora_layer import LoRALayer
+
+_BIAS_MODES = ("none", "all", "lora_only")
+
+
+class UnknownBiasError(ValueError, NotImplementedError):
+    """`bias` is not a mode; a NotImplementedError too, which is what loralib raises."""
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freeze every parameter of `model` that belongs to no adapter.
+
+    Args:
+        model: any module.
+        bias: `"none"` freezes all biases, `"all"` trains all of them, `"lora_only"` those of LoRA
+            layers that have an adapter.
+
+    Raises:
+        UnknownBiasError: `bias` is something else; nothing was frozen.
+
+    Note:
+        A parameter belongs to an adapter when its own name begins with `lora_`. Parameters that
+        were frozen before stay frozen. Source: loralib/utils.py:13-31.
+    """
+    _check_bias(bias)
+    for name, parameter in model.named_parameters():
+        if not _is_lora(name):
+            parameter.requires_grad = False
+    if bias == "all":
+        for name, parameter in model.named_parameters():
+            if _leaf(name) == "bias" or _leaf(name).endswith("_bias"):
+                parameter.requires_grad = True
+    elif bias == "lora_only":
+        for module in _adapted(model):
+            own: Tensor | None = getattr(module, "bias", None)
+            if own is not None:
+                own.requires_grad = True
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+    """Return the adapters of `model`, and the biases that `bias` names.
+
+    Args:
+        model: any module.
+        bias: as for `mark_only_lora_as_trainable`: what that trains, this returns.
+
+    Returns:
+        A plain dict in the order of `model.state_dict()`, whose tensors it shares.
+
+    Raises:
+        UnknownBiasError: `bias` is not a mode.
+
+    Note:
+        Rank and alpha are not in it; `lora_fast.save` keeps them. Source: loralib/utils.py:34-53.
+    """
+    _check_bias(bias)
+    state = model.state_dict()
+    if bias == "none":
+        return {k: v for k, v in state.items() if _is_lora(k)}
+    if bias == "all":
+        return {
+            k: v
+            for k, v in state.items()
+            if _is_lora(k) or _leaf(k) == "bias" or _leaf(k).endswith("_bias")
+        }
+    kept: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if _is_lora(key):
+            kept[key] = value
+            prefix = key[: len(key) - len(_leaf(key))]
+            for bias_key in (prefix + "bias", prefix + "conv.bias"):
+                if bias_key in state:
+                    kept[bias_key] = state[bias_key]
+    return kept
+
+
+def _check_bias(bias: str) -> None:
+    if bias not in _BIAS_MODES:
+        raise UnknownBiasError(f"bias must be one of {', '.join(_BIAS_MODES)}, got {bias!r}")
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _is_lora(name: str) -> bool:
+    return _leaf(name).startswith("lora_")
+
+
+def _adapted(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, LoRALayer) and hasattr(module, "lora_A"):
+            yield module

@@ -1,0 +1,334 @@
+"""The package as others get it: imports, wheel, sdist, editable install and the Makefile."""
+
+import ast
+import email
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from email.message import Message
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import lora_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"lora_fast": ROOT / "lora_fast", "lora_fast.kernels": ROOT / "kernels"}
+GENERATED = (".git", ".venv", "build", "dist", "__pycache__", "*.egg-info", "*.so", ".*_cache")
+# One process builds the package once for all tests here.
+pytestmark = pytest.mark.xdist_group("packaging")
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Return what a command printed; fail with all of it if the command fails."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "PYTHON"))}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=clean | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command} exited {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+# Who imports whom
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package with its file."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str, *, lazy: bool = True) -> set[str]:
+    """Return what a module imports; without `lazy`, only what its own import brings."""
+    return {
+        f"{target}.{alias}" if f"{target}.{alias}" in MODULES else target
+        for target, alias in _import_statements(ast.parse(MODULES[name].read_text()), lazy)
+    }
+
+
+def _import_statements(node: ast.AST, lazy: bool) -> Iterator[tuple[str, str]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, "") for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports in this package are absolute"
+            yield from ((child.module or "", alias.name) for alias in child.names)
+        elif lazy or not isinstance(child, ast.FunctionDef):
+            yield from _import_statements(child, lazy)
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name.partition(".")[0] == "lora_fast"}
+
+
+def test_modules_import_each_other_in_one_direction():
+    graph = {name: ours(imports(name, lazy=False)) - {"lora_fast"} for name in MODULES}
+    TopologicalSorter(graph).prepare()  # raises CycleError and names the cycle
+
+
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if n.startswith("lora_fast.kernels")))
+def test_kernels_know_nothing_of_the_rest(name):
+    assert all(target.startswith("lora_fast.kernels.") for target in ours(imports(name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("reference", set()),
+        ("testing", {"reference"}),
+        (
+            "functional",
+            {"autograd", "backend", "checks", "eager", "record", "reference", "sharded"},
+        ),
+    ],
+)
+def test_import_arrows(name, allowed):
+    assert ours(imports(f"lora_fast.{name}")) <= {f"lora_fast.{target}" for target in allowed}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"lora_fast.ops"}))
+def test_only_ops_imports_the_compiled_part(name):
+    assert "lora_fast._C" not in imports(name)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_optional_packages_are_imported_where_they_are_used(name):
+    now = {target.partition(".")[0] for target in imports(name, lazy=False)}
+    assert not now & {"loralib", "matplotlib", "onnx", "peft", "pytest", "transformers"}
+    if not name.startswith("lora_fast.kernels"):
+        assert "triton" not in now
+        assert not any(
+            target.startswith("lora_fast.kernels") for target in imports(name, lazy=False)
+        )
+
+
+def test_import_brings_no_triton_and_asks_no_gpu():
+    script = """
+import sys, torch
+
+def refuse(*args):
+    raise AssertionError("import lora_fast asked for the GPU")
+
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.current_device = refuse
+torch._C._cuda_init = torch._C._cuda_getDeviceCount = refuse
+before = set(sys.modules)
+import lora_fast
+import lora_fast.layers, lora_fast.utils
+brought = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(brought & {"triton", "loralib", "matplotlib", "transformers", "peft", "onnx"}))
+"""
+    assert run(sys.executable, "-c", script, cwd=ROOT.parent).strip() == "[]"
+
+
+# What is built
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the tree as a fresh clone has it."""
+    target = tmp_path_factory.mktemp("checkout") / "lora_fast"
+    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*GENERATED))
+    return target
+
+
+def build(kind: str, source: Path) -> Path:
+    """Build as pip does with --no-build-isolation, in a process where torch can't be imported."""
+    out = source.parent / kind
+    script = f"""
+import sys
+sys.modules["torch"] = None
+from setuptools import build_meta
+build_meta.build_{kind}({str(out)!r})
+"""
+    out.mkdir()
+    run(sys.executable, "-c", script, cwd=source, LORA_FAST_BUILD="none")
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout) -> Path:
+    return build("sdist", checkout)
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """The pure Python wheel, built from the unpacked sdist: so the sdist is complete."""
+    unpacked = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(unpacked)
+    (source,) = unpacked.iterdir()
+    return build("wheel", source)
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel, wheel_names) -> Message:
+    (name,) = (n for n in wheel_names if n.endswith(".dist-info/METADATA"))
+    with zipfile.ZipFile(wheel) as archive:
+        return email.message_from_bytes(archive.read(name))
+
+
+@pytest.mark.slow
+def test_sdist_holds_the_sources(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("csrc", "kernels", "lora_fast", "tests", "bench")
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh", ".json", ".typed"}
+        and "out" not in path.parts
+    }
+    wanted |= {"LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"}
+    assert wanted - names == set()
+    assert not {name for name in names if name.endswith((".so", ".pyc", ".o"))}
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_module_and_no_general_name(wheel, wheel_names):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    source = {
+        f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}"
+        for package, folder in PACKAGES.items()
+        for pattern in ("*.py", "*.json", "py.typed")
+        for path in folder.rglob(pattern)
+    }
+    assert {n for n in wheel_names if ".dist-info/" not in n} == source
+    assert {name.partition("/")[0].partition("-")[0] for name in wheel_names} == {"lora_fast"}
+    assert {"lora_fast/py.typed", "lora_fast/kernels/__init__.py"} <= wheel_names
+
+
+@pytest.mark.slow
+def test_metadata(metadata, wheel_names):
+    assert metadata["Name"] == "lora_fast"
+    assert metadata["License-Expression"] == "MIT"
+    assert any(name.endswith("licenses/LICENSE") for name in wheel_names)
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert set(metadata.get_all("Provides-Extra")) >= {"test", "bench", "demo", "triton"}
+    requirements = metadata.get_all("Requires-Dist")
+    always = {re.split(r"[^\w-]", r)[0] for r in requirements if "extra ==" not in r}
+    assert always == {"torch", "safetensors", "tqdm", "numpy"}
+    assert "torch>=2.10" in requirements
+    (triton,) = (r for r in requirements if r.startswith("triton"))
+    assert re.search(r"""platform_system == ['"]Linux['"]""", triton)
+
+
+def test_build_requires_no_torch():
+    (requires,) = re.findall(r"^requires = (.*)$", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert [re.split(r"\W", name)[0] for name in ast.literal_eval(requires)] == ["setuptools"]
+
+
+@pytest.mark.slow
+def test_version_has_one_source(metadata):
+    installed = importlib.metadata.version("lora_fast")
+    assert metadata["Version"] == lora_fast.__version__ == installed, "reinstall: make setup"
+
+
+# What is installed
+
+
+@pytest.fixture
+def environment(tmp_path) -> Path:
+    """The Python of a new environment that sees this one's packages, lora_fast excepted.
+
+    A plain path in a .pth file runs none of the .pth files there, such as an editable install's.
+    """
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    borrowed = Path(run(python, "-c", site, cwd=tmp_path).strip()) / "borrowed.pth"
+    borrowed.write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def install(python: Path, *arguments: str | Path, cwd: Path) -> None:
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--ignore-installed")
+    run(*pip, "install", *options, *arguments, cwd=cwd, LORA_FAST_BUILD="none")
+
+
+WHERE = """
+import importlib.util, lora_fast, lora_fast.kernels
+print(lora_fast.__file__, lora_fast.kernels.__file__, importlib.util.find_spec("kernels"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="the paths of a POSIX environment")
+def test_installed_wheel(environment, wheel, tmp_path):
+    install(environment, wheel, cwd=tmp_path)
+    package, kernels, plain = run(environment, "-c", WHERE, cwd=tmp_path).split()
+    assert Path(package).is_relative_to(tmp_path / "venv")
+    assert Path(kernels).parent == Path(package).parent / "kernels"
+    assert plain == "None"
+    assert (environment.parent / "lora-fast").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="the paths of a POSIX environment")
+def test_editable_install(environment, checkout, tmp_path):
+    install(environment, "--editable", checkout, cwd=tmp_path)
+    package, kernels, plain = run(environment, "-c", WHERE, cwd=tmp_path).split()
+    assert Path(package) == checkout / "lora_fast" / "__init__.py"
+    assert Path(kernels) == checkout / "kernels" / "__init__.py"
+    assert plain == "None"
+
+
+# The tree
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_second_make_sets_up_nothing(checkout):
+    make = ("make", "--no-print-directory", "-n", "test")
+    assert "pip install" in run(*make, cwd=checkout)
+    stamp = checkout / ".venv" / ".lora_fast-installed"
+    stamp.parent.mkdir()
+    stamp.touch()
+    # As if set up an hour after the last change, then a change two hours later.
+    newest = max(path.stat().st_mtime for path in checkout.rglob("*") if path.is_file())
+    os.utime(stamp, (newest + 3600, newest + 3600))
+    again = run(*make, cwd=checkout)
+    assert "pytest" in again
+    assert "pip install" not in again
+    os.utime(checkout / "pyproject.toml", (newest + 7200, newest + 7200))
+    assert "pip install" in run(*make, cwd=checkout)
+
+
+def test_tree_names_no_path_of_one_machine():
+    folders = re.compile("|".join(re.escape(f"/{name}/") for name in ("work", "root", "opt")))
+    skipped = {".git", ".venv", "build", "dist", "__pycache__"}
+    for path in ROOT.rglob("*"):
+        parts = set(path.relative_to(ROOT).parts)
+        if parts & skipped or any("cache" in part for part in parts) or not path.is_file():
+            continue
+        if path.suffix in {".md", ".py", ".toml", ".txt", ".yaml", ".yml", ".cpp", ".cu", ".h"}:
+            found = folders.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{path.relative_to(ROOT)} names {found and found.group()}"
