@@ -6,7 +6,7 @@ measured belong in `MEASURED_FORWARD` and win over the rule.
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import torch
@@ -189,7 +189,7 @@ class BackwardPlan:
     grad_a: GradAConfig
 
 
-@lru_cache(maxsize=None)
+@cache
 def architecture(device: torch.device) -> Architecture:
     """The row of the table that serves a device: its own, or the nearest with less memory."""
     if device.type != "cuda":
@@ -204,7 +204,7 @@ def architecture(device: torch.device) -> Architecture:
     return ARCHITECTURES["sm_80" if (major, minor) == (8, 0) else "sm_89"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def processor_count(device: torch.device) -> int:
     """How many programs run at once: the size of a persistent grid."""
     if device.type != "cuda":

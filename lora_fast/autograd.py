@@ -63,9 +63,7 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         dropout_p: float,
     ) -> Tensor:
-        y, s, mask = ops.lora_linear_fwd(
-            x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed
-        )
+        y, s, mask = ops.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         ctx.bias_dtype = bias.dtype if bias is not None else y.dtype

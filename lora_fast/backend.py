@@ -172,9 +172,9 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
         if t is not None and t.device != x.device:
             return f"tensors on {x.device} and {t.device}"
     weight = tensors[1] if len(tensors) > 1 else None
-    if weight is not None and weight.dtype != x.dtype:
-        if not torch.is_autocast_enabled(x.device.type):
-            return f"x is {x.dtype} and weight {weight.dtype}"
+    mixed = weight is not None and weight.dtype != x.dtype
+    if mixed and not torch.is_autocast_enabled(x.device.type):
+        return f"x is {x.dtype} and weight {weight.dtype}"
     return None if _TRITON_FOUND else "triton is not installed"
 
 

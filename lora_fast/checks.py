@@ -89,7 +89,11 @@ def splits(
                 f"({out_features}); give out_splits for blocks of unequal width"
             )
         return [out_features // len(enable_lora)] * len(enable_lora)
-    if len(out_splits) != len(enable_lora) or sum(out_splits) != out_features or min(out_splits) < 1:
+    if (
+        len(out_splits) != len(enable_lora)
+        or sum(out_splits) != out_features
+        or min(out_splits) < 1
+    ):
         raise ValueError(
             f"{op}: out_splits must be {len(enable_lora)} positive widths, one for each entry of "
             f"enable_lora, that sum to out_features={out_features}, got {list(out_splits)}"

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fast.lora_layer import LoRALayer, MergingLayer, merge_after_load, warn_no_gradient
+from lora_fast.lora_layer import LoRALayer, MergingLayer, merge_after_load, tell_no_gradient
+from lora_fast.scripting import ScriptedConv
 
 # What a caller finds on a plain nn.Conv*d and may read here too.
 _CONV_ATTRIBUTES = frozenset(
@@ -115,10 +116,12 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         if self.r > 0 and not self.merged:
             conv: Any = self.conv
             return conv._conv_forward(x, self.effective_weight(), conv.bias)  # type: ignore[no-any-return]
-        if self.merged and self.r > 0 and not torch.compiler.is_compiling():
-            if torch.is_grad_enabled():
-                warn_no_gradient(self)
+        tell_no_gradient(self)
         return self.conv(x)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what `torch.jit.script` compiles."""
+        return ScriptedConv(self)
 
     def __getattr__(self, name: str) -> Any:
         """Read the convolution's settings and parameters as if this were the convolution."""

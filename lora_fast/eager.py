@@ -138,7 +138,7 @@ def _backward_through_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ..
 
 
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Draw as `F.dropout` on a CPU does, bit for bit; return the dropped x and the kept elements."""
+    """Draw as `F.dropout` on a CPU does, bit for bit; return the dropped x and what was kept."""
     if p == 1.0:
         return x * 0.0, torch.zeros_like(x, dtype=torch.bool)
     noise = torch.empty_like(x).bernoulli_(1.0 - p)

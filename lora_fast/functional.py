@@ -62,9 +62,7 @@ def lora_linear(
             p = dropout_p if training else 0.0
             lora_A, lora_B = reference.like(lora_A, x), reference.like(lora_B, x)
             return eager.low_rank_linear(x, weight, lora_A, lora_B, scaling, bias, p, ((0, n),))
-    return reference.lora_linear(
-        x, weight, lora_A, lora_B, scaling, bias, dropout_p, training
-    )
+    return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, training)
 
 
 def lora_merged_linear(
@@ -112,7 +110,7 @@ def lora_merged_linear(
             checks.merged_linear_shapes(x, weight, lora_A, lora_B, bias, enable, widths)
         backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias)
         if backend is Backend.EAGER:
-            blocks = _enabled_blocks(weight.shape[0], enable, widths)
+            blocks = enabled_blocks(weight.shape[0], enable, widths)
             p = dropout_p if training else 0.0
             lora_A, lora_B = reference.like(lora_A, x), reference.like(lora_B, x)
             return eager.low_rank_linear(x, weight, lora_A, lora_B, scaling, bias, p, blocks)
@@ -277,9 +275,7 @@ def merged_delta(
             "merged_delta: lora_B must be (N, r) and lora_A (r, K), got "
             f"{tuple(lora_B.shape)} and {tuple(lora_A.shape)}"
         )
-    return reference.merged_delta(
-        lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
-    )
+    return reference.merged_delta(lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths)
 
 
 def merged_weight(
@@ -309,7 +305,8 @@ def merged_weight(
     """
     enable = None if enable_lora is None else [bool(e) for e in enable_lora]
     widths = None if out_splits is None else list(out_splits)
-    checks.delta_shapes("merged_weight", weight, lora_A, lora_B, enable, widths)
+    if isinstance(lora_A, Tensor) and not torch.jit.is_tracing():
+        checks.delta_shapes("merged_weight", weight, lora_A, lora_B, enable, widths)
     return reference.merged_weight(
         weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
     )
@@ -353,9 +350,7 @@ def merge_(
     merge = sharded.merge_ if sharded.is_dtensor(weight) else reference.merge_
     lora_A, lora_B = sharded.whole(lora_A), sharded.whole(lora_B)
     with torch.autocast(weight.device.type, enabled=False):
-        original = merge(
-            weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
-        )
+        original = merge(weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths)
     return MergeRecord(original, lora_A.clone(), lora_B.clone(), scaling, enable, widths)
 
 
@@ -385,9 +380,10 @@ def unmerge_(weight: Tensor, record: MergeRecord) -> None:
     reference.unmerge_(local, original)
 
 
-def _enabled_blocks(
+def enabled_blocks(
     out_features: int, enable_lora: list[bool], out_splits: list[int] | None
 ) -> eager.Blocks:
+    """First and last + 1 output column of every block that has an adapter."""
     blocks, lo = [], 0
     for width, enabled in zip(
         reference.block_widths(out_features, enable_lora, out_splits), enable_lora, strict=True

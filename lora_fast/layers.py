@@ -18,8 +18,9 @@ from lora_fast.lora_layer import (
     MergingLayer,
     identity,
     merge_after_load,
-    warn_no_gradient,
+    tell_no_gradient,
 )
+from lora_fast.scripting import ScriptedEmbedding, ScriptedLinear
 
 __all__ = [
     "Conv1d",
@@ -98,10 +99,7 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """Look up `x`, integer indices of any shape; returns (*x.shape, embedding_dim)."""
         if self.r > 0 and not self.merged:
-            lookup = (
-                reference.lora_embedding if torch.jit.is_scripting() else functional.lora_embedding
-            )
-            return lookup(
+            return functional.lora_embedding(
                 x,
                 self.weight,
                 self.lora_A,
@@ -113,8 +111,12 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
                 self.scale_grad_by_freq,
                 self.sparse,
             )
-        _tell(self)
+        tell_no_gradient(self)
         return nn.Embedding.forward(self, x)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what `torch.jit.script` compiles."""
+        return ScriptedEmbedding(self)
 
 
 class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
@@ -209,7 +211,7 @@ class Linear(_LinearBase):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features)."""
         if self.r <= 0 or self.merged:
-            _tell(self)
+            tell_no_gradient(self)
             return self._frozen(x)
         weight = self._as_delta(self.weight)
         p = self._dropout_rate()
@@ -221,6 +223,10 @@ class Linear(_LinearBase):
         return functional.lora_linear(
             x, weight, self.lora_A, self.lora_B, self.scaling, self.bias, p, p > 0.0
         )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what `torch.jit.script` compiles."""
+        return ScriptedLinear(self, [(0, self.out_features)])
 
 
 class MergedLinear(_LinearBase):
@@ -312,7 +318,7 @@ class MergedLinear(_LinearBase):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features)."""
         if self.merged or not self._has_adapter():
-            _tell(self)
+            tell_no_gradient(self)
             return self._frozen(x)
         weight = self._as_delta(self.weight)
         p = self._dropout_rate()
@@ -339,8 +345,7 @@ class MergedLinear(_LinearBase):
             **self._blocks(),
         )
 
-
-def _tell(layer: MergingLayer) -> None:
-    if layer.merged and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        if layer._has_adapter():
-            warn_no_gradient(layer)
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what `torch.jit.script` compiles."""
+        blocks = functional.enabled_blocks(self.out_features, **self._blocks())
+        return ScriptedLinear(self, list(blocks))

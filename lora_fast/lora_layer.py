@@ -37,9 +37,7 @@ class LoRALayer:
         ValueError: `lora_dropout` is outside [0, 1].
     """
 
-    def __init__(
-        self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool
-    ) -> None:
+    def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
         if isinstance(r, bool) or not hasattr(r, "__index__"):
             raise TypeError(f"r must be an integer, got {r!r} of type {type(r).__name__}")
         if not 0.0 <= lora_dropout <= 1.0:
@@ -52,7 +50,7 @@ class LoRALayer:
 
 
 class MergingLayer:
-    """The part of a LoRA layer whose adapter `eval()` merges into the weight and `train()` takes out again.
+    """The part of a LoRA layer that `eval()` merges into the weight and `train()` takes out again.
 
     A layer tells through `_weight_owner`, `_as_delta` and `_blocks` where its weight is and how the
     delta lies in it. The weight's original bits come back whatever happens while it is merged.
@@ -70,7 +68,7 @@ class MergingLayer:
     _merge_weights: bool = True
 
     def _has_adapter(self) -> bool:
-        return "lora_A" in self.__dict__.get("_parameters", ())
+        return hasattr(self, "lora_A")
 
     def _weight_owner(self) -> nn.Module:
         """Return the module that holds `weight`."""
@@ -162,9 +160,7 @@ class MergingLayer:
     def _restore(self, target: Tensor) -> None:
         record = self._record
         if record is None:  # someone set `merged` by hand: do what loralib does
-            functional.merge_(
-                target, self.lora_A, self.lora_B, -self.scaling, **self._blocks()
-            )
+            functional.merge_(target, self.lora_A, self.lora_B, -self.scaling, **self._blocks())
         elif self._changed_while_merged(target, record):
             _log.debug("%s: the weight changed while merged; subtracting", self._described())
             factors = {"enable_lora": record.enable_lora, "out_splits": record.out_splits}
@@ -273,9 +269,7 @@ class MergingLayer:
         weight, lora_A, lora_B = (state_dict[k] for k in keys)
         with torch.no_grad():
             weight = weight.clone()
-            functional.merge_(
-                self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks()
-            )
+            functional.merge_(self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks())
         state_dict[keys[0]] = weight
 
     def _described(self) -> str:
@@ -296,9 +290,14 @@ def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
         layer._merge()
 
 
-def warn_no_gradient(layer: MergingLayer) -> None:
+def tell_no_gradient(layer: MergingLayer) -> None:
     """Log, once a layer, that a merged forward gives A and B no gradient."""
-    if layer.lora_A.requires_grad and not layer.__dict__.get("_told_no_gradient"):
+    if not layer.merged or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    told = layer.__dict__.get("_told_no_gradient", False)
+    # A tracer has put its own object in the place of layer.lora_A.
+    lora_A = layer.__dict__["_parameters"].get("lora_A")
+    if not told and lora_A is not None and lora_A.requires_grad:
         layer.__dict__["_told_no_gradient"] = True
         _log.warning(
             "%s computes with merged weights while gradients are enabled: lora_A and lora_B get "

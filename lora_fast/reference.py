@@ -28,17 +28,7 @@ def lora_linear(
 
 def lora_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Y + scaling (X A^T) B^T, out of place: what an adapter adds to the frozen layer's output."""
-    s = F.linear(x, like(lora_A, x))
-    lora_B = like(lora_B, x)
-    if not torch.jit.is_scripting():
-        # addmm adds while it multiplies, which saves passes over Y; DTensor and fx proxies cannot
-        # always flatten the leading dimensions that it needs flat.
-        if type(y) is Tensor:
-            flat = torch.addmm(
-                y.reshape(-1, y.shape[-1]), s.reshape(-1, s.shape[-1]), lora_B.t(), alpha=scaling
-            )
-            return flat.view(y.shape)
-    return y + F.linear(s * scaling, lora_B)
+    return lora_expand(y, F.linear(x, like(lora_A, x)), lora_B, scaling)
 
 
 def lora_merged_linear(
@@ -61,16 +51,17 @@ def lora_merged_linear(
     s = F.linear(dropout(x, dropout_p, training), like(lora_A, x)) * scaling
     lora_B = like(lora_B, x)
     widths = block_widths(weight.shape[0], enable_lora, out_splits)
-    updates: list[Tensor] = []
+    blocks = F.linear(x, weight, bias).split(widths, -1)
+    updated: list[Tensor] = []
     row, rank = 0, 0
     for i in range(len(enable_lora)):
+        block = blocks[i]
         if enable_lora[i]:
             s_block = s.narrow(-1, rank, lora_B.shape[1])
-            updates.append(F.linear(s_block, lora_B.narrow(0, row, widths[i])))
+            block = block + F.linear(s_block, lora_B.narrow(0, row, widths[i]))
             row, rank = row + widths[i], rank + lora_B.shape[1]
-        else:
-            updates.append(s.new_zeros(s.shape[:-1] + (widths[i],)))
-    return F.linear(x, weight, bias) + torch.cat(updates, dim=-1)
+        updated.append(block)
+    return torch.cat(updated, dim=-1)
 
 
 def lora_embedding(
@@ -91,9 +82,7 @@ def lora_embedding(
     also for `sparse`: torch has no sparse gradient for a transposed view.
     """
     y = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    a = F.embedding(
-        input, like(lora_A, y).t(), padding_idx, scale_grad_by_freq=scale_grad_by_freq
-    )
+    a = F.embedding(input, like(lora_A, y).t(), padding_idx, scale_grad_by_freq=scale_grad_by_freq)
     return lora_expand(y, a, lora_B, scaling)
 
 
@@ -156,13 +145,11 @@ def merged_weight(
 ) -> Tensor:
     """W + Delta.view(W), out of place and differentiable; W may have any number of dimensions."""
     lora_A, lora_B = like(lora_A, weight), like(lora_B, weight)
-    if enable_lora is None and weight.is_contiguous():
+    if enable_lora is None:
         # One product that adds while it multiplies: no dense delta, one rounding.
-        flat = weight.view(lora_B.shape[0], lora_A.shape[1])
-        return torch.addmm(flat, lora_B, lora_A, alpha=scaling).view(weight.shape)
-    delta = merged_delta(
-        lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits
-    )
+        flat = weight.reshape(lora_B.shape[0], lora_A.shape[1])
+        return torch.addmm(flat, lora_B * scaling, lora_A).view(weight.shape)
+    delta = merged_delta(lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits)
     return weight + delta.view(weight.shape)
 
 
@@ -182,10 +169,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 def like(adapter: Tensor, x: Tensor) -> Tensor:
     """`adapter` in the dtype of `x`; under autocast torch's own rules choose the dtype."""
-    if adapter.dtype == x.dtype:
-        return adapter
-    if not torch.jit.is_scripting():
-        if torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor):  # an fx proxy cannot be compared
+        if adapter.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
             return adapter
     return adapter.to(x.dtype)
 

@@ -267,6 +267,8 @@ JIT_WARNINGS = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"
 
 
 @JIT_WARNINGS
+# torch's own F.embedding compares sizes while it is traced.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", CASES)
 def test_jit_trace(name: str, training: bool) -> None:
@@ -299,6 +301,29 @@ def test_b47_jit_script_with_dropout(name: str) -> None:
     expected = layer(x)
     torch.manual_seed(5)
     assert_same(scripted(x), expected)
+
+
+@JIT_WARNINGS
+@pytest.mark.parametrize("name", CASES)
+def test_a_script_of_a_merged_layer_outlives_the_merge(name: str) -> None:
+    """The layer takes its delta out of its own weight again; the script keeps a merged one."""
+    layer, x = build(name), CASES[name].input(4)
+    expected = layer(x)
+    scripted = torch.jit.script(layer.eval())
+    layer.train()
+    assert_same(scripted(x), expected)
+
+
+@JIT_WARNINGS
+def test_jit_script_of_a_model_shares_the_adapters() -> None:
+    """Also layers without an adapter; training the script trains the layers."""
+    model = nn.Sequential(build("merged"), nn.ReLU(), lora.Linear(12, 8), build("linear"))
+    scripted = torch.jit.script(model)
+    assert set(scripted.state_dict()) == set(model.state_dict())
+    x = torch.randn(3, 8)
+    assert_same(scripted(x), model(x))
+    randomize(model)
+    assert_same(scripted(x), model(x))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

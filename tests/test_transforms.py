@@ -211,7 +211,7 @@ def test_b45_vmap_over_adapters(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_ensemble_of_whole_layers(name: str) -> None:
-    """The recipe of torch's model-ensembling tutorial: every parameter is batched, and its grads."""
+    """The recipe of torch's ensembling tutorial: every parameter and gradient is batched."""
     layers = [build(name, seed=seed) for seed in (1, 2)]
     x = make_input(name)
     state, buffers = stack_module_state(layers)
@@ -255,7 +255,9 @@ def test_functional_call_on_a_merged_layer_uses_the_merged_weight(name: str) -> 
     layer, x = build(name), make_input(name)
     unmerged = layer(x)
     layer.eval()
-    torch.testing.assert_close(functional_call(layer, dict(layer.named_parameters()), (x,)), unmerged)
+    torch.testing.assert_close(
+        functional_call(layer, dict(layer.named_parameters()), (x,)), unmerged
+    )
 
 
 @pytest.mark.parametrize("name", DENSE)

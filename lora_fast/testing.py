@@ -1,0 +1,93 @@
+"""What tests of LoRA code need: random adapters, and an error budget that nobody has to choose.
+
+The budget comes from PyTorch itself: the answer in float64 is the oracle, and an implementation may
+be off by twice what eager PyTorch is off in the same dtype, plus one rounding.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def randomize_(module: nn.Module, std: float = 0.5) -> nn.Module:
+    """Fill every `lora_A` and `lora_B` with N(0, std^2): a fresh adapter changes nothing.
+
+    Args:
+        module: any module.
+        std: standard deviation.
+
+    Returns:
+        `module` itself.
+    """
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2].startswith("lora_"):
+            parameter.normal_(std=std)
+    return module
+
+
+def error_budget(eager: Tensor, oracle: Tensor, *, factor: float = 2.0) -> tuple[float, float]:
+    """Return how far an implementation may be from `oracle`: largest and root mean square error.
+
+    Args:
+        eager: the result of plain PyTorch in the dtype under test.
+        oracle: the result in float64.
+        factor: multiple of eager's own error (and of one rounding) that is allowed.
+
+    Returns:
+        Bounds for the largest and the root mean square absolute error.
+    """
+    wide = oracle.double()
+    error = (eager.double() - wide).abs()
+    # Eager may be right by luck where little is added up; a rounding of the result is always due.
+    rounding = wide.abs() * torch.finfo(eager.dtype).eps / 2
+    return factor * _largest(error + rounding), factor * (_rms(error) + _rms(rounding))
+
+
+def assert_within_budget(
+    actual: Tensor, eager: Tensor, oracle: Tensor, *, factor: float = 2.0, what: str = "result"
+) -> None:
+    """Fail unless `actual` is as near to `oracle` as `error_budget` demands.
+
+    Args:
+        actual: the result under test.
+        eager: the result of plain PyTorch in the same dtype, from the same inputs.
+        oracle: the result in float64.
+        factor: as for `error_budget`.
+        what: name of the result, for the message.
+
+    Raises:
+        AssertionError: shape or dtype differ from `eager`, or an error is over the budget. The
+            message gives both errors, both budgets and where the largest error is.
+    """
+    if actual.shape != eager.shape or actual.dtype != eager.dtype:
+        raise AssertionError(
+            f"{what}: expected {eager.dtype} {tuple(eager.shape)}, got {actual.dtype} "
+            f"{tuple(actual.shape)}"
+        )
+    if actual.numel() == 0:
+        return
+    finite = oracle.isfinite()
+    if not torch.equal(actual.isfinite(), finite):
+        raise AssertionError(f"{what}: infinities or NaN are not where the oracle has them")
+    zero = torch.zeros((), dtype=torch.float64, device=oracle.device)
+    wide = torch.where(finite, oracle.double(), zero)
+    error = (torch.where(finite, actual.double(), zero) - wide).abs()
+    clean = torch.where(finite, eager, zero.to(eager.dtype))
+    largest, rms = error_budget(clean, wide, factor=factor)
+    if _largest(error) <= largest and _rms(error) <= rms:
+        return
+    flat = int(error.argmax())
+    at = [int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape)]
+    raise AssertionError(
+        f"{what}: largest error {_largest(error):.3e} (budget {largest:.3e}), root mean square "
+        f"{_rms(error):.3e} (budget {rms:.3e}); at {at} got {actual[tuple(at)].item()}, "
+        f"oracle {oracle[tuple(at)].item()}"
+    )
+
+
+def _largest(error: Tensor) -> float:
+    return float(error.max()) if error.numel() else 0.0
+
+
+def _rms(error: Tensor) -> float:
+    return float(error.square().mean().sqrt()) if error.numel() else 0.0
