@@ -52,7 +52,7 @@ def load_keep(keep_ptr, offs_m, start_col, M, COLS_TOTAL, ROWS: tl.constexpr, CO
 
 @triton.jit
 def apply_keep(values, keep):
-    """`values * keep`: a product, not a choice, so that a dropped NaN or Inf gives NaN as in torch."""
+    """`values * keep`: a product, so that a dropped NaN or Inf gives NaN as in torch."""
     if INTERPRETED:
         return (values.to(tl.float32) * keep.to(tl.float32)).to(values.dtype)
     else:

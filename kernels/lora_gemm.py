@@ -92,7 +92,7 @@ def finish_tile(
     TMA: tl.constexpr,
 ):
     """Add the update and the bias to one tile, round once, store. `y`: pointer or descriptor."""
-    M, N, R = sizes
+    M, N, _ = sizes
     offs_m = start_m.to(tl.int64) + tl.arange(0, acc.shape[0])
     offs_n = start_n.to(tl.int64) + tl.arange(0, acc.shape[1])
     base = acc

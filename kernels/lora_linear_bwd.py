@@ -111,7 +111,7 @@ def lora_grad_a_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Each program covers [CHUNK_M, BLOCK_K] of x: fp32 partial sums of da, and dx0 = keep * (ds a).
+    """Each program covers [CHUNK_M, BLOCK_K] of x: partial sums of da, and dx0 = keep * (ds a).
 
     Grid: (cdiv(K, BLOCK_K), cdiv(M, CHUNK_M), cdiv(R, BLOCK_R)).
     x: [M, K], a: [R, K], any strides.  ds: [M, R], keep: [M, ceil(K / 8)] bytes, dx: [M, K],
@@ -163,7 +163,7 @@ def lora_grad_sb(
     need_db: bool,
     dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dS (M, R) = factor * dY B, dB (N, R) = dY^T S and dbias (N,): what is asked for, else None."""
+    """dS (M, R) = factor * dY B, dB (N, R) = dY^T S and dbias (N,); None where not asked."""
     (M, N), R = dy.shape, lora_b.shape[1]
     block_r, r_blocks = rank_blocks(R)
     row_blocks = triton.cdiv(M, config.block_m)

@@ -21,7 +21,7 @@ def tile_ptrs(ptr, strides, rows, cols):
 
 @triton.jit
 def block_offsets(block, BLOCK: tl.constexpr):
-    """Indices of one block in int64: rows times columns passes 2**31 at 64k tokens x 32k features."""
+    """Indices of one block, int64: 64k tokens x 32k features pass 2**31."""
     return block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 

@@ -46,8 +46,9 @@ def lora_linear(
     inputs = (x, weight, bias, lora_A, lora_B)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         y: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, seed, scaling, p)
-        return y
-    return ops.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, p, seed)[0]
+    else:
+        y = ops.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, p, seed)[0]
+    return y
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -63,8 +64,9 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         dropout_p: float,
     ) -> Tensor:
+        y: Tensor
         y, s, mask = ops.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         ctx.bias_dtype = bias.dtype if bias is not None else y.dtype
         ctx.save_for_backward(
@@ -78,7 +80,8 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = dys
         x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -118,6 +121,7 @@ def _differentiable_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = flat @ weight + (delta if drop is None else delta * drop)
         dx = dx.view(*dy.shape[:-1], a.shape[1])
     if need_w:
+        assert rows is not None
         dw = flat.t() @ rows
     if need_bias:
         dbias = flat.sum(0).to(ctx.bias_dtype)

@@ -172,8 +172,8 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
         if t is not None and t.device != x.device:
             return f"tensors on {x.device} and {t.device}"
     weight = tensors[1] if len(tensors) > 1 else None
-    mixed = weight is not None and weight.dtype != x.dtype
-    if mixed and not torch.is_autocast_enabled(x.device.type):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if weight is not None and weight.dtype != x.dtype and not autocast:
         return f"x is {x.dtype} and weight {weight.dtype}"
     return None if _TRITON_FOUND else "triton is not installed"
 

@@ -3,9 +3,8 @@
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lora_fast.lora_layer import LoRALayer, MergingLayer, merge_after_load, tell_no_gradient
@@ -115,9 +114,9 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         """Convolve `x`, (batch, in_channels, *space) or without the batch."""
         if self.r > 0 and not self.merged:
             conv: Any = self.conv
-            return conv._conv_forward(x, self.effective_weight(), conv.bias)  # type: ignore[no-any-return]
+            return cast(Tensor, conv._conv_forward(x, self.effective_weight(), conv.bias))
         tell_no_gradient(self)
-        return self.conv(x)
+        return cast(Tensor, self.conv(x))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return what `torch.jit.script` compiles."""

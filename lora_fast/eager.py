@@ -147,7 +147,8 @@ def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def _rows(lora_B: Tensor, blocks: Blocks) -> tuple[Tensor, ...]:
-    return lora_B.split([hi - lo for lo, hi in blocks])
+    rows: tuple[Tensor, ...] = lora_B.split([hi - lo for lo, hi in blocks])
+    return rows
 
 
 def sparse_columns(

@@ -163,8 +163,8 @@ class MergingLayer:
             functional.merge_(target, self.lora_A, self.lora_B, -self.scaling, **self._blocks())
         elif self._changed_while_merged(target, record):
             _log.debug("%s: the weight changed while merged; subtracting", self._described())
-            factors = {"enable_lora": record.enable_lora, "out_splits": record.out_splits}
-            functional.merge_(target, record.lora_A, record.lora_B, -record.scaling, **factors)
+            factors = (record.lora_A, record.lora_B, -record.scaling)
+            functional.merge_(target, *factors, **record.blocks())
         else:
             functional.unmerge_(target, record)
 
@@ -174,21 +174,21 @@ class MergingLayer:
             return False
         original = target.clone()
         functional.unmerge_(original, record)
-        factors = {"enable_lora": record.enable_lora, "out_splits": record.out_splits}
-        functional.merge_(original, record.lora_A, record.lora_B, record.scaling, **factors)
+        factors = (record.lora_A, record.lora_B, record.scaling)
+        functional.merge_(original, *factors, **record.blocks())
         return not torch.equal(original, target)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or convert the original weight, not the merged one, and merge again."""
         remerge = self.merged and self._record is not None
         if remerge:
-            was_meta = self._weight_owner().weight.is_meta  # type: ignore[union-attr]
+            was_meta = self._weight_owner().weight.is_meta
             self._unmerge()
         try:
             return super()._apply(fn, recurse)  # type: ignore[misc]
         finally:
             # From meta to a device the values are yet to be filled in.
-            if remerge and not (was_meta and not self._weight_owner().weight.is_meta):  # type: ignore[union-attr]
+            if remerge and not (was_meta and not self._weight_owner().weight.is_meta):
                 self._merge()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

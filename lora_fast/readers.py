@@ -79,7 +79,7 @@ def _expose_effective_weight(attention: nn.Module, args: Any) -> None:
     layer = attention.out_proj
     if hasattr(type(layer), "effective_weight"):
         # An instance attribute is found before the parameter of the same name.
-        vars(layer)["weight"] = layer.effective_weight()  # type: ignore[operator]
+        vars(layer)["weight"] = layer.effective_weight()  # type: ignore[operator, union-attr]
 
 
 def _hide_effective_weight(attention: nn.Module, args: Any, output: Any) -> None:

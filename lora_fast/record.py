@@ -1,6 +1,7 @@
 """What `merge_` leaves behind so that `unmerge_` can restore the weight bit for bit."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -24,3 +25,7 @@ class MergeRecord:
     scaling: float
     enable_lora: list[bool] | None
     out_splits: list[int] | None
+
+    def blocks(self) -> dict[str, Any]:
+        """Return the arguments that describe a grouped weight to the functions."""
+        return {"enable_lora": self.enable_lora, "out_splits": self.out_splits}

@@ -169,9 +169,10 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 def like(adapter: Tensor, x: Tensor) -> Tensor:
     """`adapter` in the dtype of `x`; under autocast torch's own rules choose the dtype."""
-    if isinstance(x, Tensor):  # an fx proxy cannot be compared
-        if adapter.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
-            return adapter
+    if not isinstance(x, Tensor):  # an fx proxy cannot be compared
+        return adapter.to(x.dtype)
+    if adapter.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        return adapter
     return adapter.to(x.dtype)
 
 

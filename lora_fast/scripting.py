@@ -13,20 +13,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class ScriptedLinear(nn.Module):
+class _Scripted(nn.Module):
+    """What the linear layers and the embedding share: their weight, A and B."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.adapted = layer._has_adapter() and not layer.merged
+        self.weight = _copied(layer.weight) if layer.merged else layer.weight
+        if self.adapted:
+            self.lora_A, self.lora_B, self.scaling = layer.lora_A, layer.lora_B, layer.scaling
+
+
+class ScriptedLinear(_Scripted):
     """`Linear` and `MergedLinear`, with an adapter or merged, as TorchScript can compile them."""
 
-    adapted: torch.jit.Final[bool]
-    transposed: torch.jit.Final[bool]
+    __constants__ = ("adapted", "transposed")
 
     def __init__(self, layer: Any, blocks: list[tuple[int, int]]) -> None:
         """Take the parameters of `layer`; `blocks` are its output columns that have an adapter."""
-        super().__init__()
-        self.adapted = _share(self, layer)
+        super().__init__(layer)
         self.transposed = layer.fan_in_fan_out
         self.bias = layer.bias
         self.blocks = blocks
         self.dropout = _module(layer.lora_dropout)
+        self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features)."""
@@ -43,15 +59,14 @@ class ScriptedLinear(nn.Module):
         return y
 
 
-class ScriptedEmbedding(nn.Module):
+class ScriptedEmbedding(_Scripted):
     """`Embedding` as TorchScript can compile it."""
 
-    adapted: torch.jit.Final[bool]
+    __constants__ = ("adapted",)
 
     def __init__(self, layer: Any) -> None:
         """Take the parameters and settings of `layer`."""
-        super().__init__()
-        self.adapted = _share(self, layer)
+        super().__init__(layer)
         self.padding_idx: int | None = layer.padding_idx
         self.max_norm: float | None = layer.max_norm
         self.norm_type: float = layer.norm_type
@@ -78,7 +93,7 @@ class ScriptedEmbedding(nn.Module):
 class ScriptedConv(nn.Module):
     """`Conv1d`, `Conv2d` and `Conv3d` as TorchScript can compile them."""
 
-    adapted: torch.jit.Final[bool]
+    __constants__ = ("adapted",)
 
     def __init__(self, layer: Any) -> None:
         """Take the convolution and the adapter of `layer`."""
@@ -97,17 +112,8 @@ class ScriptedConv(nn.Module):
             flat = weight.reshape(self.lora_B.size(0), self.lora_A.size(1))
             lora_A, lora_B = self.lora_A.to(weight.dtype), self.lora_B.to(weight.dtype)
             weight = torch.addmm(flat, lora_B * self.scaling, lora_A).view_as(weight)
-        return self.conv._conv_forward(x, weight, self.conv.bias)
-
-
-def _share(module: Any, layer: Any) -> bool:
-    """Give `module` the parameters of `layer`; tell whether it computes with A and B."""
-    adapted = layer._has_adapter() and not layer.merged
-    module.weight = _copied(layer.weight) if layer.merged else layer.weight
-    if adapted:
-        module.lora_A, module.lora_B, module.scaling = layer.lora_A, layer.lora_B, layer.scaling
-    module.train(layer.training)
-    return bool(adapted)
+        y: Tensor = self.conv._conv_forward(x, weight, self.conv.bias)
+        return y
 
 
 def _copied(weight: nn.Parameter) -> nn.Parameter:
