@@ -1,0 +1,319 @@
+"""What a merge must not do to others: tied weights, saved graphs, computed weights, compilers."""
+
+import logging
+from typing import Any
+
+import loralib
+import pytest
+import torch
+import torch._dynamo.exc
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import lora_fast as lora
+from lora_fast.testing import randomize_
+
+
+class _LanguageModel(nn.Module):
+    """An embedding and a head on one weight, each possibly with its own adapter."""
+
+    def __init__(self, embedding: nn.Module, head: nn.Module, share: str) -> None:
+        super().__init__()
+        self.embedding, self.head = embedding, head
+        if share == "parameter":
+            self.head.weight = self.embedding.weight
+        else:
+            self.head.weight.data = self.embedding.weight.data
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(x)))
+
+
+def tied(lib: Any, kind: str, share: str) -> _LanguageModel:
+    embedding = lib.Embedding(9, 4, r=2) if "embedding" in kind else nn.Embedding(9, 4)
+    with_adapter = lib.Linear(4, 9, r=2, bias=False)
+    head = with_adapter if "head" in kind else nn.Linear(4, 9, bias=False)
+    return randomize_(_LanguageModel(embedding, head, share))
+
+
+@pytest.mark.parametrize("share", ["parameter", "storage"])
+@pytest.mark.parametrize("kind", ["embedding", "head", "embedding and head"])
+def test_b14_tied_weights_stay_unmerged_and_right(kind: str, share: str) -> None:
+    model = tied(lora, kind, share)
+    before, x = model.embedding.weight.detach().clone(), torch.randint(0, 9, (3, 5))
+    expected = model(x)
+    model.eval()
+    for layer in (model.embedding, model.head):
+        assert not getattr(layer, "merged", False)
+    assert torch.equal(model.embedding.weight, before)
+    torch.testing.assert_close(model(x), expected)
+    model.train()
+    assert torch.equal(model.embedding.weight, before)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("share", ["parameter", "storage"])
+def test_b14_two_layers_on_one_weight_add_their_own_delta_only(case: Any, share: str) -> None:
+    one, two = case.build(), case.build()
+    if share == "parameter":
+        two.weight = one.weight
+    else:
+        two.weight.data = one.weight.data
+    before, x = case.weight(one).detach().clone(), case.input()
+    for mode in (False, True, False):
+        for layer in (one, two):
+            layer.train(mode)
+        for layer in (one, two):
+            assert not layer.merged
+            case.assert_right(layer, x)
+        assert torch.equal(case.weight(one), before)
+        assert torch.equal(case.weight(two), before)
+
+
+def test_b14_a_weight_is_merged_again_when_the_other_owner_is_gone(case: Any) -> None:
+    layer, other = case.build(), case.build()
+    other.weight = layer.weight
+    assert not layer.eval().merged
+    del other
+    assert layer.eval().merged
+
+
+def test_b14_other_references_to_a_weight_do_not_prevent_the_merge(case: Any) -> None:
+    """An optimizer, a list of parameters and a state dict refer to weights too."""
+    layer = case.build()
+    parameters, state = list(layer.parameters()), layer.state_dict()
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    assert layer.eval().merged
+    assert torch.equal(case.weight(layer), parameters[0]) or len(parameters) > 1
+    assert len(optimizer.param_groups[0]["params"]) == len(parameters) == len(state)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "embedding and head"])
+def test_b14_loralib_changes_the_other_layer(kind: str) -> None:
+    model, x = tied(loralib, kind, "parameter"), torch.randint(0, 9, (3, 5))
+    expected = model(x)
+    model.eval()
+    assert (model(x) - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("needs_dx", [True, False], ids=["with_dx", "without_dx"])
+def test_b19_backward_after_a_flip_is_right_or_refused(case: Any, needs_dx: bool) -> None:
+    """Never silently the gradient at another weight."""
+    layer, x = case.build(), case.input()
+    x = x.requires_grad_(needs_dx and x.is_floating_point())
+    inputs = [layer.lora_A, layer.lora_B] + ([x] if x.requires_grad else [])
+    y = layer(x)
+    seed = torch.randn_like(y)
+    expected = torch.autograd.grad(y, inputs, seed, retain_graph=True)
+    layer.eval()
+    try:
+        got = torch.autograd.grad(y, inputs, seed)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+        assert needs_dx  # without dX the weight plays no part
+    else:
+        torch.testing.assert_close(got, expected)
+
+
+def test_b19_backward_of_a_merged_forward_after_train(case: Any) -> None:
+    layer, x = case.build().eval(), case.input()
+    if not x.is_floating_point():
+        x = x.double().long()
+        assert not layer(x).requires_grad
+        return
+    x.requires_grad_()
+    y = layer(x).square().sum()
+    (expected,) = torch.autograd.grad(y, x, retain_graph=True)
+    layer.train()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, x)
+    (again,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(again, expected)
+
+
+def test_b19_loralib_is_silently_wrong() -> None:
+    layer, x = randomize_(loralib.Linear(4, 4, r=2)), torch.randn(1, 4, requires_grad=True)
+    y = layer(x).sum()
+    (expected,) = torch.autograd.grad(y, x, retain_graph=True)
+    layer.eval()
+    (got,) = torch.autograd.grad(y, x)
+    assert (got - expected).abs().max() > 0.01
+
+
+def merge_records(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "lora_fast.merge"]
+
+
+def test_b20_training_in_eval_mode_fails_as_in_loralib_and_says_why(
+    case: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = case.build()
+    lora.mark_only_lora_as_trainable(layer)
+    layer.eval()
+    with caplog.at_level(logging.INFO, logger="lora_fast.merge"):
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="does not require grad"):
+                layer(case.input()).sum().backward()
+    (message,) = merge_records(caplog)
+    assert type(layer).__name__ in message
+    assert "train()" in message
+    assert layer.lora_A.grad is None
+
+
+def test_b20_every_layer_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(lora.Linear(4, 5, r=1), lora.Linear(5, 6, r=1)).eval()
+    for _ in range(2):
+        model(torch.randn(2, 4))
+    assert [m.split(",")[0] for m in merge_records(caplog)] == [
+        "Linear(in_features=4",
+        "Linear(in_features=5",
+    ]
+
+
+def test_b20_inference_and_frozen_adapters_are_silent(
+    case: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer, x = case.build().eval(), case.input()
+    with torch.no_grad():
+        layer(x)
+    with torch.inference_mode():
+        layer(x)
+    layer.requires_grad_(False)
+    layer(x)
+    case.build()(x)
+    case.build(merge_weights=False).eval()(x)
+    assert merge_records(caplog) == []
+
+
+def test_b20_loralib_raises_the_same() -> None:
+    layer = loralib.Linear(4, 4, r=2)
+    loralib.mark_only_lora_as_trainable(layer)
+    layer.eval()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        layer(torch.randn(1, 4)).sum().backward()
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+# torch deprecates the older weight_norm; models in the wild have it.
+OLD_WEIGHT_NORM = "ignore:.*weight_norm.* is deprecated:FutureWarning"
+COMPUTED = {
+    "prune": lambda owner: prune.random_unstructured(owner, "weight", 0.5),
+    "parametrize": lambda owner: parametrize.register_parametrization(owner, "weight", _Doubled()),
+    "weight_norm": parametrizations.weight_norm,
+    "old_weight_norm": nn.utils.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings(OLD_WEIGHT_NORM)
+@pytest.mark.parametrize("how", COMPUTED)
+def test_b24_a_computed_weight_is_not_merged(case: Any, how: str) -> None:
+    layer, x = case.build(), case.input()
+    owner = layer._weight_owner()
+    COMPUTED[how](owner)
+    own = {k: p.detach().clone() for k, p in layer.named_parameters()}
+    expected = layer(x)
+    case.assert_right(layer, x, got=expected)
+    layer.eval()
+    assert not layer.merged
+    torch.testing.assert_close(layer(x), expected)
+    layer.train()
+    torch.testing.assert_close(layer(x), expected)
+    for key, parameter in layer.named_parameters():
+        assert torch.equal(parameter, own[key])
+    assert lora.lora_state_dict(layer).keys() == {"lora_A", "lora_B"}
+
+
+def test_b24_loralib_loses_the_adapter(old_case: Any) -> None:
+    layer, x = old_case.build(loralib), old_case.input()
+    prune.identity(getattr(layer, "conv", layer), "weight")
+    expected = layer(x)
+    layer.eval()
+    assert (layer(x) - expected).abs().max() > 0.01
+
+
+def test_b24_pruning_a_merged_layer_keeps_the_base(case: Any) -> None:
+    layer, x = case.build(), case.input()
+    before, expected = case.weight(layer).detach().clone(), layer(x)
+    owner = layer.eval()._weight_owner()
+    prune.identity(owner, "weight")
+    layer.train()
+    assert torch.equal(owner.weight_orig, before)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.eval()(x), expected)
+
+
+@pytest.mark.filterwarnings(OLD_WEIGHT_NORM)
+@pytest.mark.parametrize("how", ["weight_norm", "old_weight_norm"])
+def test_b24_decomposing_a_merged_weight_is_refused_at_train(case: Any, how: str) -> None:
+    """The base cannot be had back from the norm; a wrong model would be worse than an error."""
+    layer, x = case.build().eval(), case.input()
+    expected = layer(x)
+    COMPUTED[how](layer._weight_owner())
+    with pytest.raises(RuntimeError, match="while the adapter was merged"):
+        layer.train()
+    assert layer.merged
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_b24_a_parametrized_merged_weight_keeps_its_base(case: Any) -> None:
+    layer, x = case.build(), case.input()
+    before = case.weight(layer).detach().clone()
+    owner = layer.eval()._weight_owner()
+    parametrize.register_parametrization(owner, "weight", _Doubled())
+    layer.train()
+    assert torch.equal(owner.parametrizations.weight.original, before)
+    case.assert_right(layer, x)
+
+
+def flip_and_run(layer: Any, x: Tensor) -> Tensor:
+    layer.eval()
+    y = layer(x)
+    layer.train()
+    return y
+
+
+def test_b48_compiled_code_that_flips_the_mode_breaks_the_graph_and_is_right(case: Any) -> None:
+    layer, x = case.build(), case.input()
+    before = case.weight(layer).detach().clone()
+    run = torch.compile(flip_and_run, backend="aot_eager")
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(run(layer, x), layer(x))
+        assert not layer.merged
+        assert torch.equal(case.weight(layer), before)
+
+
+def test_b48_a_flip_in_one_graph_is_refused(case: Any) -> None:
+    run = torch.compile(flip_and_run, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        run(case.build(), case.input())
+
+
+def test_b48_the_compiled_layer_alone_follows_flips(case: Any) -> None:
+    layer, x = case.build(), case.input()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for mode in (True, False, True, False):
+        randomize_(layer.train())
+        expected = layer(x).detach()
+        layer.train(mode)
+        torch.testing.assert_close(compiled(x).detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_b48_loralib_fails() -> None:
+    layer = randomize_(loralib.Linear(8, 6, r=2))
+    run = torch.compile(flip_and_run, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="frozen storage"):
+        run(layer, torch.randn(2, 8))
+
+
+def test_b14_a_head_that_reads_the_weight_sees_the_base() -> None:
+    """F.linear(x, layer.weight), as heads without a module of their own do it."""
+    layer = randomize_(lora.Embedding(9, 4, r=2, merge_weights=False))
+    hidden = torch.randn(3, 4)
+    expected = F.linear(hidden, layer.weight)
+    assert torch.equal(F.linear(hidden, layer.eval().weight), expected)
