@@ -25,6 +25,8 @@ class Backend(Enum):
     """The fused kernels in `lora_fast.kernels`."""
     EAGER = "eager"
     """`lora_fast.eager`: torch's own kernels, with a backward written by hand."""
+    COMPILED = "compiled"
+    """The C++ and CUDA ops of csrc, for merges."""
     REFERENCE = "reference"
     """`lora_fast.reference`: plain differentiable torch."""
 
@@ -99,7 +101,7 @@ def choose(op: str, *tensors: Tensor | None) -> Backend:
         RuntimeError: the forced backend cannot serve the call.
     """
     if _selected == "reference":
-        return _decided(op, Backend.REFERENCE, "chosen by set_backend")
+        return decided(op, Backend.REFERENCE, "chosen by set_backend")
     special = _needs_reference(op, tensors)
     if _selected == "triton":
         reason = special or _why_not_triton(op, tensors)
@@ -108,20 +110,21 @@ def choose(op: str, *tensors: Tensor | None) -> Backend:
                 f"{op}: backend 'triton' was forced but cannot run: {reason}. "
                 "Use set_backend('auto') to let other implementations serve such calls."
             )
-        return _decided(op, Backend.TRITON, "chosen by set_backend")
+        return decided(op, Backend.TRITON, "chosen by set_backend")
     if special:
-        return _decided(op, Backend.REFERENCE, special)
+        return decided(op, Backend.REFERENCE, special)
     x = tensors[0]
     if x is not None and x.is_cuda:
         reason = _why_not_triton(op, tensors)
         if reason is None:
-            return _decided(op, Backend.TRITON, "plain CUDA tensors")
+            return decided(op, Backend.TRITON, "plain CUDA tensors")
     else:
         reason = "not a CUDA tensor"
-    return _decided(op, Backend.EAGER if op in _EAGER_OPS else Backend.REFERENCE, reason)
+    return decided(op, Backend.EAGER if op in _EAGER_OPS else Backend.REFERENCE, reason)
 
 
-def _decided(op: str, backend: Backend, reason: str) -> Backend:
+def decided(op: str, backend: Backend, reason: str) -> Backend:
+    """Log a decision and return it."""
     if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s -> %s: %s", op, backend.value, reason)
     return backend
@@ -137,6 +140,8 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     for t in tensors:
         if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
             return f"a {type(t).__name__} is not a plain tensor"
+    if x is not None and x.is_nested:
+        return "a nested tensor"
     if _in_functorch_transform(tensors):
         return "inside a functorch transform"
     if torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ def linear_shapes(
 ) -> None:
     """Refuse shapes that do not fit `lora_linear`."""
     n, k = weight.shape
-    if x.dim() == 0 or x.shape[-1] != k:
+    if x.dim() == 0 or x.size(-1) != k:
         raise ValueError(
             f"lora_linear: x must have {k} features in its last dimension, as weight "
             f"{tuple(weight.shape)} expects, got shape {tuple(x.shape)}"
@@ -39,7 +39,7 @@ def merged_linear_shapes(
 ) -> None:
     """Refuse shapes that do not fit `lora_merged_linear`."""
     n, k = weight.shape
-    if x.dim() == 0 or x.shape[-1] != k:
+    if x.dim() == 0 or x.size(-1) != k:
         raise ValueError(
             f"lora_merged_linear: x must have {k} features in its last dimension, as weight "
             f"{tuple(weight.shape)} expects, got shape {tuple(x.shape)}"

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lora_fast import readers
 from lora_fast.lora_layer import LoRALayer, MergingLayer, merge_after_load, tell_no_gradient
 from lora_fast.scripting import ScriptedConv
 
@@ -114,6 +115,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         """Convolve `x`, (batch, in_channels, *space) or without the batch."""
         if self.r > 0 and not self.merged:
             conv: Any = self.conv
+            readers.recompute_weight(conv, x)
             return cast(Tensor, conv._conv_forward(x, self.effective_weight(), conv.bias))
         tell_no_gradient(self)
         return cast(Tensor, self.conv(x))

@@ -72,8 +72,11 @@ class _LowRankLinear(torch.autograd.Function):
             blocks, s2.split(rank, 1), _rows(lora_B, blocks), strict=True
         ):
             y2[:, lo:hi].addmm_(s_block, b_block.t(), alpha=scaling)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, s, keep)
+        # Without dX the weight plays no part, and a merge between forward and backward is harmless.
+        kept_weight = weight if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(x, kept_weight, lora_A, lora_B, s, keep)
         ctx.scaling, ctx.blocks, ctx.keep_scale = scaling, blocks, keep_scale
+        ctx.out_features, ctx.in_features = weight.shape
         return y
 
     @staticmethod
@@ -83,8 +86,8 @@ class _LowRankLinear(torch.autograd.Function):
         x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
         need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
         scaling, blocks, rank = ctx.scaling, ctx.blocks, lora_B.shape[1]
-        dy = grads[0].reshape(-1, weight.shape[0])
-        x2 = x.reshape(-1, weight.shape[1])
+        dy = grads[0].reshape(-1, ctx.out_features)
+        x2 = x.reshape(-1, ctx.in_features)
         s2 = s.view(-1, s.shape[-1])
         dx = dW = dA = dB = dbias = None
         if need_B:
@@ -123,8 +126,8 @@ def _backward_through_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ..
     x, weight, lora_A, lora_B, _, keep = ctx.saved_tensors
     dropped = x if keep is None else x * keep * ctx.keep_scale
     s = F.linear(dropped, lora_A) * ctx.scaling
-    y = F.linear(x, weight)
-    n = weight.shape[0]
+    n = ctx.out_features
+    y = x.new_zeros((*x.shape[:-1], n)) if weight is None else F.linear(x, weight)
     for (lo, hi), s_block, b_block in zip(
         ctx.blocks, s.split(lora_B.shape[1], -1), _rows(lora_B, ctx.blocks), strict=True
     ):

@@ -10,9 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_fast import autograd, checks, eager, reference, sharded
+from lora_fast import autograd, checks, eager, reference
 from lora_fast.backend import Backend, choose
-from lora_fast.record import MergeRecord
+from lora_fast.merging import merge_, unmerge_
+
+__all__ = [
+    "lora_conv",
+    "lora_embedding",
+    "lora_linear",
+    "lora_merged_linear",
+    "merge_",
+    "merged_delta",
+    "merged_weight",
+    "unmerge_",
+]
 
 
 def lora_linear(
@@ -310,74 +321,6 @@ def merged_weight(
     return reference.merged_weight(
         weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
     )
-
-
-@torch.no_grad()
-def merge_(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    enable_lora: Sequence[bool] | None = None,
-    out_splits: Sequence[int] | None = None,
-) -> MergeRecord:
-    """W <- round(W + Delta) in place.
-
-    Args:
-        weight: (N, K) or a convolution's N-D weight, any strides; or a DTensor, of which each rank
-            merges its own shard.
-        lora_A: as for `merged_delta`.
-        lora_B: as for `merged_delta`.
-        scaling: factor of the update, lora_alpha / r.
-        enable_lora: as for `merged_delta`.
-        out_splits: as for `merged_delta`.
-
-    Returns:
-        The record with which `unmerge_` restores the weight bit for bit.
-
-    Raises:
-        ValueError: the factors do not fit the weight.
-        OverflowError: a finite element would become infinite or NaN. The weight is as it was.
-
-    Note:
-        Accumulates in fp32 (fp64 for fp64) whatever autocast says, and rounds once. Infinities and
-        NaN that the weight held before stay. Source: loralib/layers.py:131-140.
-    """
-    enable = None if enable_lora is None else [bool(e) for e in enable_lora]
-    widths = None if out_splits is None else list(out_splits)
-    checks.delta_shapes("merge_", weight, lora_A, lora_B, enable, widths)
-    merge = sharded.merge_ if sharded.is_dtensor(weight) else reference.merge_
-    lora_A, lora_B = sharded.whole(lora_A), sharded.whole(lora_B)
-    with torch.autocast(weight.device.type, enabled=False):
-        original = merge(weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths)
-    return MergeRecord(original, lora_A.clone(), lora_B.clone(), scaling, enable, widths)
-
-
-@torch.no_grad()
-def unmerge_(weight: Tensor, record: MergeRecord) -> None:
-    """W <- the weight that `merge_` found, bit for bit.
-
-    Args:
-        weight: the tensor that was given to `merge_`.
-        record: what `merge_` returned.
-
-    Raises:
-        ValueError: the record is not of a weight of this shape and dtype.
-    """
-    local = sharded.local(weight)
-    if not isinstance(record, MergeRecord):
-        raise TypeError(
-            f"unmerge_: record must be the MergeRecord that merge_ returned, got "
-            f"{type(record).__name__}"
-        )
-    original = record.original
-    if original.shape != local.shape or original.dtype != local.dtype:
-        raise ValueError(
-            f"unmerge_: the record is of a {original.dtype} weight of shape "
-            f"{tuple(original.shape)}, got a {local.dtype} weight of shape {tuple(local.shape)}"
-        )
-    reference.unmerge_(local, original)
 
 
 def enabled_blocks(

@@ -110,11 +110,11 @@ class MergingLayer:
             The layer itself.
         """
         super().train(mode)  # type: ignore[misc]
-        if mode:
-            if self.merge_weights:
-                self._unmerge()
-        elif self.merge_weights:
-            self._merge()
+        if self.merge_weights:
+            change = self._unmerge if mode else self._merge
+            if torch.compiler.is_compiling():  # nothing of it can be traced
+                change = torch._dynamo.disable(change)
+            change()
         return self
 
     def _merge(self) -> None:
@@ -152,7 +152,14 @@ class MergingLayer:
             if not self.merged:
                 return
             if self._has_adapter():
-                self._restore(self._as_delta(self._weight_owner().weight))  # type: ignore[arg-type]
+                weight = readers.stored_weight(self._weight_owner())
+                if weight is None:
+                    raise RuntimeError(
+                        f"{self._described()}: the weight was decomposed (by weight norm, say) "
+                        "while the adapter was merged into it, and the base weight cannot be "
+                        "restored; call train() first, then decompose it"
+                    )
+                self._restore(self._as_delta(weight))
             self._record, self._merged_version = None, None
             self.merged = False
 

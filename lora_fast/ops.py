@@ -27,6 +27,17 @@ torch.library.define(
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor da, Tensor db)",
 )
 
+torch.library.define(
+    "lora_fast::merge_",
+    "(Tensor(a!)[] weight, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, Tensor(b!)[] code, "
+    "Tensor(c!)[] overflow_index, Tensor(d!)[] overflow_value) -> Tensor",
+)
+torch.library.define(
+    "lora_fast::unmerge_",
+    "(Tensor(a!)[] weight, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, Tensor[] code, "
+    "Tensor[] overflow_index, Tensor[] overflow_value) -> ()",
+)
+
 
 @torch.library.register_fake("lora_fast::lora_linear_fwd")
 def _(
@@ -72,6 +83,16 @@ def _(
     )
 
 
+@torch.library.register_fake("lora_fast::merge_")
+def _(weight: list[Tensor], *args: Any) -> Tensor:
+    return torch.empty(len(weight), dtype=torch.int64)
+
+
+@torch.library.register_fake("lora_fast::unmerge_")
+def _(weight: list[Tensor], *args: Any) -> None:
+    return None
+
+
 @functools.cache
 def _kernel(op: str) -> Callable[..., Any]:
     """The launcher of a Triton op: the function named like the op, in the file named like it."""
@@ -101,3 +122,21 @@ _register_kernel("lora_linear_bwd")
 # Bound once: resolving torch.ops.* costs time on every call.
 lora_linear_fwd = torch.ops.lora_fast.lora_linear_fwd.default
 lora_linear_bwd = torch.ops.lora_fast.lora_linear_bwd.default
+merge_ = torch.ops.lora_fast.merge_.default
+unmerge_ = torch.ops.lora_fast.unmerge_.default
+
+
+@functools.cache
+def load_compiled(device_type: str) -> str | None:
+    """Load the library with `merge_` and `unmerge_` for a device; return why it can't be, if so."""
+    module = {"cpu": "lora_fast._C", "cuda": "lora_fast._C_cuda"}.get(device_type)
+    if module is None:
+        return f"there are no compiled ops for {device_type} tensors"
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return (
+            f"{module} can't be loaded ({error}); install again with a compiler at hand and "
+            f"LORA_FAST_BUILD={device_type}, which says what is missing"
+        )
+    return None

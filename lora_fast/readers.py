@@ -11,8 +11,10 @@ import sys
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils import parametrize
 
 
 def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
@@ -21,9 +23,33 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
         return "max_norm limits the rows of the base weight, not of the merged one"
     if "weight" not in owner._parameters:
         return "the weight is computed (parametrization, pruning or weight norm)"
-    if _is_tied(owner._parameters):
+    if _is_tied(owner._parameters) or _shares_memory(owner._parameters["weight"]):
         return "the weight is tied: another module holds it too"
     return None
+
+
+def stored_weight(owner: nn.Module) -> Tensor | None:
+    """Return the parameter that holds the weight's values, under whatever name it has now.
+
+    Pruning and parametrizations that came after a merge keep them; None where they were decomposed.
+    """
+    for name in ("weight", "weight_orig"):
+        if name in owner._parameters:
+            return owner._parameters[name]
+    if parametrize.is_parametrized(owner, "weight"):
+        steps: Any = owner.parametrizations["weight"]  # type: ignore[index]
+        if not any(hasattr(step, "right_inverse") for step in steps):
+            return steps.original  # type: ignore[no-any-return]
+    return None
+
+
+def recompute_weight(owner: nn.Module, x: Tensor) -> None:
+    """Do what pruning and weight norm do before a forward of `owner`, for one who goes past it."""
+    if "weight" in owner._parameters:
+        return
+    for key, hook in owner._forward_pre_hooks.items():
+        if key not in owner._forward_pre_hooks_with_kwargs:
+            hook(owner, (x,))
 
 
 def _references(parameters: dict[str, Any]) -> int:
@@ -55,14 +81,55 @@ def _belongs_to_module(holder: dict[Any, Any]) -> bool:
     return False
 
 
+def _shares_memory(weight: Any) -> bool:
+    """Tell whether a module holds another parameter in the same memory, as `a.data = b.data` does."""
+    if type(weight) is not nn.Parameter or weight.is_meta or weight.numel() == 0:
+        return False
+    if _use_count is not None and _storage_uses(weight) <= _UNSHARED_STORAGE:
+        return False
+    lo, hi = _span(weight)
+    for other in gc.get_objects():
+        if type(other) is not nn.Parameter or other is weight or other.device != weight.device:
+            continue
+        start, end = _span(other)
+        if start < hi and lo < end and any(map(_belongs_to_module, _dicts_with(other))):
+            return True
+    return False
+
+
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _storage_uses(tensor: Tensor) -> int:
+    assert _use_count is not None
+    return _use_count(tensor.untyped_storage()._cdata)  # type: ignore[no-any-return]
+
+
+_UNSHARED_STORAGE = _storage_uses(torch.empty(1)) if _use_count is not None else 0
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and last + 1 address of a tensor's elements; empty for a tensor without any."""
+    if tensor.is_meta or tensor.numel() == 0 or tensor.layout is not torch.strided:
+        return 0, 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _dicts_with(tensor: Tensor) -> list[dict[Any, Any]]:
+    return [holder for holder in gc.get_referrers(tensor) if type(holder) is dict]
+
+
 def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Prepare modules that read a child's weight directly for a LoRA layer as that child."""
     if not hasattr(type(child), "effective_weight"):
         return
     assert child is not None
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
-        parent.register_forward_pre_hook(_expose_effective_weight)
-        parent.register_forward_hook(_hide_effective_weight, always_call=True)
+        if _expose_effective_weight not in parent._forward_pre_hooks.values():
+            parent.register_forward_pre_hook(_expose_effective_weight)
+            parent.register_forward_hook(_hide_effective_weight, always_call=True)
         if isinstance(child.lora_dropout, nn.Dropout):
             warnings.warn(
                 "MultiheadAttention.out_proj: attention reads the layer's weight directly, so its "

@@ -1,31 +1,75 @@
 """What `merge_` leaves behind so that `unmerge_` can restore the weight bit for bit."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+
+class Code(NamedTuple):
+    """The way back for one block of a weight, in about a byte an element.
+
+    Attributes:
+        code: int8, the block's shape: how many representable numbers lie between the original
+            weight and what subtracting the delta gives; -128 where the list has the weight itself.
+        index: int32, where in the block the elements of the list are.
+        value: their original values.
+    """
+
+    code: Tensor
+    index: Tensor
+    value: Tensor
+
+    def nbytes(self) -> int:
+        """Return the memory that it takes."""
+        return sum(t.numel() * t.element_size() for t in self)
 
 
 @dataclass
 class MergeRecord:
-    """The original weight, and the delta's factors for a weight that changes while merged.
+    """The way back to the original weight: a copy of it, or a code for each merged block.
 
     Attributes:
-        original: copy of the weight (of this rank's shard for a DTensor), its dtype and shape.
+        shape: of the weight (of this rank's shard for a DTensor).
+        dtype: of the weight.
+        original: a copy of the weight, or None.
+        codes: one for each merged block where there is no copy.
         lora_A: copy of A at the time of the merge.
         lora_B: copy of B at the time of the merge.
         scaling: lora_alpha / r at the time of the merge.
         enable_lora: enabled blocks of a grouped weight, or None.
         out_splits: widths of the blocks, or None for equal ones.
+        spent: whether it has served.
     """
 
-    original: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    original: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
     enable_lora: list[bool] | None
     out_splits: list[int] | None
+    codes: tuple[Code, ...] = ()
+    spent: bool = False
+
+    def check(self, weight: Tensor) -> None:
+        """Refuse a weight that this is not the record of, and a second use."""
+        if self.spent:
+            raise ValueError("unmerge_: the record was used before: the weight is not merged")
+        if self.shape != weight.shape or self.dtype != weight.dtype:
+            raise ValueError(
+                f"unmerge_: the record is of a {self.dtype} weight of shape {tuple(self.shape)}, "
+                f"got a {weight.dtype} weight of shape {tuple(weight.shape)}"
+            )
 
     def blocks(self) -> dict[str, Any]:
         """Return the arguments that describe a grouped weight to the functions."""
         return {"enable_lora": self.enable_lora, "out_splits": self.out_splits}
+
+    def nbytes(self) -> int:
+        """Return the memory that it takes, A and B aside."""
+        copied = 0 if self.original is None else self.original.numel()
+        size = 0 if self.original is None else self.original.element_size()
+        return copied * size + sum(code.nbytes() for code in self.codes)

@@ -5,6 +5,8 @@ used, so functorch transforms, double backward, export, DTensor and any device w
 Arguments are documented in `lora_fast.functional`, which checks them first.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +50,11 @@ def lora_merged_linear(
 
     Source: loralib/layers.py:245-252, which forms the dense delta; this is the factored form.
     """
+    if not torch.jit.is_scripting():
+        if isinstance(x, Tensor) and x.is_nested:  # cannot be split and joined along the features
+            a, b = like(lora_A, x), like(lora_B, x)
+            delta = merged_delta(a, b, scaling, enable_lora=enable_lora, out_splits=out_splits)
+            return F.linear(x, weight, bias) + F.linear(dropout(x, dropout_p, training), delta)
     s = F.linear(dropout(x, dropout_p, training), like(lora_A, x)) * scaling
     lora_B = like(lora_B, x)
     widths = block_widths(weight.shape[0], enable_lora, out_splits)
@@ -145,12 +152,39 @@ def merged_weight(
 ) -> Tensor:
     """W + Delta.view(W), out of place and differentiable; W may have any number of dimensions."""
     lora_A, lora_B = like(lora_A, weight), like(lora_B, weight)
-    if enable_lora is None:
+    # An fx proxy cannot say how it lies. The sum keeps the layout of a channels_last kernel.
+    if enable_lora is None and (not isinstance(weight, Tensor) or weight.is_contiguous()):
         # One product that adds while it multiplies: no dense delta, one rounding.
         flat = weight.reshape(lora_B.shape[0], lora_A.shape[1])
         return torch.addmm(flat, lora_B * scaling, lora_A).view(weight.shape)
     delta = merged_delta(lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits)
     return weight + delta.view(weight.shape)
+
+
+DeltaBlock = tuple[Tensor, Tensor, Tensor]
+"""Rows of a weight, and the A (R, K) and B (rows, R) whose product is added to them."""
+
+
+def delta_blocks(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    enable_lora: list[bool] | None,
+    out_splits: list[int] | None,
+) -> list[DeltaBlock]:
+    """The parts of a weight that a merge changes, as views, each with its own A and B."""
+    if enable_lora is None:
+        return [(weight, lora_A, lora_B)]
+    blocks = []
+    top, row, rank = 0, 0, 0
+    widths = block_widths(weight.shape[0], enable_lora, out_splits)
+    for width, enabled in zip(widths, enable_lora, strict=True):
+        if enabled:
+            block_A = lora_A.narrow(0, rank, lora_B.shape[1])
+            blocks.append((weight.narrow(0, top, width), block_A, lora_B.narrow(0, row, width)))
+            row, rank = row + width, rank + lora_B.shape[1]
+        top += width
+    return blocks
 
 
 def block_widths(
@@ -193,11 +227,10 @@ def merge_(
     """
     original = weight.clone()
     try:
-        _add_delta_(weight, lora_A, lora_B, scaling, enable_lora, out_splits)
+        with _no_autocast(weight.device.type):
+            _add_delta_(weight, lora_A, lora_B, scaling, enable_lora, out_splits)
         if not finite_where(weight, original):
-            raise OverflowError(
-                f"the merged weight does not fit {weight.dtype}: some of its elements overflow"
-            )
+            raise OverflowError(overflow_message(weight))
     except BaseException:
         weight.copy_(original)
         raise
@@ -210,6 +243,11 @@ def unmerge_(weight: Tensor, original: Tensor) -> None:
     weight.copy_(original)
 
 
+def overflow_message(weight: Tensor) -> str:
+    """Say that a merge was refused."""
+    return f"the merged weight does not fit {weight.dtype}: some of its elements overflow"
+
+
 def finite_where(weight: Tensor, original: Tensor) -> bool:
     """Tell whether `weight` is finite wherever `original` was."""
     if weight.is_meta:
@@ -218,6 +256,12 @@ def finite_where(weight: Tensor, original: Tensor) -> bool:
     if bool(weight.sum(dtype=accumulate).isfinite()):  # one pass, and nearly always enough
         return True
     return bool((weight.isfinite() | ~original.isfinite()).all())
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # there are devices that know no autocast, meta for one
 
 
 def _add_delta_(
@@ -229,26 +273,16 @@ def _add_delta_(
     out_splits: list[int] | None,
 ) -> None:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
-    if enable_lora is not None:
-        row, rank, top = 0, 0, 0
-        for width, enabled in zip(
-            block_widths(weight.shape[0], enable_lora, out_splits), enable_lora, strict=True
-        ):
-            if enabled:
-                block_A = lora_A.narrow(0, rank, lora_B.shape[1])
-                block = weight.narrow(0, top, width)
-                _add_product_(block, lora_B.narrow(0, row, width), block_A, scaling)
-                row, rank = row + width, rank + lora_B.shape[1]
-            top += width
-    elif weight.dim() == 2:
-        _add_product_(weight, lora_B, lora_A, scaling)
-    elif weight.is_contiguous():
-        flat = weight.view(lora_B.shape[0], lora_A.shape[1])
-        _add_product_(flat, lora_B, lora_A, scaling)
-    else:
-        delta = merged_delta(lora_A, lora_B, scaling).view(weight.shape)
-        weight.copy_(weight.to(dtype) + delta)
+    factors = (lora_A.to(dtype), lora_B.to(dtype))
+    for block, block_A, block_B in delta_blocks(weight, *factors, enable_lora, out_splits):
+        if block.dim() == 2:
+            _add_product_(block, block_B, block_A, scaling)
+        elif block.is_contiguous():
+            flat = block.view(block_B.shape[0], block_A.shape[1])
+            _add_product_(flat, block_B, block_A, scaling)
+        else:
+            delta = merged_delta(block_A, block_B, scaling).view(block.shape)
+            block.copy_(block.to(dtype) + delta)
 
 
 def _add_product_(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float) -> None:

@@ -25,6 +25,7 @@ def randomize_(module: nn.Module, std: float = 0.5) -> nn.Module:
     return module
 
 
+@torch.no_grad()
 def error_budget(eager: Tensor, oracle: Tensor, *, factor: float = 2.0) -> tuple[float, float]:
     """Return how far an implementation may be from `oracle`: largest and root mean square error.
 
@@ -43,6 +44,7 @@ def error_budget(eager: Tensor, oracle: Tensor, *, factor: float = 2.0) -> tuple
     return factor * _largest(error + rounding), factor * (_rms(error) + _rms(rounding))
 
 
+@torch.no_grad()
 def assert_within_budget(
     actual: Tensor, eager: Tensor, oracle: Tensor, *, factor: float = 2.0, what: str = "result"
 ) -> None:

@@ -116,9 +116,7 @@ def test_the_output_lies_as_in_loralib(drawn: Any) -> None:
         assert mine.requires_grad == its.requires_grad
 
 
-def test_merge_AB_and_zero_pad(
-    drawn_merged_linear: Any, assert_same: Callable[..., None]
-) -> None:
+def test_merge_AB_and_zero_pad(drawn_merged_linear: Any, assert_same: Callable[..., None]) -> None:
     drawn = drawn_merged_linear.but(r=2)
     ours, theirs = drawn.pair()
     wide = drawn.oracle(theirs, torch.zeros(1))
@@ -181,7 +179,12 @@ def test_an_embedding_gives_its_padding_no_gradient() -> None:
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_an_embedding_without_an_adapter_has_all_of_torchs_options(sparse: bool) -> None:
-    options = {"max_norm": 0.5, "norm_type": 1.0, "scale_grad_by_freq": True, "sparse": sparse}
+    options = {
+        "max_norm": 0.5,
+        "norm_type": 1.0,
+        "sparse": sparse,
+        "scale_grad_by_freq": not sparse,
+    }
     ours, theirs = both("Embedding", 9, 4, **options)
     x = torch.tensor([[1, 1, 8], [0, 2, 1]])
     for layer in (ours, theirs):

@@ -1,0 +1,113 @@
+"""Builds the compiled merge, lora_fast._C and lora_fast._C_cuda; pyproject.toml holds the rest.
+
+LORA_FAST_BUILD chooses what is compiled:
+    auto   what this machine has a compiler and a torch for (the default); failing is no error
+    none   nothing: merges keep a copy of the weight
+    cpu    the CPU ops, or an error
+    cuda   the CPU and the CUDA ops, or an error
+
+Both are built against torch's stable ABI and Python's limited API: one binary serves every torch
+from 2.10 and every Python from 3.10.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+CHOICES = ("auto", "none", "cpu", "cuda")
+CHOICE = os.environ.get("LORA_FAST_BUILD", "auto")
+if CHOICE not in CHOICES:
+    sys.exit(f"LORA_FAST_BUILD must be one of {', '.join(CHOICES)}, got {CHOICE!r}")
+
+LIMITED_API = [("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0", "-Wall", "-Werror=return-type"]
+# No --use_fast_math: the bits must be those of the CPU.
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo"]
+
+
+def cpp_extension():
+    """Return torch's build helpers, or None, with the reason, where there is no torch."""
+    try:
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        if CHOICE in ("cpu", "cuda"):
+            sys.exit(
+                f"LORA_FAST_BUILD={CHOICE} needs torch in the building environment ({error}): "
+                "install torch first, then use pip install --no-build-isolation"
+            )
+        print(f"lora_fast: no torch ({error}), so the ops are not compiled", file=sys.stderr)
+        return None
+    return cpp_extension
+
+
+def extensions(cpp):
+    """Return the extension modules that this machine is to build."""
+    common = {"define_macros": LIMITED_API, "py_limited_api": True}
+    found = [
+        cpp.CppExtension(
+            "lora_fast._C", ["csrc/merge_cpu.cpp"], extra_compile_args=CXX_FLAGS, **common
+        )
+    ]
+    has_nvcc = cpp.CUDA_HOME is not None or shutil.which("nvcc") is not None
+    if CHOICE == "cuda" or (CHOICE == "auto" and has_nvcc and _torch_has_cuda()):
+        found.append(
+            cpp.CUDAExtension(
+                "lora_fast._C_cuda",
+                ["csrc/merge_cuda.cu"],
+                extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+                **common,
+            )
+        )
+    return found
+
+
+def _torch_has_cuda():
+    import torch
+
+    return torch.version.cuda is not None
+
+
+def forgiving(build_ext):
+    """Return a build_ext that goes on without an extension that does not build, for `auto`."""
+
+    class BuildExt(build_ext):
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:
+                self.give_up(error)
+
+        def give_up(self, error):
+            print(
+                f"lora_fast: the ops were not compiled: {error}\n"
+                "lora_fast: merges will keep a copy of the weight; LORA_FAST_BUILD=cpu or cuda "
+                "makes this an error",
+                file=sys.stderr,
+            )
+            self.extensions = []
+
+        def get_outputs(self):
+            return [path for path in super().get_outputs() if Path(path).exists()]
+
+        def copy_extensions_to_source(self):
+            for extension in list(self.extensions):
+                if not Path(self.get_ext_fullpath(extension.name)).exists():
+                    self.extensions.remove(extension)
+            super().copy_extensions_to_source()
+
+    return BuildExt
+
+
+options = {}
+cpp = None if CHOICE == "none" else cpp_extension()
+if cpp is not None:
+    build_ext = cpp.BuildExtension.with_options(use_ninja=False, no_python_abi_suffix=False)
+    options = {
+        "ext_modules": extensions(cpp),
+        "cmdclass": {"build_ext": forgiving(build_ext) if CHOICE == "auto" else build_ext},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+setup(**options)
