@@ -14,6 +14,7 @@ from lora_fast.layers import (
     MergedLinear,
 )
 from lora_fast.utils import lora_state_dict, mark_only_lora_as_trainable
+from lora_fast.whole_model import merge, unmerge
 
 __version__ = "0.1.0"
 name = "lora"  # as loralib has it
@@ -33,8 +34,10 @@ __all__ = [
     "load",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
+    "merge",
     "save",
     "set_backend",
+    "unmerge",
     "use_backend",
     "utils",
 ]

@@ -5,12 +5,13 @@ import operator
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fast import functional, readers
+from lora_fast import functional, interrupts, readers
 from lora_fast.record import MergeRecord
 
 _log = logging.getLogger("lora_fast.merge")
@@ -117,38 +118,41 @@ class MergingLayer:
             change()
         return self
 
+    def _obstacle(self) -> str | None:
+        """Say why the weight must not be written to, if so."""
+        return readers.why_not_merge(self, self._weight_owner())
+
     def _merge(self) -> None:
         with _merge_lock:
             if self.merged:
                 return
+            obstacle = self._obstacle() if self._has_adapter() else None
+            if obstacle is not None:
+                _log.debug("%s stays unmerged: %s", self._described(), obstacle)
+                return
+            try:
+                self._merge_now()
+            except Exception as error:  # whatever it was: unmerged, the layer is right
+                warnings.warn(
+                    f"{self._described()} was not merged: {error}. It goes on unmerged, with "
+                    "the same results; merge_weights=False avoids the attempt.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+    def _merge_now(self) -> None:
+        """Merge, or raise with the weight and the layer as they were."""
+        with _merge_lock, interrupts.held_back():
             if self._has_adapter():
-                obstacle = readers.why_not_merge(self, self._weight_owner())
-                if obstacle is not None:
-                    _log.debug("%s stays unmerged: %s", self._described(), obstacle)
-                    return
-                try:
-                    self._record = self._merged_in_place()
-                except Exception as error:  # whatever it was: unmerged, the layer is right
-                    warnings.warn(
-                        f"{self._described()} was not merged: {error}. It goes on unmerged, with "
-                        "the same results; merge_weights=False avoids the attempt.",
-                        RuntimeWarning,
-                        stacklevel=3,
-                    )
-                    return
+                weight: Tensor = self._weight_owner().weight  # type: ignore[assignment]
+                target = self._as_delta(weight.detach())
+                factors = (self.lora_A, self.lora_B, self.scaling)
+                self._record = functional.merge_(target, *factors, **self._blocks())
                 self._merged_version = _version(self._weight_owner())
             self.merged = True
 
-    def _merged_in_place(self) -> MergeRecord:
-        weight: Tensor = self._weight_owner().weight  # type: ignore[assignment]
-        with torch.no_grad():
-            target = self._as_delta(weight)
-            return functional.merge_(
-                target, self.lora_A, self.lora_B, self.scaling, **self._blocks()
-            )
-
     def _unmerge(self) -> None:
-        with _merge_lock:
+        with _merge_lock, interrupts.held_back():
             if not self.merged:
                 return
             if self._has_adapter():
@@ -159,13 +163,11 @@ class MergingLayer:
                         "while the adapter was merged into it, and the base weight cannot be "
                         "restored; call train() first, then decompose it"
                     )
-                self._restore(self._as_delta(weight))
+                self._restore(self._as_delta(weight.detach()), self._record)
             self._record, self._merged_version = None, None
             self.merged = False
 
-    @torch.no_grad()
-    def _restore(self, target: Tensor) -> None:
-        record = self._record
+    def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
         if record is None:  # someone set `merged` by hand: do what loralib does
             functional.merge_(target, self.lora_A, self.lora_B, -self.scaling, **self._blocks())
         elif self._changed_while_merged(target, record):
@@ -180,10 +182,20 @@ class MergingLayer:
         if self._merged_version is None or _version(self._weight_owner()) == self._merged_version:
             return False
         original = target.clone()
-        functional.unmerge_(original, record)
+        functional.unmerge_(original, replace(record))
         factors = (record.lora_A, record.lora_B, record.scaling)
         functional.merge_(original, *factors, **record.blocks())
         return not torch.equal(original, target)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled or copied: a copy of the base weight, which any machine reads."""
+        state = self.__dict__.copy()
+        record = self._record
+        if record is not None and record.codes:
+            original = self._as_delta(self._weight_owner().weight.detach()).clone()  # type: ignore[operator]
+            self._restore(original, replace(record))
+            state["_record"] = replace(record, original=original, codes=())
+        return state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or convert the original weight, not the merged one, and merge again."""

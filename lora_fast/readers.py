@@ -82,7 +82,7 @@ def _belongs_to_module(holder: dict[Any, Any]) -> bool:
 
 
 def _shares_memory(weight: Any) -> bool:
-    """Tell whether a module holds another parameter in the same memory, as `a.data = b.data` does."""
+    """Tell whether a module holds another parameter in the same memory, as by `a.data = b.data`."""
     if type(weight) is not nn.Parameter or weight.is_meta or weight.numel() == 0:
         return False
     if _use_count is not None and _storage_uses(weight) <= _UNSHARED_STORAGE:

@@ -13,12 +13,12 @@ class Code(NamedTuple):
     Attributes:
         code: int8, the block's shape: how many representable numbers lie between the original
             weight and what subtracting the delta gives; -128 where the list has the weight itself.
-        index: int32, where in the block the elements of the list are.
+        places: int32, where in the block the elements of the list are.
         value: their original values.
     """
 
     code: Tensor
-    index: Tensor
+    places: Tensor
     value: Tensor
 
     def nbytes(self) -> int:

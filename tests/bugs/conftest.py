@@ -4,7 +4,7 @@ A test is named after its bug, B01 to B54 in docs/differences.md, and runs over 
 bug is about. Where it is cheap it runs loralib too, so that it is known to be able to fail.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -79,7 +79,8 @@ class Case:
             update = self.plain(layer, x, delta.to(base.dtype), bias=False)
             eager = self.plain(layer, x, base) + update
         got = layer(x) if got is None else got
-        assert_within_budget(got.detach(), eager, oracle, what=self.name)
+        factor = 8.0 if base.dtype == torch.float64 else 2.0  # the oracle is no wider than fp64
+        assert_within_budget(got.detach(), eager, oracle, factor=factor, what=self.name)
 
 
 def _block_diagonal(a: Tensor, b: Tensor, layer: Any) -> Tensor:
@@ -156,3 +157,10 @@ def conv_case(request: pytest.FixtureRequest) -> Case:
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Every dtype that a weight may have."""
     return request.param
+
+
+@pytest.fixture(params=["auto", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The merge by the compiled ops, where this machine has them, and by torch."""
+    with lora_fast.use_backend(request.param):
+        yield request.param
