@@ -3,9 +3,9 @@
 
 #include <Python.h>
 
-#define LORA_FAST_MODULE(name)                                                      \
-  PyMODINIT_FUNC PyInit_##name(void) {                                              \
-    static PyModuleDef definition = {                                               \
+#define LORA_FAST_MODULE(name)                                                                   \
+  PyMODINIT_FUNC PyInit_##name(void) {                                                           \
+    static PyModuleDef definition = {                                                            \
         PyModuleDef_HEAD_INIT, #name, nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr}; \
-    return PyModule_Create(&definition);                                            \
+    return PyModule_Create(&definition);                                                         \
   }

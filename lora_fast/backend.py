@@ -15,6 +15,8 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from lora_fast.reference import autocasts
+
 _log = logging.getLogger("lora_fast.dispatch")
 
 
@@ -152,7 +154,7 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
         return "forward-mode differentiation"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "inside a TorchDispatchMode"
-    if x is not None and torch.is_autocast_enabled(x.device.type) and not fusable:
+    if x is not None and not fusable and autocasts(x.device):
         return "autocast"
     return None
 
@@ -177,8 +179,7 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
         if t is not None and t.device != x.device:
             return f"tensors on {x.device} and {t.device}"
     weight = tensors[1] if len(tensors) > 1 else None
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if weight is not None and weight.dtype != x.dtype and not autocast:
+    if weight is not None and weight.dtype != x.dtype and not autocasts(x.device):
         return f"x is {x.dtype} and weight {weight.dtype}"
     return None if _TRITON_FOUND else "triton is not installed"
 

@@ -170,7 +170,7 @@ class Conv3d(ConvLoRA):
 
 
 def _square(kernel_size: int | Sequence[int]) -> int:
-    sizes = {kernel_size} if isinstance(kernel_size, int) else set(kernel_size)
+    sizes = set(kernel_size) if isinstance(kernel_size, (tuple, list)) else {kernel_size}
     if len(sizes) != 1 or not all(isinstance(k, int) for k in sizes):
         raise ValueError(
             "kernel_size must be one integer, or a tuple of equal ones, because the adapter's "

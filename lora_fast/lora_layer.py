@@ -39,7 +39,8 @@ class LoRALayer:
     """
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
-        if isinstance(r, bool) or not hasattr(r, "__index__"):
+        # loralib takes False for 0, which is what nn.Linear(4, 8, False) becomes here.
+        if r is True or not hasattr(r, "__index__"):
             raise TypeError(f"r must be an integer, got {r!r} of type {type(r).__name__}")
         if not 0.0 <= lora_dropout <= 1.0:
             raise ValueError(f"lora_dropout must be between 0 and 1, got {lora_dropout}")

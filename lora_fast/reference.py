@@ -50,11 +50,10 @@ def lora_merged_linear(
 
     Source: loralib/layers.py:245-252, which forms the dense delta; this is the factored form.
     """
-    if not torch.jit.is_scripting():
-        if isinstance(x, Tensor) and x.is_nested:  # cannot be split and joined along the features
-            a, b = like(lora_A, x), like(lora_B, x)
-            delta = merged_delta(a, b, scaling, enable_lora=enable_lora, out_splits=out_splits)
-            return F.linear(x, weight, bias) + F.linear(dropout(x, dropout_p, training), delta)
+    if isinstance(x, Tensor) and x.is_nested:  # cannot be split and joined along the features
+        a, b = like(lora_A, x), like(lora_B, x)
+        delta = merged_delta(a, b, scaling, enable_lora=enable_lora, out_splits=out_splits)
+        return F.linear(x, weight, bias) + F.linear(dropout(x, dropout_p, training), delta)
     s = F.linear(dropout(x, dropout_p, training), like(lora_A, x)) * scaling
     lora_B = like(lora_B, x)
     widths = block_widths(weight.shape[0], enable_lora, out_splits)
@@ -205,9 +204,15 @@ def like(adapter: Tensor, x: Tensor) -> Tensor:
     """`adapter` in the dtype of `x`; under autocast torch's own rules choose the dtype."""
     if not isinstance(x, Tensor):  # an fx proxy cannot be compared
         return adapter.to(x.dtype)
-    if adapter.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+    if adapter.dtype == x.dtype or autocasts(x.device):
         return adapter
     return adapter.to(x.dtype)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Tell whether autocast is on; torch cannot be asked for meta, which knows no autocast."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 @torch.no_grad()
@@ -227,7 +232,7 @@ def merge_(
     """
     original = weight.clone()
     try:
-        with _no_autocast(weight.device.type):
+        with _no_autocast(weight.device):
             _add_delta_(weight, lora_A, lora_B, scaling, enable_lora, out_splits)
         if not finite_where(weight, original):
             raise OverflowError(overflow_message(weight))
@@ -258,10 +263,8 @@ def finite_where(weight: Tensor, original: Tensor) -> bool:
     return bool((weight.isfinite() | ~original.isfinite()).all())
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()  # there are devices that know no autocast, meta for one
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def _add_delta_(

@@ -44,10 +44,7 @@ class Case:
     def delta(self, layer: Any) -> Tensor:
         """What the adapter adds to the weight, in fp64 and in the weight's layout."""
         a, b = layer.lora_A.detach().double(), layer.lora_B.detach().double()
-        if self.name.startswith("merged"):
-            delta = _block_diagonal(a, b, layer)
-        else:
-            delta = b @ a
+        delta = _block_diagonal(a, b, layer) if self.name.startswith("merged") else b @ a
         if self.name == "embedding" or self.name.endswith("transposed"):
             delta = delta.t()
         return layer.scaling * delta.reshape(self.weight(layer).shape)

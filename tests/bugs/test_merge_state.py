@@ -1,4 +1,4 @@
-"""What `eval()` and `train()` leave behind: the base weight, the flags, the warnings (B01 to B07)."""
+"""What `eval()` and `train()` leave behind: the base weight, the flags, the warnings."""
 
 import threading
 import warnings

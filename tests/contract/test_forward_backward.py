@@ -15,6 +15,9 @@ from torch import Tensor
 import lora_fast
 from lora_fast.testing import randomize_
 
+# The fastest path that serves a call, and the one that serves any.
+both_backends = pytest.mark.parametrize("backend", ["auto", "reference"])
+
 
 def both(cls: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """The layer of lora_fast and that of loralib, with the same random A and B."""
@@ -47,8 +50,10 @@ def assert_equal_runs(ours: Any, theirs: Any, x: Tensor) -> None:
 # ------------------------------------------------------------------------- drawn settings
 
 
-def test_in_train_mode(drawn: Any, assert_same_results: Callable[..., None]) -> None:
-    assert_same_results(drawn, *drawn.pair())
+@both_backends
+def test_in_train_mode(drawn: Any, backend: str, assert_same_results: Callable[..., None]) -> None:
+    with lora_fast.use_backend(backend):
+        assert_same_results(drawn, *drawn.pair())
 
 
 def test_in_eval_mode(drawn: Any, assert_same_results: Callable[..., None]) -> None:
@@ -76,10 +81,12 @@ def test_the_weight_trained_too(drawn: Any, assert_same_results: Callable[..., N
     assert_same_results(drawn, ours, theirs)
 
 
-def test_state_in_both_modes(drawn: Any, assert_same: Callable[..., None]) -> None:
+@both_backends
+def test_state_in_both_modes(drawn: Any, backend: str, assert_same: Callable[..., None]) -> None:
     ours, theirs = drawn.pair()
     for mode in (True, False):
-        ours.train(mode)
+        with lora_fast.use_backend(backend):
+            ours.train(mode)
         theirs.train(mode)
         # loralib merges in the layer's dtype; in float64 its merge is the oracle.
         wide = drawn.oracle(drawn.pair()[1], torch.zeros(1))

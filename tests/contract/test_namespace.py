@@ -151,6 +151,13 @@ def test_an_embedding_has_no_dropout() -> None:
             library.Embedding(4, 4, r=2, lora_dropout=0.1)
 
 
+@pytest.mark.parametrize("cls", ["Linear", "MergedLinear", "Embedding", "Conv2d"])
+def test_an_unknown_keyword_is_refused(cls: str) -> None:
+    for library in (lora_fast, loralib):
+        with pytest.raises(TypeError, match="rank"):
+            getattr(library, cls)(*(4, 6, 3) if cls == "Conv2d" else (4, 6), rank=2)
+
+
 @pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 def test_conv_lora_takes_the_module_first(conv: type[nn.Module]) -> None:
     ours, theirs = of_both("ConvLoRA", conv, 2, 4, 1, 3, 6, 0.0, False, stride=2)

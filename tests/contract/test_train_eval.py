@@ -174,7 +174,6 @@ def test_a_merged_forward_reads_the_weight_only(library: ModuleType, cls: str) -
         layer.lora_A.fill_(float("nan"))
         layer.lora_B.fill_(float("nan"))
     assert torch.equal(layer(x), y)
-    assert not y.requires_grad or cls != "Embedding"
 
 
 @every_layer
@@ -227,30 +226,30 @@ def test_adapters_changed_between_cycles_are_merged_anew(library: ModuleType, cl
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_all_drawn_states_load_strictly_both_ways(drawn: Any, training: bool) -> None:
+def test_drawn_states_load_strictly_both_ways(drawn: Any, training: bool) -> None:
     ours, theirs = drawn.pair()
+    x = drawn.input()
+    x = x.double() if x.is_floating_point() else x
     for giver, taker in ((ours, drawn.build(loralib)), (theirs, drawn.build(lora_fast))):
-        giver.train()
         state = giver.state_dict()
         taker.load_state_dict(state, strict=True)
         for name, value in state.items():
             assert torch.equal(taker.state_dict()[name], value), name
-        taker.train(training)
-        giver.train(training)
-        x = drawn.input()
-        torch.manual_seed(0)
-        expected = giver(x)
-        torch.manual_seed(0)
-        torch.testing.assert_close(taker(x), expected, **drawn.loose)
+        outputs = []
+        for layer in (copy.deepcopy(giver).double(), taker.double()):
+            layer.train(training)
+            torch.manual_seed(0)
+            outputs.append(layer(x))
+        assert_close(*outputs)
 
 
-def test_drawn_layers_convert_and_move_as_in_loralib(drawn: Any) -> None:
+def test_drawn_layers_convert_as_in_loralib(drawn: Any) -> None:
     ours, theirs = drawn.pair()
-    for layer in (ours, theirs):
-        layer.to(torch.float64)
-    for (name, mine), (_, its) in zip(
-        ours.named_parameters(), theirs.named_parameters(), strict=True
-    ):
-        assert mine.stride() == its.stride(), name
-        assert torch.equal(mine, its), name
-    assert ours.half().state_dict().keys() == theirs.half().state_dict().keys()
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        ours.to(dtype)
+        theirs.to(dtype)
+        for (name, mine), (_, its) in zip(
+            ours.named_parameters(), theirs.named_parameters(), strict=True
+        ):
+            assert mine.stride() == its.stride(), name
+            assert torch.equal(mine, its), name

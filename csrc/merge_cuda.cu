@@ -1,0 +1,191 @@
+// merge_ and unmerge_ on CUDA: one pass over the weights, many weights in one launch.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <memory>
+
+#include "merge_cuda_kernels.cuh"
+#include "module.h"
+
+namespace lora_fast {
+namespace {
+
+Layout layout_of(const View& view, int64_t cols, const void* data, int64_t element_size) {
+  Layout layout;
+  if (view.dims == 1) {
+    layout.is_matrix = true;
+    layout.col_stride = view.stride[0];
+    layout.row_stride = cols * view.stride[0];
+  } else if (view.dims == 2 && view.size[1] == cols) {
+    layout.is_matrix = true;
+    layout.col_stride = view.stride[1];
+    layout.row_stride = view.stride[0];
+  }
+  layout.is_aligned = layout.is_matrix && layout.col_stride == 1 && cols % kVector == 0 &&
+      layout.row_stride % kVector == 0 &&
+      reinterpret_cast<uintptr_t>(data) % (element_size * kVector) == 0;
+  return layout;
+}
+
+// Jobs that go into one launch after another.
+struct Queue {
+  std::vector<std::pair<std::unique_ptr<Batch>, int64_t>> batches;  // with their tiles
+
+  void add(Job job, int64_t tiles) {
+    if (batches.empty() || batches.back().first->count == kBatch ||
+        batches.back().second + tiles > std::numeric_limits<int32_t>::max()) {
+      batches.emplace_back(std::make_unique<Batch>(), 0);
+    }
+    auto& [batch, used] = batches.back();
+    job.first_tile = used;
+    used += tiles;
+    batch->jobs[batch->count++] = job;
+  }
+};
+
+template <class F>
+class Launcher {
+  using Bits = typename F::Bits;
+
+ public:
+  Launcher(const std::vector<Item>& items, int32_t device) : items_(items) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    for (size_t i = 0; i < items.size(); ++i) {
+      if (items[i].numel() != 0) add(i);
+    }
+  }
+
+  // written: a flag for each tile, or null.
+  template <Mode kMode>
+  void run(Outcome* outcomes, uint8_t* written) {
+    launch<kMode, true>(aligned_, outcomes, written);
+    launch<kMode, false>(strided_, outcomes, written);
+  }
+
+  void restore(size_t index, int64_t count) {
+    if (count == 0) return;
+    const unsigned blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
+    restore_kernel<Bits><<<blocks, kThreads, 0, stream_>>>(items_[index], count);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  int64_t tiles() const { return tiles_; }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  template <Mode kMode, bool kAligned>
+  void launch(const Queue& queue, Outcome* outcomes, uint8_t*& written) {
+    for (const auto& [batch, tiles] : queue.batches) {
+      merge_kernel<F, kMode, kAligned>
+          <<<static_cast<unsigned>(tiles), kThreads, 0, stream_>>>(*batch, outcomes, written);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      if (written != nullptr) written += tiles;
+    }
+  }
+
+  void add(size_t index) {
+    const Item& item = items_[index];
+    Job job;
+    job.item = item;
+    job.index = static_cast<int>(index);
+    job.col_tiles = (item.cols + kTileCols - 1) / kTileCols;
+    job.weight = layout_of(item.weight_view, item.cols, item.weight, sizeof(Bits));
+    job.code = layout_of(item.code_view, item.cols, item.code, sizeof(int8_t));
+    const bool is_aligned = job.weight.is_aligned && (item.code == nullptr || job.code.is_aligned);
+    const int64_t tiles = (item.rows + kTileRows - 1) / kTileRows * job.col_tiles;
+    (is_aligned ? aligned_ : strided_).add(job, tiles);
+    tiles_ += tiles;
+  }
+
+  const std::vector<Item>& items_;
+  Queue aligned_, strided_;
+  int64_t tiles_ = 0;
+  cudaStream_t stream_ = nullptr;
+};
+
+Tensor bytes_on(const Tensor& like, int64_t size) {
+  return torch::stable::empty({&size, 1}, ScalarType::Byte, std::nullopt, like.device());
+}
+
+template <class F>
+std::vector<int64_t> merge(const std::vector<Item>& items, const Tensor& first) {
+  Launcher<F> launcher(items, first.get_device_index());
+  const int64_t size = static_cast<int64_t>(items.size() * sizeof(Outcome));
+  Tensor outcome_bytes = bytes_on(first, size), written = bytes_on(first, launcher.tiles());
+  auto* outcomes = static_cast<Outcome*>(outcome_bytes.mutable_data_ptr());
+  auto* flags = static_cast<uint8_t*>(written.mutable_data_ptr());
+  STD_CUDA_CHECK(cudaMemsetAsync(outcomes, 0, size, launcher.stream()));
+  launcher.template run<Mode::kMerge>(outcomes, flags);
+  std::vector<Outcome> found(items.size());
+  STD_CUDA_CHECK(
+      cudaMemcpyAsync(found.data(), outcomes, size, cudaMemcpyDeviceToHost, launcher.stream()));
+  STD_CUDA_CHECK(cudaStreamSynchronize(launcher.stream()));
+
+  std::vector<int64_t> status;
+  bool has_failed = false;
+  for (const Outcome& outcome : found) {
+    const int64_t verdict = outcome.not_finite ? kNotFinite : outcome.list_full ? kListFull : 0;
+    has_failed = has_failed || verdict != 0;
+    status.push_back(verdict != 0 ? verdict : static_cast<int64_t>(outcome.overflow));
+  }
+  if (!has_failed) return status;
+  launcher.template run<Mode::kUndo>(nullptr, flags);
+  for (size_t i = 0; i < items.size(); ++i) {
+    const int64_t listed = static_cast<int64_t>(found[i].overflow);
+    launcher.restore(i, std::min<int64_t>(listed, items[i].overflow_size));
+    status[i] = std::min<int64_t>(status[i], 0);
+  }
+  return status;
+}
+
+template <class F>
+void unmerge(const std::vector<Item>& items, const Tensor& first) {
+  Launcher<F> launcher(items, first.get_device_index());
+  launcher.template run<Mode::kUnmerge>(nullptr, nullptr);
+  for (size_t i = 0; i < items.size(); ++i) launcher.restore(i, items[i].overflow_size);
+}
+
+Tensor merge_cuda(
+    Tensors weight, Tensors lora_a, Tensors lora_b, std::vector<double> scaling, Tensors code,
+    Tensors overflow_index, Tensors overflow_value) {
+  const std::vector<Item> items =
+      make_items(weight, lora_a, lora_b, scaling, code, overflow_index, overflow_value);
+  std::vector<int64_t> status;
+  if (!items.empty()) {
+    const torch::stable::accelerator::DeviceGuard guard(weight[0].get_device_index());
+    dispatch_format(dtype_of(weight[0], "weight"), [&](auto format) {
+      status = merge<decltype(format)>(items, weight[0]);
+    });
+  }
+  return status_tensor(status);
+}
+
+void unmerge_cuda(
+    Tensors weight, Tensors lora_a, Tensors lora_b, std::vector<double> scaling, Tensors code,
+    Tensors overflow_index, Tensors overflow_value) {
+  const std::vector<Item> items =
+      make_items(weight, lora_a, lora_b, scaling, code, overflow_index, overflow_value);
+  if (items.empty()) return;
+  for (const Item& item : items) {
+    STD_TORCH_CHECK(item.code != nullptr || item.numel() == 0, "unmerge_ needs the code of merge_");
+  }
+  const torch::stable::accelerator::DeviceGuard guard(weight[0].get_device_index());
+  dispatch_format(dtype_of(weight[0], "weight"), [&](auto format) {
+    unmerge<decltype(format)>(items, weight[0]);
+  });
+}
+
+}  // namespace
+}  // namespace lora_fast
+
+STABLE_TORCH_LIBRARY_IMPL(lora_fast, CUDA, m) {
+  m.impl("merge_", TORCH_BOX(&lora_fast::merge_cuda));
+  m.impl("unmerge_", TORCH_BOX(&lora_fast::unmerge_cuda));
+}
+
+LORA_FAST_MODULE(_C_cuda)
