@@ -97,10 +97,10 @@ def test_kernels_know_nothing_of_the_rest(name):
     [
         ("reference", set()),
         ("testing", {"reference"}),
-        (
-            "functional",
-            {"autograd", "backend", "checks", "eager", "record", "reference", "sharded"},
-        ),
+        ("functional", {"autograd", "backend", "checks", "eager", "merging", "reference"}),
+        ("merging", {"backend", "checks", "compiled", "ops", "record", "reference", "sharded"}),
+        ("compiled", {"ops", "record", "reference"}),
+        ("scripting", set()),
     ],
 )
 def test_import_arrows(name, allowed):
