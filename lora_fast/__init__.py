@@ -35,6 +35,7 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",
+    "name",
     "save",
     "set_backend",
     "unmerge",

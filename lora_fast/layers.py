@@ -285,6 +285,8 @@ class MergedLinear(_LinearBase):
     @property
     def lora_ind(self) -> Tensor:
         """Mask of the output features that have an adapter: bool, (out_features,)."""
+        if not self._has_adapter():
+            raise AttributeError("a MergedLinear without an adapter has no lora_ind")
         widths = reference.block_widths(self.out_features, self.enable_lora, self.out_splits)
         mask = [on for w, on in zip(widths, self.enable_lora, strict=True) for _ in range(w)]
         return torch.tensor(mask, device=self.weight.device)

@@ -192,8 +192,9 @@ class MergingLayer:
         """Return what is pickled or copied: a copy of the base weight, which any machine reads."""
         state = self.__dict__.copy()
         record = self._record
-        if record is not None and record.codes:
-            original = self._as_delta(self._weight_owner().weight.detach()).clone()  # type: ignore[operator]
+        weight = readers.stored_weight(self._weight_owner())
+        if record is not None and record.codes and weight is not None:
+            original = self._as_delta(weight.detach()).clone()
             self._restore(original, replace(record))
             state["_record"] = replace(record, original=original, codes=())
         return state
