@@ -127,8 +127,8 @@ void load_factor(
     const Factor& factor, int64_t i, int64_t j, int64_t count, typename F::Compute* to) {
   dispatch_format(factor.dtype, [&](auto stored) {
     using Stored = decltype(stored);
-    const auto* from = static_cast<const typename Stored::Bits*>(factor.data) +
-        i * factor.stride0 + j * factor.stride1;
+    const auto* from = static_cast<const typename Stored::Bits*>(factor.data) + i * factor.stride0 +
+        j * factor.stride1;
     for (int64_t c = 0; c < count; ++c) {
       to[c] = static_cast<typename F::Compute>(Stored::widen(from[c * factor.stride1]));
     }
@@ -243,8 +243,7 @@ class Merger {
   void pack_left(const Item& item, const Tile& tile, Scratch& scratch) {
     scratch.left.assign(kTileRows * item.rank, Compute{0});
     for (int64_t r = 0; r < tile.rows; ++r) {
-      load_factor<F>(
-          item.left, tile.row + r, 0, item.rank, scratch.left.data() + r * item.rank);
+      load_factor<F>(item.left, tile.row + r, 0, item.rank, scratch.left.data() + r * item.rank);
     }
   }
 
@@ -295,8 +294,8 @@ class Merger {
         if (scratch.code[r * kTileCols + c] != kOverflow) continue;
         item.overflow_index[at] =
             static_cast<int32_t>(item.passed_index(tile.row + r, tile.col + c));
-        static_cast<Bits*>(item.overflow_value)[at++] = static_cast<const Bits*>(
-            item.weight)[item.weight_view.offset(tile.index(item, r) + c)];
+        static_cast<Bits*>(item.overflow_value)[at++] =
+            static_cast<const Bits*>(item.weight)[item.weight_view.offset(tile.index(item, r) + c)];
       }
     }
     return true;
@@ -310,8 +309,7 @@ class Merger {
       kernels_.unmerge(
           gather(weight, item.weight_view, at, tile.cols, scratch.before),
           scratch.acc + r * kTileCols, scaling,
-          gather(item.code, item.code_view, at, tile.cols, scratch.code), tile.cols,
-          scratch.after);
+          gather(item.code, item.code_view, at, tile.cols, scratch.code), tile.cols, scratch.after);
       scatter(weight, item.weight_view, at, tile.cols, scratch.after);
     }
   }

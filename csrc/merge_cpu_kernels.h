@@ -1,7 +1,8 @@
 // The inner loops of merge_ and unmerge_ on the CPU, compiled once for each instruction set.
 //
-// The loops are plain C++ over merge_math.h; the compiler turns them into vectors. Which set runs is
-// decided when an op is called, so one binary serves every x86-64, and the bits are the same in all.
+// The loops are plain C++ over merge_math.h; the compiler turns them into vectors. Which set runs
+// is decided when an op is called, so one binary serves every x86-64, and the bits are the same in
+// all.
 #pragma once
 
 #include <cstdlib>
@@ -22,8 +23,8 @@ struct TileFlags {
   bool overflow = false;
 };
 
-// acc[r, c] = fma over kRank of the j of left[r, j] * right[j, c], four rows at a time. Four by four
-// keeps the two FMA units of a core busy: one load for each four operations.
+// acc[r, c] = fma over kRank of the j of left[r, j] * right[j, c], four rows at a time. Four by
+// four keeps the two FMA units of a core busy: one load for each four operations.
 template <int kRank, class Compute>
 LORA_FAST_INLINE void accumulate_rows(
     const Compute* __restrict left, int64_t rank, const Compute* __restrict right, int64_t cols,
@@ -104,34 +105,35 @@ struct Kernels {
   void (*unmerge)(const Bits*, const Compute*, Compute, const int8_t*, int64_t, Bits*);
 };
 
-#define LORA_FAST_KERNELS(NAME, TARGET)                                                           \
-  template <class F>                                                                              \
-  struct NAME {                                                                                   \
-    using Bits = typename F::Bits;                                                                \
-    using Compute = typename F::Compute;                                                          \
-    TARGET static void accumulate(                                                                \
-        const Compute* left, const Compute* right, int64_t rank, int64_t rows, int64_t cols,      \
-        Compute* acc) {                                                                           \
-      accumulate_tile(left, right, rank, rows, cols, acc);                                        \
-    }                                                                                             \
-    TARGET static void merge(                                                                     \
-        const Bits* before, const Compute* acc, Compute scaling, int64_t cols, Bits* after,       \
-        int8_t* code, TileFlags& flags) {                                                         \
-      merge_row<F>(before, acc, scaling, cols, after, code, flags);                               \
-    }                                                                                             \
-    TARGET static void unmerge(                                                                   \
-        const Bits* before, const Compute* acc, Compute scaling, const int8_t* code, int64_t cols,\
-        Bits* after) {                                                                            \
-      unmerge_row<F>(before, acc, scaling, code, cols, after);                                    \
-    }                                                                                             \
-    static Kernels<F> all() { return {accumulate, merge, unmerge}; }                              \
+#define LORA_FAST_KERNELS(NAME, TARGET)                                                            \
+  template <class F>                                                                               \
+  struct NAME {                                                                                    \
+    using Bits = typename F::Bits;                                                                 \
+    using Compute = typename F::Compute;                                                           \
+    TARGET static void accumulate(                                                                 \
+        const Compute* left, const Compute* right, int64_t rank, int64_t rows, int64_t cols,       \
+        Compute* acc) {                                                                            \
+      accumulate_tile(left, right, rank, rows, cols, acc);                                         \
+    }                                                                                              \
+    TARGET static void merge(                                                                      \
+        const Bits* before, const Compute* acc, Compute scaling, int64_t cols, Bits* after,        \
+        int8_t* code, TileFlags& flags) {                                                          \
+      merge_row<F>(before, acc, scaling, cols, after, code, flags);                                \
+    }                                                                                              \
+    TARGET static void unmerge(                                                                    \
+        const Bits* before, const Compute* acc, Compute scaling, const int8_t* code, int64_t cols, \
+        Bits* after) {                                                                             \
+      unmerge_row<F>(before, acc, scaling, code, cols, after);                                     \
+    }                                                                                              \
+    static Kernels<F> all() { return {accumulate, merge, unmerge}; }                               \
   };
 
 LORA_FAST_KERNELS(Portable, )
 #if defined(__x86_64__)
 LORA_FAST_KERNELS(Avx2, __attribute__((target("avx2,fma"))))
 LORA_FAST_KERNELS(
-    Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))))
+    Avx512,
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))))
 #endif
 #undef LORA_FAST_KERNELS
 

@@ -5,8 +5,8 @@
 //   unmerge   W  = unordered(ordered(round(W' - s * acc)) + code)
 //
 // The sums are fma only, which IEEE 754 defines to the last bit, and no product stands beside an
-// addition, so a compiler has nothing to contract or reorder: a weight that was merged on one device
-// can be unmerged on another.
+// addition, so a compiler has nothing to contract or reorder: a weight that was merged on one
+// device can be unmerged on another.
 #pragma once
 
 #include <cmath>
@@ -104,8 +104,7 @@ struct Fp16 {
     const uint32_t magnitude = bits & 0x7fff;
     const uint32_t normal = (magnitude << 13) + 0x38000000;  // exponent bias 15 to 127
     // A subnormal m * 2^-24 is the exact difference (0.5 + m * 2^-24) - 0.5.
-    const uint32_t subnormal =
-        bit_cast<uint32_t>(bit_cast<float>(0x3f000000 + magnitude) - 0.5f);
+    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(0x3f000000 + magnitude) - 0.5f);
     const uint32_t infinite = normal + 0x38000000;
     const uint32_t large = select(magnitude < kExponent, normal, infinite);
     return bit_cast<float>(select(magnitude < 0x0400, subnormal, large) | sign);

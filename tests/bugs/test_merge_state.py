@@ -1,5 +1,6 @@
 """What `eval()` and `train()` leave behind: the base weight, the flags, the warnings."""
 
+import copy
 import threading
 import warnings
 from typing import Any
@@ -124,9 +125,23 @@ def test_b06_loralib_is_destroyed() -> None:
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
-def test_b07_autocast_does_not_round_the_merge(case: Any, low: torch.dtype) -> None:
-    layer, twin = case.build(), case.make(lora)
+def test_b07_autocast_does_not_round_the_merge(
+    case: Any, low: torch.dtype, dtype: torch.dtype
+) -> None:
+    layer, twin = case.build(dtype=dtype), case.make(lora, dtype=dtype)
     twin.load_state_dict(layer.state_dict())
+    assert_merge_ignores_autocast(case, layer, twin, low)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("case", ["conv2d", "conv2d_grouped"], indirect=True)
+def test_b07_nor_that_of_a_kernel_in_channels_last(case: Any) -> None:
+    layer = case.build().to(memory_format=torch.channels_last)
+    assert not layer.weight.is_contiguous()
+    assert_merge_ignores_autocast(case, layer, copy.deepcopy(layer), torch.bfloat16)
+
+
+def assert_merge_ignores_autocast(case: Any, layer: Any, twin: Any, low: torch.dtype) -> None:
     before = bits(case.weight(layer))
     with torch.autocast("cpu", dtype=low):
         layer.eval()
@@ -140,6 +155,7 @@ def test_b07_autocast_does_not_round_the_merge(case: Any, low: torch.dtype) -> N
     assert torch.equal(bits(case.weight(layer)), before)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 def test_b07_loading_under_autocast_is_exact(case: Any, low: torch.dtype) -> None:
     saved = case.build().eval()
