@@ -170,10 +170,11 @@ class Conv3d(ConvLoRA):
 
 
 def _square(kernel_size: int | Sequence[int]) -> int:
-    sizes = set(kernel_size) if isinstance(kernel_size, (tuple, list)) else {kernel_size}
-    if len(sizes) != 1 or not all(isinstance(k, int) for k in sizes):
+    sizes = list(kernel_size) if isinstance(kernel_size, (tuple, list)) else [kernel_size]
+    k = sizes[0] if sizes else None
+    if not isinstance(k, int) or any(size != k for size in sizes):
         raise ValueError(
             "kernel_size must be one integer, or a tuple of equal ones, because the adapter's "
             f"factors are built for square kernels, got {kernel_size!r}"
         )
-    return sizes.pop()
+    return k

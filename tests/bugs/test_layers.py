@@ -32,7 +32,8 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
             kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with lora.use_backend("auto"), hooks:  # whatever the environment chose
         y = layer(x)
     y.sum().backward()
     return sum(kept.values())

@@ -1,0 +1,114 @@
+"""The demo's results: a table, metrics.json and a picture of the loss curves."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_fast.demo.training import Run
+
+
+@dataclass
+class Row:
+    """A line of the table: what, both libraries' values, and whether it is as it should be."""
+
+    what: str
+    loralib: str
+    lora_fast: str
+    verdict: str = ""
+    passed: bool = True
+
+
+@dataclass
+class Report:
+    """What the demo found out, as far as it got."""
+
+    title: str
+    facts: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    interrupted: bool = False
+
+    def add(self, *row: Any, passed: bool = True) -> None:
+        """Append a line."""
+        self.rows.append(Row(*row, passed=passed))
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(row.passed for row in self.rows)
+
+    def table(self) -> str:
+        """Return the results as aligned text."""
+        lines = [["", "loralib", "lora_fast", ""]]
+        for row in self.rows:
+            verdict = row.verdict if row.passed else f"FAILED: {row.verdict}"
+            lines.append([row.what, row.loralib, row.lora_fast, verdict])
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        text = [self.title, ""]
+        for what, ours, theirs, verdict in lines:
+            cells = (what.ljust(widths[0]), ours.rjust(widths[1]), theirs.rjust(widths[2]), verdict)
+            text.append("  ".join(cells).rstrip())
+        if self.interrupted:
+            text += ["", "Interrupted: this is what was done until then."]
+        return "\n".join(text)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write metrics.json and, once a step was made, loss.png; return the files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics = folder / "metrics.json"
+        _write_whole(metrics, json.dumps(self._metrics(), indent=2).encode())
+        files = [metrics]
+        if any(run.losses for run in self.runs):
+            files.append(self._picture(folder / "loss.png"))
+        return files
+
+    def _metrics(self) -> dict[str, Any]:
+        runs = {
+            run.name: {
+                "loss": run.losses,
+                "step_seconds": run.seconds,
+                "median_step_seconds": run.step_seconds(),
+                "step_memory_bytes": run.memory,
+                "valid_loss_before": run.valid_before,
+                "valid_loss_after": run.valid_after,
+                "trainable_parameters": sum(p.numel() for p in run.trainable()),
+            }
+            for run in self.runs
+        }
+        return {
+            "title": self.title,
+            "interrupted": self.interrupted,
+            "passed": self.passed,
+            **self.facts,
+            "runs": runs,
+            "table": [vars(row) for row in self.rows],
+        }
+
+    def _picture(self, path: Path) -> Path:
+        import matplotlib  # type: ignore[import-not-found, unused-ignore]
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        # Equal curves hide one another: the first is drawn wide, the second thin over it.
+        for run, width in zip(self.runs, (4.0, 1.2), strict=False):
+            axes.plot(range(1, len(run.losses) + 1), run.losses, label=run.name, linewidth=width)
+        axes.set_xlabel("fine-tuning step")
+        axes.set_ylabel("training loss (nats per token)")
+        axes.set_title(self.title, fontsize="medium")
+        axes.legend()
+        part = path.with_name(path.name + ".part")
+        figure.savefig(part, format="png", dpi=120)
+        plt.close(figure)
+        os.replace(part, path)
+        return path
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    os.replace(part, path)
