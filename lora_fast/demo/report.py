@@ -30,9 +30,11 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     interrupted: bool = False
 
-    def add(self, *row: Any, passed: bool = True) -> None:
+    def add(
+        self, what: str, loralib: str, lora_fast: str, verdict: str = "", passed: bool = True
+    ) -> None:
         """Append a line."""
-        self.rows.append(Row(*row, passed=passed))
+        self.rows.append(Row(what, loralib, lora_fast, verdict, passed))
 
     @property
     def passed(self) -> bool:
