@@ -37,7 +37,7 @@ _CHOICES = ("auto", Backend.TRITON.value, Backend.REFERENCE.value)
 _OPS = ("lora_linear", "lora_merged_linear", "lora_embedding", "lora_conv", "merge_", "unmerge_")
 # Ops that have a fused kernel, and those whose hand-written backward beats autograd's.
 _TRITON_OPS = frozenset({"lora_linear"})
-_EAGER_OPS = frozenset({"lora_linear", "lora_merged_linear"})
+_EAGER_OPS = frozenset({"lora_merged_linear"})
 # Looked for, not imported; once, because torch.compile cannot trace the search.
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -104,6 +104,10 @@ def choose(op: str, *tensors: Tensor | None) -> Backend:
     """
     if _selected == "reference":
         return decided(op, Backend.REFERENCE, "chosen by set_backend")
+    x = tensors[0]
+    on_gpu = x is not None and x.is_cuda
+    if _selected == "auto" and not on_gpu and op not in _EAGER_OPS:
+        return decided(op, Backend.REFERENCE, "not a CUDA tensor")
     special = _needs_reference(op, tensors)
     if _selected == "triton":
         reason = special or _why_not_triton(op, tensors)
@@ -115,13 +119,9 @@ def choose(op: str, *tensors: Tensor | None) -> Backend:
         return decided(op, Backend.TRITON, "chosen by set_backend")
     if special:
         return decided(op, Backend.REFERENCE, special)
-    x = tensors[0]
-    if x is not None and x.is_cuda:
-        reason = _why_not_triton(op, tensors)
-        if reason is None:
-            return decided(op, Backend.TRITON, "plain CUDA tensors")
-    else:
-        reason = "not a CUDA tensor"
+    reason = _why_not_triton(op, tensors) if on_gpu else "not a CUDA tensor"
+    if reason is None:
+        return decided(op, Backend.TRITON, "plain CUDA tensors")
     return decided(op, Backend.EAGER if op in _EAGER_OPS else Backend.REFERENCE, reason)
 
 

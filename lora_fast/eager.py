@@ -104,15 +104,16 @@ class _LowRankLinear(torch.autograd.Function):
             ):
                 torch.mm(dy[:, lo:hi], b_block, out=out)
             ds.mul_(scaling * ctx.keep_scale)
-            keep2 = None if keep is None else keep.reshape(x2.shape)
+            keep2 = None if keep is None else keep.reshape(x2.shape).to(x2.dtype)
+            dropped = x2 if keep2 is None else x2 * keep2
             if need_A:
-                dA = ds.t() @ (x2 if keep2 is None else x2 * keep2)
+                dA = ds.t() @ dropped
             if need_x:
                 dx = dy @ weight
                 if keep2 is None:
                     dx.addmm_(ds, lora_A)
                 else:
-                    dx.addcmul_(ds @ lora_A, keep2.to(dx.dtype))
+                    dx.addcmul_(torch.mm(ds, lora_A, out=dropped), keep2)
                 dx = dx.view(x.shape)
         if need_weight:
             dW = dy.t() @ x2

@@ -63,16 +63,10 @@ def lora_linear(
         if not torch.jit.is_tracing():
             checks.dropout_p("lora_linear", dropout_p)
             checks.linear_shapes(x, weight, lora_A, lora_B, bias)
-        backend = choose("lora_linear", x, weight, lora_A, lora_B, bias)
-        if backend is Backend.TRITON:
+        if choose("lora_linear", x, weight, lora_A, lora_B, bias) is Backend.TRITON:
             return autograd.lora_linear(
                 x, weight, lora_A, lora_B, scaling, bias, dropout_p, training
             )
-        if backend is Backend.EAGER:
-            n = weight.shape[0]
-            p = dropout_p if training else 0.0
-            lora_A, lora_B = reference.like(lora_A, x), reference.like(lora_B, x)
-            return eager.low_rank_linear(x, weight, lora_A, lora_B, scaling, bias, p, ((0, n),))
     return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, training)
 
 

@@ -202,9 +202,9 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 def like(adapter: Tensor, x: Tensor) -> Tensor:
     """`adapter` in the dtype of `x`; under autocast torch's own rules choose the dtype."""
-    if not isinstance(x, Tensor):  # an fx proxy cannot be compared
-        return adapter.to(x.dtype)
-    if adapter.dtype == x.dtype or autocasts(x.device):
+    if adapter.dtype is x.dtype:
+        return adapter
+    if isinstance(x, Tensor) and autocasts(x.device):  # no fx proxy, which cannot be asked
         return adapter
     return adapter.to(x.dtype)
 
