@@ -66,10 +66,11 @@ class _LowRankLinear(torch.autograd.Function):
             dropped, keep = _dropout(x, dropout_p)
         y = F.linear(x, weight, bias)
         s = F.linear(dropped, lora_A)
-        y2, s2 = y.view(-1, y.shape[-1]), s.view(-1, s.shape[-1])
+        y2 = y.view(-1, y.shape[-1])
+        s2 = s.view(y2.shape[0], s.shape[-1])
         rank = lora_B.shape[1]
         for (lo, hi), s_block, b_block in zip(
-            blocks, s2.split(rank, 1), _rows(lora_B, blocks), strict=True
+            blocks, _columns(s2, rank, blocks), _rows(lora_B, blocks), strict=True
         ):
             y2[:, lo:hi].addmm_(s_block, b_block.t(), alpha=scaling)
         # Without dX the weight plays no part, and a merge between forward and backward is harmless.
@@ -87,20 +88,20 @@ class _LowRankLinear(torch.autograd.Function):
         need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
         scaling, blocks, rank = ctx.scaling, ctx.blocks, lora_B.shape[1]
         dy = grads[0].reshape(-1, ctx.out_features)
-        x2 = x.reshape(-1, ctx.in_features)
-        s2 = s.view(-1, s.shape[-1])
+        x2 = x.reshape(dy.shape[0], ctx.in_features)
+        s2 = s.view(dy.shape[0], s.shape[-1])
         dx = dW = dA = dB = dbias = None
         if need_B:
             dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
             for (lo, hi), s_block, out in zip(
-                blocks, s2.split(rank, 1), _rows(dB, blocks), strict=True
+                blocks, _columns(s2, rank, blocks), _rows(dB, blocks), strict=True
             ):
                 torch.mm(dy[:, lo:hi].t(), s_block, out=out)
             dB.mul_(scaling)
         if need_x or need_A:
             ds = torch.empty_like(s2)
             for (lo, hi), out, b_block in zip(
-                blocks, ds.split(rank, 1), _rows(lora_B, blocks), strict=True
+                blocks, _columns(ds, rank, blocks), _rows(lora_B, blocks), strict=True
             ):
                 torch.mm(dy[:, lo:hi], b_block, out=out)
             ds.mul_(scaling * ctx.keep_scale)
@@ -124,16 +125,21 @@ class _LowRankLinear(torch.autograd.Function):
 
 def _backward_through_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The same gradients from differentiable formulas, for double backward."""
-    x, weight, lora_A, lora_B, _, keep = ctx.saved_tensors
+    *inputs, _, keep = ctx.saved_tensors
+    # One input may depend on another: through an alias of its own each is differentiated alone.
+    inputs = [None if t is None else t.view_as(t) for t in inputs]
+    x, weight, lora_A, lora_B = inputs
     dropped = x if keep is None else x * keep * ctx.keep_scale
     s = F.linear(dropped, lora_A) * ctx.scaling
     n = ctx.out_features
     y = x.new_zeros((*x.shape[:-1], n)) if weight is None else F.linear(x, weight)
     for (lo, hi), s_block, b_block in zip(
-        ctx.blocks, s.split(lora_B.shape[1], -1), _rows(lora_B, ctx.blocks), strict=True
+        ctx.blocks,
+        _columns(s, lora_B.shape[1], ctx.blocks),
+        _rows(lora_B, ctx.blocks),
+        strict=True,
     ):
         y = y + F.pad(F.linear(s_block, b_block), (lo, n - hi))
-    inputs = (x, weight, lora_A, lora_B)
     needed = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
     found = iter(torch.autograd.grad(y, needed, dy, create_graph=True) if needed else ())
     grads = [next(found) if need else None for need in ctx.needs_input_grad[:4]]
@@ -148,6 +154,10 @@ def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     noise = torch.empty_like(x).bernoulli_(1.0 - p)
     keep = noise.bool()
     return noise.div_(1.0 - p).mul_(x), keep
+
+
+def _columns(s: Tensor, rank: int, blocks: Blocks) -> list[Tensor]:
+    return [s.narrow(-1, i * rank, rank) for i in range(len(blocks))]
 
 
 def _rows(lora_B: Tensor, blocks: Blocks) -> tuple[Tensor, ...]:

@@ -1,0 +1,214 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora_fast
+from lora_fast.cli import main
+from lora_fast.demo import training
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_table_has_all_that_is_promised(demo: Callable[..., Any]) -> None:
+    result = demo()
+    assert result.status == 0, result.stdout + result.stderr
+    for what in (
+        "training loss, first step",
+        "training loss, last step",
+        "validation loss before",
+        "validation loss after",
+        "step time",
+        "activations saved by a step",
+        "trainable parameters",
+        "adapter on disk",
+        "merged against unmerged logits",
+        "base weight lost, 3 cycles, float32",
+        "base weight lost, 3 cycles, bfloat16",
+        "adapter of the other",
+    ):
+        assert result.row(what)["passed"]
+        assert what in result.stdout
+    assert "same draws" in result.row("training loss, last")["verdict"]
+    assert "times as fast" in result.row("step time")["verdict"]
+    assert "FAILED" not in result.stdout
+
+
+def test_both_libraries_train_alike_and_only_ours_restores_the_base(
+    demo: Callable[..., Any],
+) -> None:
+    runs = demo(steps=6).metrics["runs"]
+    assert len(runs["loralib"]["loss"]) == len(runs["lora_fast"]["loss"]) == 6
+    assert runs["loralib"]["loss"] == pytest.approx(runs["lora_fast"]["loss"], abs=1e-4)
+    assert runs["loralib"]["trainable_parameters"] == runs["lora_fast"]["trainable_parameters"] > 0
+
+
+def test_the_base_weight_row_tells_the_libraries_apart(demo: Callable[..., Any]) -> None:
+    row = demo(steps=20).row("base weight lost, 3 cycles, bfloat16")
+    assert row["lora_fast"] == "0, exact"
+    assert row["loralib"] != "0, exact"
+
+
+def test_dropout_draws_the_same_masks_on_a_cpu(demo: Callable[..., Any]) -> None:
+    result = demo("--dropout", "0.3")
+    runs = result.metrics["runs"]
+    assert result.status == 0
+    assert runs["loralib"]["loss"] == pytest.approx(runs["lora_fast"]["loss"], abs=1e-4)
+
+
+def test_the_files(demo: Callable[..., Any]) -> None:
+    result = demo()
+    assert {p.name for p in result.out.iterdir()} == {
+        "adapter-loralib.pt",
+        "adapter.safetensors",
+        "loss.png",
+        "metrics.json",
+    }
+    assert (result.out / "loss.png").read_bytes().startswith(PNG)
+    ours = load_file(result.out / "adapter.safetensors")
+    theirs = torch.load(result.out / "adapter-loralib.pt", weights_only=True)
+    assert set(ours) == set(theirs)
+    for key in ("device", "torch", "threads", "steps", "seed", "passed", "interrupted"):
+        assert key in result.metrics
+    assert not result.metrics["interrupted"]
+
+
+@pytest.mark.parametrize("at", ["pretraining", "fine-tuning", "comparing"])
+def test_ctrl_c_leaves_what_was_done(
+    demo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    calls = 0
+    name = {"pretraining": "language_loss", "fine-tuning": "_timed_step"}.get(at, "step_memory")
+    original = getattr(training, name)
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == {"pretraining": 2, "fine-tuning": 6, "comparing": 1}[at]:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(training, name, interrupted)
+    result = demo()
+    assert result.status == 130
+    assert result.metrics["interrupted"]
+    assert "Interrupted" in result.stdout
+    steps = {"pretraining": None, "fine-tuning": 2, "comparing": 4}[at]
+    if steps is None:
+        assert result.metrics["runs"] == {}
+        assert not (result.out / "loss.png").exists()
+    else:
+        assert len(result.metrics["runs"]["lora_fast"]["loss"]) == steps
+        assert (result.out / "loss.png").read_bytes().startswith(PNG)
+        assert result.row("step time")["passed"]
+
+
+def test_a_failed_check_shows_and_sets_the_status(
+    demo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_fast.demo.compare.exchanged_difference", lambda *args: 1.0)
+    result = demo()
+    assert result.status == 1
+    assert not result.metrics["passed"]
+    assert "FAILED" in result.stdout
+
+
+# Bad input
+
+
+def test_missing_data(demo: Callable[..., Any], tmp_path: Path) -> None:
+    result = demo("--data", str(tmp_path / "nowhere.txt"))
+    assert result.status == 2
+    assert "nowhere.txt" in result.stderr and "no file or folder" in result.stderr
+    assert not result.out.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n"])
+def test_empty_data(demo: Callable[..., Any], tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_bytes(content)
+    result = demo("--data", str(path))
+    assert result.status == 2
+    assert "is empty" in result.stderr
+    assert not result.out.exists()
+
+
+def test_an_empty_folder_of_data(demo: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    result = demo("--data", str(folder))
+    assert (result.status, result.out.exists()) == (2, False)
+    assert "is empty" in result.stderr
+
+
+def test_data_that_is_too_short(demo: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("too short")
+    result = demo("--data", str(path))
+    assert result.status == 2
+    assert "too few" in result.stderr
+
+
+def test_data_from_a_file_and_a_folder_with_binary_files(
+    demo: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("What is the answer? " * 30)
+    (folder / "deep" / "b.bin").write_bytes(bytes(range(256)) * 3)
+    assert demo("--data", str(folder)).status == 0
+    assert demo("--data", str(folder / "a.txt")).status == 0
+
+
+def test_an_unknown_device(demo: Callable[..., Any]) -> None:
+    result = demo("--device", "toaster")
+    assert result.status == 2
+    assert "toaster" in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(demo: Callable[..., Any]) -> None:
+    result = demo("--device", "cuda")
+    assert result.status == 2
+    assert "--device" in result.stderr
+    assert not result.out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--steps", "0"), ("--steps", "many"), ("--dropout", "1"), ("--unknown",)]
+)
+def test_arguments_that_argparse_refuses(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["demo", *arguments])
+    assert error.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_without_loralib_it_says_what_to_install(
+    demo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "loralib", None)
+    result = demo()
+    assert result.status == 2
+    assert "lora_fast[demo]" in result.stderr
+
+
+def test_version_and_help_need_no_extras(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["--version"])
+    assert error.value.code == 0
+    assert lora_fast.__version__ in capsys.readouterr().out
+    script = (
+        "import sys; sys.modules.update(loralib=None, matplotlib=None, transformers=None)\n"
+        "from lora_fast.cli import main; main(['demo', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--model" in done.stdout
