@@ -37,7 +37,7 @@ LORA_FAST_INLINE void accumulate_rows(
     Compute sum[kRowsAtOnce];
 #pragma GCC unroll 4
     for (int r = 0; r < kRowsAtOnce; ++r) sum[r] = acc[r * kTileCols + c];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kRank; ++j) {
       const Compute value = right[j * kTileCols + c];
 #pragma GCC unroll 4
@@ -55,6 +55,12 @@ LORA_FAST_INLINE void accumulate_tile(
   cols = (cols + 15) / 16 * 16;  // right is padded with zeros, left as well
   std::memset(acc, 0, sizeof(Compute) * kTileRows * kTileCols);
   int64_t j = 0;
+  for (; j + 8 <= rank; j += 8) {
+    for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
+      accumulate_rows<8>(
+          left + r * rank + j, rank, right + j * kTileCols, cols, acc + r * kTileCols);
+    }
+  }
   for (; j + 4 <= rank; j += 4) {
     for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
       accumulate_rows<4>(
@@ -74,7 +80,16 @@ LORA_FAST_INLINE void merge_row(
     const typename F::Bits* __restrict before, const typename F::Compute* __restrict acc,
     typename F::Compute scaling, int64_t cols, typename F::Bits* __restrict after,
     int8_t* __restrict code, TileFlags& flags) {
-  typename F::Word infinite = 0, overflow = 0;
+  using Word = typename F::Word;
+  Word not_plain = 0;
+  for (int64_t c = 0; c < cols; ++c) {
+    const PlainMerged<F> merged = merge_plain_weight<F>(before[c], acc[c], scaling);
+    after[c] = merged.bits;
+    code[c] = merged.code;
+    not_plain |= merged.not_plain;
+  }
+  if (not_plain == 0) return;
+  Word infinite = 0, overflow = 0;
   for (int64_t c = 0; c < cols; ++c) {
     const Merged<F> merged = merge_weight<F>(before[c], acc[c], scaling);
     after[c] = merged.bits;

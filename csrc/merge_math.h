@@ -62,6 +62,7 @@ struct Fp64 {
   static constexpr Bits kExponent = 0x7ff0000000000000;
   static LORA_FAST_INLINE Compute widen(Bits bits) { return bit_cast<double>(bits); }
   static LORA_FAST_INLINE Bits round(Compute value) { return bit_cast<Bits>(value); }
+  static LORA_FAST_INLINE Bits round_finite(Compute value) { return round(value); }
 };
 
 struct Fp32 {
@@ -71,6 +72,7 @@ struct Fp32 {
   static constexpr Bits kExponent = 0x7f800000;
   static LORA_FAST_INLINE Compute widen(Bits bits) { return bit_cast<float>(bits); }
   static LORA_FAST_INLINE Bits round(Compute value) { return bit_cast<Bits>(value); }
+  static LORA_FAST_INLINE Bits round_finite(Compute value) { return round(value); }
 };
 
 struct Bf16 {
@@ -84,9 +86,14 @@ struct Bf16 {
   // To nearest, ties to even. NaN stays non-finite, which is all that its one reader asks.
   static LORA_FAST_INLINE Bits round(Compute value) {
     const uint32_t word = bit_cast<uint32_t>(value);
-    const uint32_t nearest = word + 0x7fff + ((word >> 16) & 1);
     const bool is_nan = (word & 0x7fffffff) > 0x7f800000;
-    return static_cast<Bits>(select<uint32_t>(is_nan, 0x7fc00000, nearest) >> 16);
+    return static_cast<Bits>(select<uint32_t>(is_nan, 0x7fc0, round_finite(value)));
+  }
+
+  // The same where value is no NaN; infinities stay.
+  static LORA_FAST_INLINE Bits round_finite(Compute value) {
+    const uint32_t word = bit_cast<uint32_t>(value);
+    return static_cast<Bits>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
   }
 };
 
@@ -127,6 +134,8 @@ struct Fp16 {
     return static_cast<Bits>(select(magnitude < 0x38800000, subnormal, large) | sign);
 #endif
   }
+
+  static LORA_FAST_INLINE Bits round_finite(Compute value) { return round(value); }
 };
 
 template <class F>
@@ -138,19 +147,22 @@ LORA_FAST_INLINE bool is_finite(typename F::Bits bits) {
 template <class F>
 LORA_FAST_INLINE typename F::Word ordered(typename F::Bits bits) {
   using Word = typename F::Word;
-  constexpr int kWidth = 8 * sizeof(typename F::Bits);
-  constexpr Word kSign = Word{1} << (kWidth - 1);
-  const Word word = bits;
-  return select<Word>((word & kSign) != 0, kSign - 1 - word, word);
+  constexpr int kWord = 8 * sizeof(Word), kBits = 8 * sizeof(typename F::Bits);
+  // All ones below the sign of a negative number, sign-extended to the word.
+  const Word high = static_cast<Word>(bits) << (kWord - kBits);
+  const Word sign = Word{0} - (high >> (kWord - 1));
+  constexpr Word kMagnitude = (Word{1} << (kBits - 1)) - 1;
+  constexpr Word kExtension = kBits == kWord ? Word{0} : ~Word{0} << (kBits % kWord);
+  return static_cast<Word>(bits) ^ (sign & (kMagnitude | kExtension));
 }
 
 template <class F>
 LORA_FAST_INLINE typename F::Bits unordered(typename F::Word word) {
   using Word = typename F::Word;
-  constexpr int kWidth = 8 * sizeof(typename F::Bits);
-  constexpr Word kSign = Word{1} << (kWidth - 1);
-  constexpr Word kTop = Word{1} << (8 * sizeof(Word) - 1);
-  return static_cast<typename F::Bits>(select<Word>((word & kTop) != 0, kSign - 1 - word, word));
+  constexpr int kWord = 8 * sizeof(Word), kBits = 8 * sizeof(typename F::Bits);
+  constexpr Word kMagnitude = (Word{1} << (kBits - 1)) - 1;
+  const Word sign = Word{0} - (word >> (kWord - 1));
+  return static_cast<typename F::Bits>(word ^ (sign & kMagnitude));
 }
 
 // The one code that is no distance: the weight itself is in the overflow list.
@@ -180,6 +192,27 @@ LORA_FAST_INLINE Merged<F> merge_weight(
       merged, static_cast<int8_t>(static_cast<uint8_t>(select<Word>(finite, code, 0))),
       static_cast<Word>(finite) & static_cast<Word>(!is_finite<F>(merged)),
       static_cast<Word>(finite) & static_cast<Word>(!fits)};
+}
+
+template <class F>
+struct PlainMerged {
+  typename F::Bits bits;
+  int8_t code;
+  typename F::Word not_plain;  // 1: the other two are wrong, merge_weight must decide
+};
+
+// merge_weight for the weights that nearly all are: finite before and after, with a code that fits.
+template <class F>
+LORA_FAST_INLINE PlainMerged<F> merge_plain_weight(
+    typename F::Bits weight, typename F::Compute acc, typename F::Compute scaling) {
+  using Bits = typename F::Bits;
+  using Word = typename F::Word;
+  const Bits merged = F::round_finite(fused(scaling, acc, F::widen(weight)));
+  const Bits back = F::round_finite(fused(-scaling, acc, F::widen(merged)));
+  const Word distance = ordered<F>(weight) - ordered<F>(back);
+  const Word not_plain = static_cast<Word>(static_cast<Word>(distance + 127) > 254) |
+      static_cast<Word>(!is_finite<F>(weight)) | static_cast<Word>(!is_finite<F>(merged));
+  return {merged, static_cast<int8_t>(static_cast<uint8_t>(distance)), not_plain};
 }
 
 template <class F>

@@ -38,9 +38,19 @@ _OPS = ("lora_linear", "lora_merged_linear", "lora_embedding", "lora_conv", "mer
 # Ops that have a fused kernel, and those whose hand-written backward beats autograd's.
 _TRITON_OPS = frozenset({"lora_linear"})
 _EAGER_OPS = frozenset({"lora_merged_linear"})
-# Looked for, not imported; once, because torch.compile cannot trace the search.
-_TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _find_triton() -> bool:
+    """Tell whether there is a triton to import, without importing it."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # a finder that blocks it, or a stand-in without a spec
+        return False
+
+
+# Once, because torch.compile cannot trace the search.
+_TRITON_FOUND = _find_triton()
 
 
 def _checked(name: str, source: str) -> str:

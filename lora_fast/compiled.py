@@ -43,6 +43,8 @@ def why_not(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
             return f"a {type(tensor).__name__} is not a plain tensor"
         if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
             return f"{tensor.dtype} tensors of layout {tensor.layout} are not served"
+    if lora_A.shape[0] == 0:
+        return "there is nothing to add: no rank, or no enabled block"
     if torch._debug_has_internal_overlap(weight) == 1:
         return "elements of the weight share memory"
     if weight.numel() > _MOST and weight.dim() != 2:

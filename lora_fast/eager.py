@@ -41,6 +41,8 @@ def low_rank_linear(
     Returns:
         (..., N), contiguous, the dtype of `x`.
     """
+    if not blocks:
+        return F.linear(x, weight, bias)
     return _LowRankLinear.apply(  # type: ignore[no-any-return]
         x, weight, lora_A, lora_B, bias, scaling, dropout_p, blocks
     )

@@ -272,7 +272,12 @@ def merged_delta(
     enable = None if enable_lora is None else [bool(e) for e in enable_lora]
     widths = None if out_splits is None else list(out_splits)
     if enable is not None:
-        n = lora_B.shape[0] // max(1, sum(enable)) * len(enable) if widths is None else sum(widths)
+        if widths is None and not any(enable):
+            raise ValueError(
+                "merged_delta: enable_lora enables no block, so B does not tell the blocks' width; "
+                "give out_splits"
+            )
+        n = sum(widths) if widths is not None else lora_B.shape[0] // sum(enable) * len(enable)
         shape = (n, lora_A.shape[-1])
         checks.grouped_factors("merged_delta", shape, lora_A, lora_B, enable, widths)
     elif lora_A.dim() != 2 or lora_B.dim() != 2 or lora_B.shape[1] != lora_A.shape[0]:

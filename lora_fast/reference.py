@@ -52,7 +52,8 @@ def lora_merged_linear(
     """
     if isinstance(x, Tensor) and x.is_nested:  # cannot be split and joined along the features
         a, b = like(lora_A, x), like(lora_B, x)
-        delta = merged_delta(a, b, scaling, enable_lora=enable_lora, out_splits=out_splits)
+        widths = block_widths(weight.shape[0], enable_lora, out_splits)
+        delta = merged_delta(a, b, scaling, enable_lora=enable_lora, out_splits=widths)
         return F.linear(x, weight, bias) + F.linear(dropout(x, dropout_p, training), delta)
     s = F.linear(dropout(x, dropout_p, training), like(lora_A, x)) * scaling
     lora_B = like(lora_B, x)
@@ -126,11 +127,11 @@ def merged_delta(
     """Delta = scaling B A, (N, K), block by block where `enable_lora` is given."""
     if enable_lora is None:
         return (lora_B * scaling) @ lora_A
-    enabled_rows = lora_B.shape[0] // sum(enable_lora)
-    widths = block_widths(enabled_rows * len(enable_lora), enable_lora, out_splits)
+    if out_splits is None:
+        out_splits = [lora_B.shape[0] // sum(enable_lora)] * len(enable_lora)
     row, rank = 0, 0
     blocks: list[Tensor] = []
-    for width, enabled in zip(widths, enable_lora, strict=True):
+    for width, enabled in zip(out_splits, enable_lora, strict=True):
         if enabled:
             block_A = lora_A.narrow(0, rank, lora_B.shape[1])
             blocks.append(lora_B.narrow(0, row, width) * scaling @ block_A)
@@ -156,7 +157,10 @@ def merged_weight(
         # One product that adds while it multiplies: no dense delta, one rounding.
         flat = weight.reshape(lora_B.shape[0], lora_A.shape[1])
         return torch.addmm(flat, lora_B * scaling, lora_A).view(weight.shape)
-    delta = merged_delta(lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits)
+    widths = None
+    if enable_lora is not None:
+        widths = block_widths(weight.shape[0], enable_lora, out_splits)
+    delta = merged_delta(lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=widths)
     return weight + delta.view(weight.shape)
 
 

@@ -1,0 +1,388 @@
+"""Which implementation runs, who may say so, and that it says why."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import lora_fast
+from lora_fast import backend, functional
+
+OPS = ("lora_linear", "lora_merged_linear", "lora_embedding", "lora_conv", "merge_", "unmerge_")
+
+
+@pytest.fixture(autouse=True)
+def auto() -> Iterator[None]:
+    """Every test begins with the default, and the next file with what it was before."""
+    with lora_fast.use_backend("auto"):
+        yield
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where nobody asked for Triton's interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def factors(device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    return tuple(torch.randn(size, device=device) for size in ((5, 4), (6, 4), (2, 4), (6, 2)))
+
+
+def call_linear() -> Tensor:
+    return functional.lora_linear(*factors(), 1.0)
+
+
+def call_merged() -> Tensor:
+    return functional.lora_merged_linear(*factors(), 1.0, enable_lora=[True])
+
+
+def call_embedding() -> Tensor:
+    return functional.lora_embedding(
+        torch.tensor([1, 0]), torch.randn(6, 4), torch.randn(2, 6), torch.randn(4, 2), 1.0
+    )
+
+
+def call_conv() -> Tensor:
+    return functional.lora_conv(
+        torch.randn(2, 4, 7), torch.randn(6, 4, 1), torch.randn(2, 4), torch.randn(6, 2), 1.0
+    )
+
+
+CALLS = {
+    "lora_linear": call_linear,
+    "lora_merged_linear": call_merged,
+    "lora_embedding": call_embedding,
+    "lora_conv": call_conv,
+}
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh interpreter, warnings as errors, with these environment variables."""
+    names = ("LORA_FAST_BACKEND", "TRITON_INTERPRET")
+    env = {k: v for k, v in os.environ.items() if k not in names} | environment
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# --------------------------------------------------------------------------- the choice
+
+
+def test_auto_is_the_default() -> None:
+    done = python("import lora_fast; print(lora_fast.get_backend())")
+    assert done.stdout == "auto\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["auto", "triton", "reference"])
+def test_the_environment_sets_the_first_choice(name: str) -> None:
+    done = python("import lora_fast; print(lora_fast.get_backend())", LORA_FAST_BACKEND=name)
+    assert done.stdout == f"{name}\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["Triton", "cuda", "eager"])
+def test_the_environment_is_checked_at_import(name: str) -> None:
+    done = python("import lora_fast", LORA_FAST_BACKEND=name)
+    assert done.returncode != 0
+    message = done.stderr.strip().splitlines()[-1]
+    assert message == (
+        f"ValueError: LORA_FAST_BACKEND must be one of auto, triton, reference, got {name!r}"
+    )
+
+
+@pytest.mark.parametrize("name", ["auto", "triton", "reference"])
+def test_set_backend(name: str) -> None:
+    assert lora_fast.set_backend(name) is None
+    assert lora_fast.get_backend() == name
+
+
+@pytest.mark.parametrize("name", ["", "TRITON", "cuda", "eager", "compiled", None, 3])
+@pytest.mark.parametrize("how", ["set", "use"])
+def test_unknown_names_are_refused(how: str, name: Any) -> None:
+    lora_fast.set_backend("reference")
+    choose = lora_fast.set_backend if how == "set" else lora_fast.use_backend(name).__enter__
+    with pytest.raises(ValueError) as caught:
+        choose(*[name] if how == "set" else [])
+    assert str(caught.value) == f"backend must be one of auto, triton, reference, got {name!r}"
+    assert lora_fast.get_backend() == "reference"
+
+
+def test_use_backend_nests() -> None:
+    with lora_fast.use_backend("reference"):
+        with lora_fast.use_backend("triton"):
+            with lora_fast.use_backend("auto"):
+                assert lora_fast.get_backend() == "auto"
+            assert lora_fast.get_backend() == "triton"
+        assert lora_fast.get_backend() == "reference"
+    assert lora_fast.get_backend() == "auto"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_use_backend_goes_back_after_an_exception(error: type[BaseException]) -> None:
+    with pytest.raises(error), lora_fast.use_backend("reference"):
+        raise error
+    assert lora_fast.get_backend() == "auto"
+
+
+def test_use_backend_goes_back_over_a_choice_made_inside() -> None:
+    with lora_fast.use_backend("reference"):
+        lora_fast.set_backend("triton")
+    assert lora_fast.get_backend() == "auto"
+
+
+def test_use_backend_decorates_functions() -> None:
+    @lora_fast.use_backend("reference")
+    def inside() -> str:
+        return lora_fast.get_backend()
+
+    assert [inside(), inside(), lora_fast.get_backend()] == ["reference", "reference", "auto"]
+
+
+# --------------------------------------------------------------------------- what is logged
+
+
+def decisions(caplog: pytest.LogCaptureFixture, call: Callable[[], Any]) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG, logger="lora_fast.dispatch"):
+        call()
+    return [r.getMessage() for r in caplog.records if r.name == "lora_fast.dispatch"]
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_cpu_call_says_what_ran_and_why(op: str, caplog: pytest.LogCaptureFixture) -> None:
+    implementation = "eager" if op == "lora_merged_linear" else "reference"
+    assert decisions(caplog, CALLS[op]) == [f"{op} -> {implementation}: not a CUDA tensor"]
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_forced_reference_is_logged(op: str, caplog: pytest.LogCaptureFixture) -> None:
+    with lora_fast.use_backend("reference"):
+        said = decisions(caplog, CALLS[op])
+    assert said == [f"{op} -> reference: chosen by set_backend"]
+
+
+def test_a_forced_triton_is_logged(
+    kernel_device: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    tensors = factors(kernel_device)
+    with lora_fast.use_backend("triton"):
+        said = decisions(caplog, lambda: functional.lora_linear(*tensors, 1.0))
+    assert said == ["lora_linear -> triton: chosen by set_backend"]
+
+
+def test_merges_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    _, weight, a, b = factors()
+    with lora_fast.use_backend("reference"):
+        said = decisions(caplog, lambda: functional.merge_(weight, a, b, 1.0))
+    assert said == ["merge_ -> reference: chosen by set_backend"]
+    (line,) = decisions(caplog, lambda: functional.merge_(weight, a, b, 1.0))
+    assert line.startswith(("merge_ -> compiled: plain tensors", "merge_ -> reference: "))
+
+
+def test_nothing_is_logged_above_debug(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lora_fast.dispatch"):
+        call_linear()
+    assert not caplog.records
+
+
+class _Subclass(Tensor):
+    pass
+
+
+def _as_subclass() -> Tensor:
+    x, *others = factors()
+    return functional.lora_merged_linear(x.as_subclass(_Subclass), *others, 1.0, enable_lora=[True])
+
+
+def _under_vmap() -> Tensor:
+    x, *others = factors()
+
+    def one(row: Tensor) -> Tensor:
+        return functional.lora_merged_linear(row, *others, 1.0, enable_lora=[True])
+
+    return torch.func.vmap(one)(x)
+
+
+def _under_autocast() -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return call_merged()
+
+
+def _dual() -> Tensor:
+    x, *others = factors()
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        return functional.lora_merged_linear(x, *others, 1.0, enable_lora=[True])
+
+
+def _under_a_mode() -> Tensor:
+    with FlopCounterMode(display=False):
+        return call_merged()
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (_as_subclass, "a _Subclass is not a plain tensor"),
+        (_under_vmap, "inside a functorch transform"),
+        (_under_autocast, "autocast"),
+        (_dual, "forward-mode differentiation"),
+        (_under_a_mode, "inside a TorchDispatchMode"),
+    ],
+)
+def test_what_only_torchs_own_code_serves(
+    call: Callable[[], Tensor], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert decisions(caplog, call) == [f"lora_merged_linear -> reference: {reason}"]
+
+
+# --------------------------------------------------------------------------- forced and impossible
+
+
+@pytest.mark.parametrize("op", ["lora_merged_linear", "lora_embedding", "lora_conv"])
+def test_forced_triton_says_which_op_has_no_kernel(op: str) -> None:
+    expected = f"{op}: backend 'triton' was forced but cannot run: {op} has no fused kernel"
+    with lora_fast.use_backend("triton"), pytest.raises(RuntimeError) as caught:
+        CALLS[op]()
+    assert str(caught.value).startswith(expected)
+    assert "set_backend('auto')" in str(caught.value)
+
+
+def test_forced_triton_needs_cuda_or_the_interpreter(no_interpreter: None) -> None:
+    with (
+        lora_fast.use_backend("triton"),
+        pytest.raises(RuntimeError, match="the input is on cpu, the kernels need CUDA"),
+    ):
+        call_linear()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x, w: (x.double(), w.double()), "dtype torch.float64 is not fp32, fp16 or bf16"),
+        (lambda x, w: (x.half(), w), "x is torch.float16 and weight torch.float32"),
+        (lambda x, w: (x, w.to("meta")), "tensors on .* and meta"),
+        (lambda x, w: (x.as_subclass(_Subclass), w), "a _Subclass is not a plain tensor"),
+    ],
+    ids=["fp64", "dtypes", "devices", "subclass"],
+)
+def test_forced_triton_says_what_the_kernels_cannot_take(
+    change: Callable[..., tuple[Tensor, Tensor]], reason: str, kernel_device: torch.device
+) -> None:
+    x, weight, a, b = factors(kernel_device)
+    x, weight = change(x, weight)
+    with lora_fast.use_backend("triton"), pytest.raises(RuntimeError, match=reason):
+        functional.lora_linear(x, weight, a, b, 1.0)
+
+
+def test_forced_triton_without_triton(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_TRITON_FOUND", False)
+    tensors = factors(kernel_device)
+    with (
+        lora_fast.use_backend("triton"),
+        pytest.raises(RuntimeError, match="triton is not installed"),
+    ):
+        functional.lora_linear(*tensors, 1.0)
+
+
+def test_a_forced_backend_that_cannot_run_changes_nothing() -> None:
+    layer = lora_fast.MergedLinear(4, 6, r=2, enable_lora=[True, False])
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    with lora_fast.use_backend("triton"), pytest.raises(RuntimeError):
+        layer(torch.randn(5, 4))
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert layer(torch.randn(5, 4)).shape == (5, 6)
+
+
+# --------------------------------------------------------------------------- explain
+
+
+@pytest.mark.parametrize("chosen", ["auto", "reference", "triton"])
+def test_explain_prints_a_line_for_every_op(
+    chosen: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with lora_fast.use_backend(chosen):
+        text = lora_fast.explain()
+    assert capsys.readouterr().out == text + "\n"
+    first, *lines = text.splitlines()
+    assert first.startswith(f"backend: {chosen} (of auto, triton, reference), torch ")
+    on_cpu = [line for line in lines if line.split()[1] == "cpu"]
+    assert [line.split()[0] for line in on_cpu] == list(OPS)
+    assert all(" -> " in line and line.split("->")[1].split()[1:] for line in on_cpu)
+
+
+def test_explain_tells_what_a_call_would_run(caplog: pytest.LogCaptureFixture) -> None:
+    lines = [line.split() for line in lora_fast.explain().splitlines()]
+    told = {words[0]: words[3] for words in lines if words[1] == "cpu"}
+    for op, call in CALLS.items():
+        (said,) = decisions(caplog, call)
+        assert said.startswith(f"{op} -> {told[op]}:")
+
+
+def test_explain_of_a_forced_backend_says_why_it_cannot_run(no_interpreter: None) -> None:
+    with lora_fast.use_backend("triton"):
+        lines = lora_fast.explain().splitlines()
+    (line,) = (x for x in lines if x.startswith("lora_linear ") and " cpu " in x)
+    assert "-> none" in line
+    assert "the kernels need CUDA" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_explain_says_that_there_is_no_gpu() -> None:
+    assert "cuda: not available" in lora_fast.explain()
+
+
+# --------------------------------------------------------------------------- without triton
+
+_BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+_EVERYTHING = """
+import torch, lora_fast as lora
+layers = [lora.Linear(4, 6, r=2, lora_dropout=0.5),
+          lora.MergedLinear(4, 6, r=2, enable_lora=[True, False]), lora.Conv1d(4, 6, 3, r=1)]
+for layer in layers:
+    x = torch.randn(5, 4, 4)
+    layer(x).sum().backward()
+    assert layer.lora_B.grad is not None
+    layer.eval()(x)
+    layer.train()
+table = lora.Embedding(9, 4, r=2)
+table(torch.tensor([1, 8])).sum().backward()
+lora.explain()
+lora.set_backend("triton")
+try:
+    layers[0](x)
+except RuntimeError as error:
+    print(error)
+assert not [name for name in sys.modules if name.partition(".")[0] == "triton"]
+"""
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_works_where_triton_is_absent(interpret: str) -> None:
+    done = python(_BLOCKED + _EVERYTHING, TRITON_INTERPRET=interpret)
+    assert done.returncode == 0, done.stderr
+    reason = "triton is not installed" if interpret == "1" else "the kernels need CUDA"
+    assert reason in done.stdout.splitlines()[-1]
