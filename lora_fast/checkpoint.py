@@ -6,6 +6,7 @@ A `.safetensors` file carries it in its header, any other file (`torch.save`) in
 
 import json
 import os
+import uuid
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,30 @@ def save(
         bias: as for `lora_state_dict`; used with `lora_only`.
 
     Raises:
-        ValueError: the model has no LoRA layers to save.
+        ValueError: the model has no LoRA layers to save, or values that a safetensors file can't
+            hold.
+        FileNotFoundError: there is no such folder.
     """
     full = model.state_dict()
-    metadata = {k: v for k, v in full._metadata.items() if "lora_merged" in v}  # type: ignore[attr-defined]
-    kept: dict[str, Tensor] = lora_state_dict(model, bias) if lora_only else dict(full)
-    if not metadata:
+    every: dict[str, dict[str, Any]] = full._metadata  # type: ignore[attr-defined]
+    adapted = {k: v for k, v in every.items() if "lora_merged" in v}
+    if not adapted:
         raise ValueError("save: the model has no LoRA layer with r > 0; nothing was written")
+    kept: dict[str, Any] = lora_state_dict(model, bias) if lora_only else dict(full)
+    metadata = adapted if lora_only else every
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save: there is no folder {path.parent}")
+    # Several processes may save to one path, each rank of a training run, say.
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         if path.suffix == ".safetensors":
+            others = [key for key, value in kept.items() if not isinstance(value, Tensor)]
+            if others:
+                raise ValueError(
+                    f"save: a safetensors file holds tensors alone, not {', '.join(others)}; "
+                    "choose another file name"
+                )
             # safetensors refuses strided tensors (fan_in_fan_out) and tensors that share memory.
             tensors = {k: v.detach().contiguous().clone() for k, v in kept.items()}
             header = {_HEADER: json.dumps(metadata)}
@@ -68,8 +82,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a key is unknown or missing, a shape, rank or scaling differs. Every difference
-            is named, and nothing was loaded.
+        ValueError: the file is damaged or of another kind; or a key is unknown or missing, a shape,
+            rank or scaling differs. Every difference is named, and nothing was loaded.
     """
     state = _read(Path(path))
     problems = _problems(model, state, strict)
@@ -78,14 +92,36 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
     model.load_state_dict(state, strict=False)
 
 
-def _read(path: Path) -> "OrderedDict[str, Tensor]":
-    if path.suffix != ".safetensors":
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-            raise ValueError(f"load: {path} does not hold a state dict of tensors")
-        state = OrderedDict(loaded)
-        state._metadata = getattr(loaded, "_metadata", OrderedDict())  # type: ignore[attr-defined]
-        return state
+def _read(path: Path) -> "OrderedDict[str, Any]":
+    is_safetensors = path.suffix == ".safetensors"
+    try:
+        loaded = _read_safetensors(path) if is_safetensors else _read_torch(path)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):  # clear enough
+        raise
+    except Exception as error:  # torch has many for a damaged file
+        kind = "safetensors" if is_safetensors else "torch.save"
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"load: {path} is damaged or no {kind} file; nothing was loaded ({why})"
+        ) from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(value, Tensor) or _is_extra(key) for key, value in loaded.items()
+    ):
+        raise ValueError(f"load: {path} does not hold a state dict of tensors")
+    state = OrderedDict(loaded)
+    state._metadata = getattr(loaded, "_metadata", OrderedDict())  # type: ignore[attr-defined]
+    return state
+
+
+def _read_torch(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _is_extra(key: Any) -> bool:
+    return str(key).rpartition(".")[2] == "_extra_state"  # a module's own, of any type
+
+
+def _read_safetensors(path: Path) -> "OrderedDict[str, Tensor]":
     with safetensors.safe_open(path, framework="pt") as file:
         state = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
         header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
@@ -93,19 +129,19 @@ def _read(path: Path) -> "OrderedDict[str, Tensor]":
     return state
 
 
-def _problems(model: nn.Module, state: "OrderedDict[str, Tensor]", strict: bool) -> list[str]:
+def _problems(model: nn.Module, state: "OrderedDict[str, Any]", strict: bool) -> list[str]:
     own = model.state_dict()
-    aliases = {_released_conv_key(model, key): key for key in state}
-    problems = [f"{key}: not in the model" for new, key in aliases.items() if new not in own]
-    for new, key in aliases.items():
-        if new in own and own[new].shape != state[key].shape:
+    names = {key: _released_conv_key(model, key) for key in state}
+    problems = [f"{key}: not in the model" for key, new in names.items() if new not in own]
+    for key, new in names.items():
+        if new in own and not _is_extra(key) and own[new].shape != state[key].shape:
             problems.append(
                 f"{key}: the file has shape {tuple(state[key].shape)}, the model "
                 f"{tuple(own[new].shape)}"
             )
     if strict:
-        missing = [k for k in lora_state_dict(model) if k not in aliases]
-        problems += [f"{key}: not in the file" for key in missing]
+        missing = set(lora_state_dict(model)) - set(names.values())
+        problems += [f"{key}: not in the file" for key in own if key in missing]
     for name, layer in model.named_modules():
         saved: dict[str, Any] = state._metadata.get(name, {})  # type: ignore[attr-defined]
         if isinstance(layer, MergingLayer) and hasattr(layer, "lora_A"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ class Report:
     interrupted: bool = False
 
     def add(
-        self, what: str, loralib: str, lora_fast: str, verdict: str = "", passed: bool = True
+        self, what: str, values: Iterable[str], verdict: str = "", *, passed: bool = True
     ) -> None:
-        """Append a line."""
-        self.rows.append(Row(what, loralib, lora_fast, verdict, passed))
+        """Append a line; `values` are loralib's and ours."""
+        theirs, ours = values
+        self.rows.append(Row(what, theirs, ours, verdict, passed))
 
     @property
     def passed(self) -> bool:

@@ -154,14 +154,13 @@ def _compare(task: Task, loralib: ModuleType, out: Path, report: Report) -> None
         compare.save_adapter(run.model, library, out).stat().st_size
         for run, library in ((theirs, loralib), (ours, lora_fast))
     ]
-    report.add("adapter on disk (KiB)", *(f"{size / 1024:.1f}" for size in sizes))
+    report.add("adapter on disk (KiB)", (f"{size / 1024:.1f}" for size in sizes))
     _merge_rows(report, ids)
     there = compare.exchanged_difference(ours.model, lora_fast, theirs.model, ids)
     back = compare.exchanged_difference(theirs.model, loralib, ours.model, ids)
     report.add(
         "adapter of the other: logits differ by",
-        f"{there:.1e}",
-        f"{back:.1e}",
+        (f"{there:.1e}", f"{back:.1e}"),
         "saved by one, loaded by the other",
         passed=max(there, back) < 1e-3,
     )
@@ -176,11 +175,10 @@ def _training_rows(report: Report) -> None:
     fused = ours.model.training and next(ours.model.parameters()).is_cuda
     own_mask = fused and report.facts["dropout"] > 0
     kind = "own dropout masks: equal within sampling noise" if own_mask else "same draws"
-    report.add("training loss, first step", f"{theirs.losses[0]:.4f}", f"{ours.losses[0]:.4f}")
+    report.add("training loss, first step", (f"{run.losses[0]:.4f}" for run in report.runs))
     report.add(
         "training loss, last step",
-        f"{pairs[-1][0]:.4f}",
-        f"{pairs[-1][1]:.4f}",
+        (f"{loss:.4f}" for loss in pairs[-1]),
         f"{kind}; largest difference of a step {largest:.1e}",
         passed=own_mask or largest < SAME_LOSS,
     )
@@ -189,24 +187,24 @@ def _training_rows(report: Report) -> None:
             ("before", (theirs.valid_before, ours.valid_before)),
             ("after", (theirs.valid_after, ours.valid_after)),
         ):
-            report.add(f"validation loss {what}", *(f"{value:.4f}" for value in values))
+            report.add(f"validation loss {what}", (f"{value:.4f}" for value in values))
     seconds = [run.step_seconds() or 0.0 for run in report.runs]
     ratio = seconds[0] / seconds[1]
     milliseconds = (f"{s * 1e3:.1f}" for s in seconds)
-    report.add("step time (ms, median)", *milliseconds, f"lora_fast is {ratio:.2f} times as fast")
+    report.add("step time (ms, median)", milliseconds, f"lora_fast is {ratio:.2f} times as fast")
     if ours.memory is not None:
         cuda = next(ours.model.parameters()).is_cuda
         what = "peak memory of a step (MiB)" if cuda else "activations saved by a step (MiB)"
-        report.add(what, *(f"{(run.memory or 0) / 2**20:.1f}" for run in report.runs))
+        report.add(what, (f"{(run.memory or 0) / 2**20:.1f}" for run in report.runs))
     counts = [sum(p.numel() for p in run.trainable()) for run in report.runs]
-    report.add("trainable parameters", *(f"{n:,}" for n in counts), passed=counts[0] == counts[1])
+    report.add("trainable parameters", (f"{n:,}" for n in counts), passed=counts[0] == counts[1])
 
 
 def _merge_rows(report: Report, ids: torch.Tensor) -> None:
     differences = [compare.merged_difference(run.model, ids) for run in report.runs]
     report.add(
         "merged against unmerged logits",
-        *(f"{difference:.1e}" for difference, _ in differences),
+        (f"{difference:.1e}" for difference, _ in differences),
         f"of {differences[1][1]:.1f}",
         passed=differences[1][0] < 1e-3 * max(1.0, differences[1][1]),
     )
@@ -215,7 +213,7 @@ def _merge_rows(report: Report, ids: torch.Tensor) -> None:
         cells = ("0, exact" if d.changed == 0.0 else f"{d.largest:.1e}" for d in drifts)
         report.add(
             f"base weight lost, {CYCLES} cycles, {str(dtype).removeprefix('torch.')}",
-            *cells,
+            cells,
             f"loralib changed {drifts[0].changed:.0%} of the weights",
             passed=drifts[1].changed == 0.0,
         )

@@ -1,0 +1,154 @@
+import math
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from lora_fast.testing import assert_within_budget
+
+pytest.importorskip("triton")
+
+from lora_fast.kernels.configs import ForwardPlan, GemmConfig, ShrinkConfig
+from lora_fast.kernels.dropout import keep_scale, unpack_mask
+from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
+
+# Tiles small enough to interpret, and smaller than most inputs here.
+GEMMS = {
+    "pointers": GemmConfig(32, 32, 32, num_warps=4, num_stages=2),
+    "tma": GemmConfig(32, 64, 32, num_warps=4, num_stages=2, tma=True, parts=2),
+}
+FORWARD = {
+    f"{impl}-{gemm}": ForwardPlan(
+        impl, GEMMS[gemm], ShrinkConfig(16, 32, 32, num_warps=4, num_stages=2)
+    )
+    for impl, gemm in product(("one_pass", "split", "lora_first"), GEMMS)
+}
+# The interpreter has no bf16 arithmetic, so it upcasts; a GPU runs the real thing.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(1, 7, 5, 1), (33, 65, 40, 4), (70, 32, 129, 16), (16, 96, 64, 70)]
+
+
+def run(inputs: Any, plan: str | None = None, p: float = 0.0, seed: int | None = None) -> Any:
+    seeds = None if seed is None else torch.tensor([seed], device=inputs.x.device)
+    return lora_linear_fwd(
+        *(inputs.x, inputs.weight, inputs.bias, inputs.lora_a, inputs.lora_b, inputs.scaling),
+        *(p, seeds),
+        plan=None if plan is None else FORWARD[plan],
+    )
+
+
+def check(inputs: Any, y: torch.Tensor, keep: torch.Tensor | None = None) -> None:
+    assert_within_budget(y, inputs.forward(keep), inputs.wide().forward(keep))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("plan", FORWARD)
+def test_every_implementation_on_odd_shapes(plan: str, shape: Any, make_inputs: Any) -> None:
+    if plan.startswith("one_pass") and shape[3] > 64:
+        pytest.skip("one pass keeps S in registers: a single block of the rank")
+    inputs = make_inputs(*shape)
+    y, s, mask = run(inputs, plan)
+    check(inputs, y)
+    assert mask.numel() == 0
+    expected = inputs.wide().x @ inputs.wide().lora_a.t() * inputs.scaling
+    torch.testing.assert_close(s.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", FORWARD)
+def test_dtypes(plan: str, dtype: torch.dtype, make_inputs: Any) -> None:
+    inputs = make_inputs(40, 48, 72, 8, dtype)
+    check(inputs, run(inputs, plan)[0])
+
+
+@pytest.mark.parametrize("plan", [p for p in FORWARD if not p.startswith("one_pass")])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_by_the_mask_that_it_returns(plan: str, p: float, make_inputs: Any) -> None:
+    inputs = make_inputs(33, 40, 77, 8)
+    y, _, mask = run(inputs, plan, p, seed=123)
+    keep = unpack_mask(mask, 77).double() * keep_scale(p)
+    check(inputs, y, keep)
+
+
+def test_the_mask_depends_on_the_seed_alone(make_inputs: Any) -> None:
+    inputs = make_inputs(33, 40, 77, 8)
+    masks = [run(inputs, plan, 0.3, seed=5)[2] for plan in ("split-pointers", "lora_first-tma")]
+    assert torch.equal(*masks)
+    assert not torch.equal(masks[0], run(inputs, "split-pointers", 0.3, seed=6)[2])
+
+
+def test_the_rate_and_independence_of_the_mask(make_inputs: Any) -> None:
+    m, k, p = 256, 512, 0.25
+    inputs = make_inputs(m, 1, k, 1)
+    keep = unpack_mask(run(inputs, None, p, seed=99)[2], k).double()
+    sigma = math.sqrt(p * (1 - p) / keep.numel())
+    assert abs(keep.mean().item() - (1 - p)) < 4 * sigma
+    centred = keep - keep.mean()
+    for shifted in (centred[:, 1:] * centred[:, :-1], centred[1:] * centred[:-1]):
+        assert abs(shifted.mean().item()) < 4 * p * (1 - p) / math.sqrt(shifted.numel())
+    rows = keep.mean(1)
+    assert (rows - (1 - p)).abs().max().item() < 5 * math.sqrt(p * (1 - p) / k)
+
+
+def test_everything_dropped_leaves_the_frozen_layer(make_inputs: Any) -> None:
+    inputs = make_inputs(9, 12, 20, 4)
+    y, s, _ = run(inputs, None, 1.0, seed=1)
+    assert torch.count_nonzero(s) == 0
+    frozen = torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias)
+    torch.testing.assert_close(y, frozen)
+
+
+@pytest.mark.parametrize("plan", FORWARD)
+def test_strides_and_dimensions(plan: str, make_inputs: Any) -> None:
+    inputs = make_inputs(24, 40, 36, 4, bias=False)
+    inputs.x = inputs.x.t().contiguous().t()
+    inputs.weight = inputs.weight.t().contiguous().t()
+    wide_x = torch.randn(2, 3, 8, 36, device=inputs.x.device)[:, :, ::2]
+    check(inputs, run(inputs, plan)[0])
+    inputs.x = wide_x
+    y, _, _ = run(inputs, plan)
+    assert y.shape == (2, 3, 4, 40)
+    check(inputs, y)
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.float16], ids=str)
+def test_adapters_of_another_dtype(adapter: torch.dtype, make_inputs: Any) -> None:
+    inputs = make_inputs(20, 24, 28, 4, torch.float16, adapter_dtype=adapter)
+    for plan in FORWARD:
+        check(inputs, run(inputs, plan)[0])
+
+
+def test_no_rows(make_inputs: Any) -> None:
+    inputs = make_inputs(0, 6, 20, 3)
+    y, s, mask = run(inputs, None, 0.5, seed=1)
+    assert (y.shape, s.shape, mask.shape) == ((0, 6), (0, 3), (0, 3))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which interprets the kernels
+@pytest.mark.parametrize("plan", FORWARD)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_spread_as_in_torch(plan: str, value: float, make_inputs: Any) -> None:
+    inputs = make_inputs(45, 40, 56, 8)
+    inputs.x[3, 5] = value
+    y, _, _ = run(inputs, plan)
+    expected = inputs.forward()
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert torch.equal(y.isnan().any(1), expected.isnan().any(1)) or value == float("inf")
+
+
+@pytest.mark.parametrize("plan", FORWARD)
+def test_the_same_bits_every_time(plan: str, make_inputs: Any) -> None:
+    inputs = make_inputs(50, 40, 60, 8, torch.float16)
+    assert torch.equal(run(inputs, plan)[0], run(inputs, plan)[0])
+
+
+@pytest.mark.parametrize("plan", FORWARD)
+def test_a_scale_off_by_two_percent_is_seen(plan: str, make_inputs: Any) -> None:
+    """The tests can fail: a kernel that computes with another scaling is out of the budget."""
+    inputs = make_inputs(40, 48, 72, 8)
+    inputs.scaling *= 1.02
+    y, _, _ = run(inputs, plan)
+    inputs.scaling /= 1.02
+    with pytest.raises(AssertionError, match="budget"):
+        check(inputs, y)

@@ -1,0 +1,304 @@
+"""Files that do not fit or are damaged are refused whole, and a file is never half written."""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import lora_fast as lora
+from lora_fast.testing import randomize_
+
+NAMES = ["a.safetensors", "a.pt"]
+
+
+def net(**changes: Any) -> nn.ModuleDict:
+    """A model with an adapter in each of its layers; `changes` replace or remove some."""
+    layers: dict[str, Any] = {
+        "q": lora.Linear(4, 6, r=2),
+        "qkv": lora.MergedLinear(4, 12, r=2, enable_lora=[True, False, True]),
+        "conv": lora.Conv2d(2, 4, 3, r=1),
+        "table": lora.Embedding(9, 4, r=2),
+    }
+    kept = {name: layer for name, layer in (layers | changes).items() if layer is not None}
+    return randomize_(nn.ModuleDict(kept))
+
+
+def write(state: dict[str, Tensor], path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+@pytest.fixture(params=[True, False], ids=["into_train", "into_eval"])
+def target(request: pytest.FixtureRequest) -> nn.ModuleDict:
+    return net().train(request.param)
+
+
+@pytest.fixture
+def refused(target: nn.ModuleDict, tmp_path: Path) -> Any:
+    """Load a file; return what the error says, after checking that nothing was loaded."""
+
+    def load(file: Path, **kwargs: Any) -> list[str]:
+        before = {k: v.clone() for k, v in target.state_dict().items()}
+        modes = {name: layer.merged for name, layer in target.items()}
+        with pytest.raises(ValueError) as caught:
+            lora.load(target, file, **kwargs)
+        for key, value in target.state_dict().items():
+            assert torch.equal(value, before[key]), key
+        assert modes == {name: layer.merged for name, layer in target.items()}
+        first, *lines = str(caught.value).split("\n")
+        assert first.startswith(f"load: {file} ")
+        return [first, *(line.strip() for line in lines)]
+
+    return load
+
+
+def assert_untouched_by(file: Path, target: nn.Module, error: type[Exception]) -> None:
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    with pytest.raises(error, match=file.name):
+        lora.load(target, file)
+    for key, value in target.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+# --------------------------------------------------------------------------- files that don't fit
+
+
+@pytest.mark.parametrize("lora_only", [True, False], ids=["adapters", "whole"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_misfit_is_named(name: str, lora_only: bool, refused: Any, tmp_path: Path) -> None:
+    other = net(
+        q=lora.Linear(5, 6, r=2),
+        qkv=lora.MergedLinear(4, 12, r=2, lora_alpha=8, enable_lora=[True, False, True]),
+        conv=None,
+        extra=lora.Linear(4, 4, r=1),
+    )
+    lora.save(other, tmp_path / name, lora_only=lora_only)
+    first, *lines = refused(tmp_path / name)
+    assert first.endswith("does not fit the model:")
+    unknown = ["extra.lora_A: not in the model", "extra.lora_B: not in the model"]
+    shapes = ["q.lora_A: the file has shape (2, 5), the model (2, 4)"]
+    if not lora_only:
+        unknown += [f"extra.{key}: not in the model" for key in ("weight", "bias")]
+        shapes += ["q.weight: the file has shape (6, 5), the model (6, 4)"]
+    missing = ["conv.lora_A: not in the file", "conv.lora_B: not in the file"]
+    scaling = ["qkv: saved with scaling=4.0, the layer has 0.5"]
+    assert sorted(lines) == sorted(unknown + shapes + missing + scaling)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_rank_is_named_with_both(name: str, refused: Any, tmp_path: Path) -> None:
+    lora.save(net(q=lora.Linear(4, 6, r=4, lora_alpha=2)), tmp_path / name)
+    _, *lines = refused(tmp_path / name)
+    assert sorted(lines) == [
+        "q.lora_A: the file has shape (4, 4), the model (2, 4)",
+        "q.lora_B: the file has shape (6, 4), the model (6, 2)",
+        "q: saved with r=4, the layer has 2",
+    ]
+
+
+@pytest.mark.parametrize("last", ["conv.weight", "conv.conv.weight"])
+@pytest.mark.parametrize("name", NAMES)
+def test_either_copy_of_a_kernel_that_does_not_fit(
+    name: str, last: str, refused: Any, tmp_path: Path
+) -> None:
+    """loralib's newest version writes a convolution's weight under two keys."""
+    state = {k: v.contiguous() for k, v in net().state_dict().items()}
+    kernel = state.pop("conv.conv.weight")
+    wrong = torch.zeros(4, 2, 5, 5)
+    both = {"conv.weight": kernel, "conv.conv.weight": wrong}
+    state |= both if last == "conv.conv.weight" else dict(reversed(both.items()))
+    _, *lines = refused(write(state, tmp_path / name))
+    assert lines == ["conv.conv.weight: the file has shape (4, 2, 5, 5), the model (4, 2, 3, 3)"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strict_asks_for_every_adapter(name: str, refused: Any, tmp_path: Path) -> None:
+    source = net()
+    some = {k: v for k, v in lora.lora_state_dict(source).items() if not k.startswith("q.")}
+    _, *lines = refused(write(some, tmp_path / name))
+    assert lines == ["q.lora_A: not in the file", "q.lora_B: not in the file"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_strict_the_others_are_loaded(
+    name: str, target: nn.ModuleDict, refused: Any, tmp_path: Path
+) -> None:
+    source = net()
+    some = {k: v for k, v in lora.lora_state_dict(source).items() if not k.startswith("q.")}
+    before = target["q"].lora_A.clone()
+    lora.load(target, write(some, tmp_path / name), strict=False)
+    assert torch.equal(target["q"].lora_A, before)
+    assert torch.equal(target["conv"].lora_A, source["conv"].lora_A)
+    typo = some | {"q.lora_C": torch.zeros(2, 4)}
+    _, *lines = refused(write(typo, tmp_path / name), strict=False)
+    assert lines == ["q.lora_C: not in the model"]
+
+
+def test_the_checkpoint_of_a_trainer_is_refused(refused: Any, tmp_path: Path) -> None:
+    torch.save({"model": net().state_dict(), "step": 3}, tmp_path / "a.pt")
+    (line,) = refused(tmp_path / "a.pt")
+    assert line.endswith("does not hold a state dict of tensors")
+    torch.save([torch.ones(3)], tmp_path / "a.pt")
+    (line,) = refused(tmp_path / "a.pt")
+    assert line.endswith("does not hold a state dict of tensors")
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("unpickled",)
+
+
+def test_a_file_that_runs_code_is_refused(
+    refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"q.lora_A": _Evil()}, tmp_path / "a.pt")
+    refused(tmp_path / "a.pt")
+    (tmp_path / "b.bin").write_bytes(pickle.dumps(_Evil()))
+    refused(tmp_path / "b.bin")
+    assert not (tmp_path / "unpickled").exists()
+
+
+# --------------------------------------------------------------------------- damaged files
+
+
+@pytest.mark.parametrize("left", [0, 5, 8, 0.2, 0.5, 0.9, -1])
+@pytest.mark.parametrize("name", NAMES)
+def test_truncated_files(name: str, left: float, refused: Any, tmp_path: Path) -> None:
+    file = tmp_path / name
+    lora.save(net(), file, lora_only=False)
+    data = file.read_bytes()
+    file.write_bytes(data[: int(left * len(data)) if 0 < left < 1 else int(left)])
+    (line,) = refused(file)
+    kind = "safetensors" if name.endswith("safetensors") else "torch.save"
+    assert f"is damaged or no {kind} file; nothing was loaded (" in line
+
+
+@pytest.mark.parametrize("content", [b"\x00" * 4096, b"hello, this is text\n" * 99])
+@pytest.mark.parametrize("name", NAMES)
+def test_other_files(name: str, content: bytes, refused: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    (line,) = refused(tmp_path / name)
+    assert "is damaged or no" in line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_under_the_name_of_the_other_kind(name: str, refused: Any, tmp_path: Path) -> None:
+    (other,) = set(NAMES) - {name}
+    lora.save(net(), tmp_path / name)
+    (tmp_path / name).rename(tmp_path / other)
+    (line,) = refused(tmp_path / other)
+    assert "is damaged or no" in line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_files_and_folders(name: str, tmp_path: Path) -> None:
+    assert_untouched_by(tmp_path / name, net(), FileNotFoundError)
+    (tmp_path / name).mkdir()
+    with pytest.raises((IsADirectoryError, ValueError)):
+        lora.load(net(), tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"save: there is no folder .*absent"):
+        lora.save(net(), tmp_path / "absent" / name)
+    assert os.listdir(tmp_path) == [name]
+
+
+# --------------------------------------------------------------------------- whole or not at all
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("exists", [True, False], ids=["over_a_file", "new"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_save_that_fails_leaves_what_was_there(
+    name: str,
+    exists: bool,
+    error: BaseException,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, model = tmp_path / name, net()
+    if exists:
+        lora.save(model, file)
+        before = file.read_bytes()
+
+    def fail(state: Any, path: Any, **kwargs: Any) -> None:
+        Path(path).write_bytes(b"half a fi")
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", fail)
+        patched.setattr(safetensors.torch, "save_file", fail)
+        with pytest.raises(type(error)):
+            lora.save(net(), file)
+    assert os.listdir(tmp_path) == ([name] if exists else [])
+    if exists:
+        assert file.read_bytes() == before
+        lora.load(model, file)
+
+
+_KILLED = """
+import os, sys, pathlib, torch, safetensors.torch
+import lora_fast as lora
+
+def die(state, path, **kwargs):
+    pathlib.Path(path).write_bytes(b"half a fi")
+    os._exit(9)
+
+torch.save = safetensors.torch.save_file = die
+lora.save(lora.Linear(4, 6, r=2), sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_killed_save_leaves_the_old_file(name: str, tmp_path: Path) -> None:
+    file, layer = tmp_path / name, lora.Linear(4, 6, r=2)
+    lora.save(layer, file)
+    before = file.read_bytes()
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(file)], timeout=120, check=False)
+    assert done.returncode == 9
+    assert file.read_bytes() == before
+    lora.load(layer, file)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_savers_of_one_path_do_not_meet(name: str, tmp_path: Path) -> None:
+    """As when every rank of a training run saves."""
+    file, models = tmp_path / name, [net() for _ in range(4)]
+    errors: list[BaseException] = []
+
+    def save(model: nn.Module) -> None:
+        try:
+            for _ in range(15):
+                lora.save(model, file)
+                lora.load(net(), file)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("lora_only", [True, False], ids=["adapters", "whole"])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_to_save(name: str, lora_only: bool, tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Linear(4, 4), lora.Linear(4, 4), lora.MergedLinear(4, 6, r=2))
+    with pytest.raises(ValueError, match="no LoRA layer with r > 0; nothing was written"):
+        lora.save(plain, tmp_path / name, lora_only=lora_only)
+    with pytest.raises(ValueError, match="bias must be one of none, all, lora_only, got 'some'"):
+        lora.save(net(), tmp_path / name, bias="some")
+    assert os.listdir(tmp_path) == []
