@@ -3,8 +3,11 @@
 Every refusal names the argument, what was expected and what came.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsFloat
 
+import torch
 from torch import Tensor
 
 
@@ -12,7 +15,7 @@ def linear_shapes(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> None:
     """Refuse shapes that do not fit `lora_linear`."""
-    n, k = weight.shape
+    n, k = _matrix("lora_linear", weight)
     if x.dim() == 0 or x.size(-1) != k:
         raise ValueError(
             f"lora_linear: x must have {k} features in its last dimension, as weight "
@@ -38,7 +41,7 @@ def merged_linear_shapes(
     out_splits: Sequence[int] | None,
 ) -> None:
     """Refuse shapes that do not fit `lora_merged_linear`."""
-    n, k = weight.shape
+    n, k = _matrix("lora_merged_linear", weight)
     if x.dim() == 0 or x.size(-1) != k:
         raise ValueError(
             f"lora_merged_linear: x must have {k} features in its last dimension, as weight "
@@ -103,7 +106,7 @@ def splits(
 
 def embedding_shapes(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """Refuse tensors that do not fit `lora_embedding`."""
-    num, dim = weight.shape
+    num, dim = _matrix("lora_embedding", weight)
     if input.is_floating_point() or input.is_complex():
         raise TypeError(
             f"lora_embedding: input must hold integer indices, got dtype {input.dtype}; "
@@ -132,7 +135,7 @@ def delta_shapes(
             f"{tuple(lora_B.shape)}"
         )
     if enable_lora is not None:
-        n, k = weight.shape
+        n, k = _matrix(op, weight)
         grouped_factors(op, (n, k), lora_A, lora_B, enable_lora, out_splits)
         return
     fits = tuple(weight.shape) == (lora_B.shape[0], lora_A.shape[1]) or (
@@ -145,10 +148,42 @@ def delta_shapes(
         )
 
 
+def rank(r: Any) -> int:
+    """`r` as an int; refuse what is no integer."""
+    # loralib takes False for 0, which is what nn.Linear(4, 8, False) becomes here.
+    if r is True or not hasattr(r, "__index__"):
+        raise TypeError(f"r must be an integer, got {r!r} of type {type(r).__name__}")
+    return operator.index(r)
+
+
+def lora_dropout(p: Any) -> None:
+    """Refuse a layer's dropout rate that is no number in [0, 1]."""
+    if not isinstance(p, SupportsFloat):
+        raise TypeError(f"lora_dropout must be a number, got {p!r} of type {type(p).__name__}")
+    if not 0.0 <= float(p) <= 1.0:
+        raise ValueError(f"lora_dropout must be between 0 and 1, got {p}")
+
+
+def enabled(op: str, enable_lora: Any) -> list[bool]:
+    """`enable_lora` as a list of bools, whatever its entries' truth values come from."""
+    if not isinstance(enable_lora, Iterable) or isinstance(enable_lora, str):
+        raise TypeError(
+            f"{op}: enable_lora must have an entry for each block of the output, True where it "
+            f"has an adapter, got {enable_lora!r}"
+        )
+    return [bool(e) for e in enable_lora]
+
+
 def dropout_p(op: str, p: float) -> None:
     """Refuse a dropout rate outside [0, 1]."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be between 0 and 1, got {p}")
+
+
+def _matrix(op: str, weight: Tensor) -> torch.Size:
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must have two dimensions, got shape {tuple(weight.shape)}")
+    return weight.shape
 
 
 def _bias_shape(op: str, bias: Tensor | None, n: int) -> None:

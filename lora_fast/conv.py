@@ -66,7 +66,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
-        k = _square(kernel_size)
+        k = _square(kernel_size, conv_module)
         super().__init__()
         self.conv = conv_module(in_channels, out_channels, k, **kwargs)
         LoRALayer.__init__(
@@ -169,10 +169,14 @@ class Conv3d(ConvLoRA):
         super().__init__(nn.Conv3d, *args, **kwargs)
 
 
-def _square(kernel_size: int | Sequence[int]) -> int:
+def _square(kernel_size: int | Sequence[int], conv_module: Any) -> int:
     sizes = list(kernel_size) if isinstance(kernel_size, (tuple, list)) else [kernel_size]
     k = sizes[0] if sizes else None
-    if not isinstance(k, int) or any(size != k for size in sizes):
+    classes = enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), start=1)
+    is_class = isinstance(conv_module, type)
+    dims = [d for d, cls in classes if is_class and issubclass(conv_module, cls)]
+    fits = len(sizes) == 1 or not dims or len(sizes) == dims[0]
+    if not isinstance(k, int) or not fits or any(size != k for size in sizes):
         raise ValueError(
             "kernel_size must be one integer, or a tuple of equal ones, because the adapter's "
             f"factors are built for square kernels, got {kernel_size!r}"

@@ -60,7 +60,7 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
         **kwargs: Any,
     ) -> None:
         given = kwargs.get("_weight")
-        if given is not None and r > 0:
+        if given is not None and checks.rank(r) > 0:
             kwargs["_weight"] = given.clone()  # a merge must not write to the caller's tensor
         self._given_weight = given is not None
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
@@ -245,6 +245,7 @@ class MergedLinear(_LinearBase):
         kwargs: `bias`, `device`, `dtype` as for `nn.Linear`.
 
     Raises:
+        TypeError: `enable_lora` is not a sequence.
         ValueError: the blocks do not make up `out_features`.
 
     Note:
@@ -264,7 +265,7 @@ class MergedLinear(_LinearBase):
         out_splits: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        enabled = [bool(e) for e in enable_lora]
+        enabled = checks.enabled("MergedLinear", enable_lora)
         widths = checks.splits("MergedLinear", out_features, enabled, out_splits)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(

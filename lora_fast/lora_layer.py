@@ -1,7 +1,6 @@
 """What every LoRA layer shares: the adapter's settings, and the merge of `eval()` and `train()`."""
 
 import logging
-import operator
 import threading
 import warnings
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fast import functional, interrupts, readers
+from lora_fast import checks, fsdp, functional, interrupts, readers, sharded
 from lora_fast.record import MergeRecord
 
 _log = logging.getLogger("lora_fast.merge")
@@ -34,17 +33,13 @@ class LoRALayer:
         merge_weights: whether `eval()` folds the adapter into the weight.
 
     Raises:
-        TypeError: `r` is not an integer.
+        TypeError: `r` is not an integer or `lora_dropout` not a number.
         ValueError: `lora_dropout` is outside [0, 1].
     """
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
-        # loralib takes False for 0, which is what nn.Linear(4, 8, False) becomes here.
-        if r is True or not hasattr(r, "__index__"):
-            raise TypeError(f"r must be an integer, got {r!r} of type {type(r).__name__}")
-        if not 0.0 <= lora_dropout <= 1.0:
-            raise ValueError(f"lora_dropout must be between 0 and 1, got {lora_dropout}")
-        self.r = operator.index(r)
+        checks.lora_dropout(lora_dropout)
+        self.r = checks.rank(r)
         self.lora_alpha = lora_alpha
         self.lora_dropout = nn.Dropout(p=lora_dropout) if lora_dropout > 0.0 else identity
         self.merged = False
@@ -121,7 +116,8 @@ class MergingLayer:
 
     def _obstacle(self) -> str | None:
         """Say why the weight must not be written to, if so."""
-        return readers.why_not_merge(self, self._weight_owner())
+        owner = self._weight_owner()
+        return readers.why_not_merge(self, owner) or fsdp.why_not_merge(owner)
 
     def _merge(self) -> None:
         with _merge_lock:
@@ -145,6 +141,7 @@ class MergingLayer:
         """Merge, or raise with the weight and the layer as they were."""
         with _merge_lock, interrupts.held_back():
             if self._has_adapter():
+                fsdp.show_shard(self._weight_owner())
                 weight: Tensor = self._weight_owner().weight  # type: ignore[assignment]
                 target = self._as_delta(weight.detach())
                 factors = (self.lora_A, self.lora_B, self.scaling)
@@ -157,6 +154,7 @@ class MergingLayer:
             if not self.merged:
                 return
             if self._has_adapter():
+                fsdp.show_shard(self._weight_owner())
                 weight = readers.stored_weight(self._weight_owner())
                 if weight is None:
                     raise RuntimeError(
@@ -174,7 +172,8 @@ class MergingLayer:
         elif self._changed_while_merged(target, record):
             _log.debug("%s: the weight changed while merged; subtracting", self._described())
             factors = (record.lora_A, record.lora_B, -record.scaling)
-            functional.merge_(target, *factors, **record.blocks())
+            functional.merge_(sharded.local(target), *factors, **record.blocks())
+            sharded.count_version(target)
         else:
             functional.unmerge_(target, record)
 
@@ -182,11 +181,12 @@ class MergingLayer:
         """Tell whether somebody wrote to the weight since the merge, so that nothing is lost."""
         if self._merged_version is None or _version(self._weight_owner()) == self._merged_version:
             return False
-        original = target.clone()
+        shard = sharded.local(target)
+        original = shard.clone()
         functional.unmerge_(original, replace(record))
         factors = (record.lora_A, record.lora_B, record.scaling)
         functional.merge_(original, *factors, **record.blocks())
-        return not torch.equal(original, target)
+        return not torch.equal(original, shard)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled or copied: a copy of the base weight, which any machine reads."""
@@ -196,7 +196,7 @@ class MergingLayer:
         if record is not None and record.codes and weight is not None:
             original = self._as_delta(weight.detach()).clone()
             self._restore(original, replace(record))
-            state["_record"] = replace(record, original=original, codes=())
+            state["_record"] = replace(record, original=sharded.local(original), codes=())
         return state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

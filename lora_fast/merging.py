@@ -45,6 +45,8 @@ def merge_(
     enable = None if enable_lora is None else [bool(e) for e in enable_lora]
     widths = None if out_splits is None else list(out_splits)
     checks.delta_shapes("merge_", weight, lora_A, lora_B, enable, widths)
+    if sharded.is_dtensor(weight):
+        return sharded.merge_(weight, lora_A, lora_B, scaling, enable, widths)
     lora_A, lora_B = sharded.whole(lora_A), sharded.whole(lora_B)
     if _chosen("merge_", weight, lora_A, lora_B) is Backend.COMPILED:
         request = compiled.Merge(weight.detach(), lora_A, lora_B, scaling, enable, widths)
@@ -52,8 +54,8 @@ def merge_(
         if record is None:
             raise OverflowError(reference.overflow_message(weight))
         return record
-    merge = sharded.merge_ if sharded.is_dtensor(weight) else reference.merge_
-    original = merge(weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths)
+    blocks = {"enable_lora": enable, "out_splits": widths}
+    original = reference.merge_(weight, lora_A, lora_B, scaling, **blocks)
     factors = (lora_A.clone(), lora_B.clone(), scaling)
     return MergeRecord(original.shape, original.dtype, original, *factors, enable, widths)
 
@@ -85,6 +87,7 @@ def unmerge_(weight: Tensor, record: MergeRecord) -> None:
         if reason is not None:
             raise RuntimeError(f"unmerge_: the weight was merged by the compiled ops, and {reason}")
         compiled.unmerge([local.detach()], [record])
+    sharded.count_version(weight)
     record.spent = True
 
 

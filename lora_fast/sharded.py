@@ -1,11 +1,13 @@
 """Merging DTensor weights (FSDP2, tensor parallel): every rank merges the shard that it holds."""
 
 import sys
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_fast import reference
+from lora_fast.record import MergeRecord
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -14,6 +16,7 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, sharing its memory; a plain tensor as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
@@ -24,44 +27,141 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+class Part(NamedTuple):
+    """What the delta of this rank's shard is made of; the arguments of `functional.merge_`."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    enable_lora: list[bool] | None = None
+    out_splits: list[int] | None = None
+
+
 @torch.no_grad()
 def merge_(
-    weight: Tensor,
+    weight: Any,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    *,
-    enable_lora: list[bool] | None = None,
-    out_splits: list[int] | None = None,
-) -> Tensor:
-    """As `reference.merge_`, on this rank's shard of `weight`; `lora_A` and `lora_B` are whole.
+    enable_lora: list[bool] | None,
+    out_splits: list[int] | None,
+) -> MergeRecord:
+    """As `functional.merge_`, for a DTensor; the record is of this rank's shard.
 
-    The ranks refuse an overflow together, so that no rank is merged where another is not.
+    The ranks refuse together, so that no rank is merged where another is not.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from lora_fast import merging  # which sends DTensors here
 
-    assert isinstance(weight, DTensor)
-    mesh, placements = weight.device_mesh, weight.placements
-    shard = weight.to_local()
-    original = shard.clone()
+    part = _part(weight, whole(lora_A), whole(lora_B), enable_lora, out_splits)
+    shard = local(weight)
+    blocks = {"enable_lora": part.enable_lora, "out_splits": part.out_splits}
+    record, error = None, None
+    try:
+        record = merging.merge_(shard, part.lora_A, part.lora_B, scaling, **blocks)
+    except Exception as caught:
+        error = caught
+    if not weight.is_meta:
+        try:
+            _refuse_together(weight, error)
+        except Exception:
+            if record is not None:
+                merging.unmerge_(shard, record)
+            raise
+    if record is None:
+        assert error is not None
+        raise error
+    count_version(weight)
+    return record
+
+
+def count_version(weight: Tensor) -> None:
+    """Let autograd see a write to the shard: it looks at the DTensor, not at what that holds."""
+    if is_dtensor(weight) and not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
+
+
+def _refuse_together(weight: Any, error: Exception | None) -> None:
+    """Raise on every rank where any rank has an error."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = weight.device_mesh
+    mine = [float(isinstance(error, OverflowError)), float(error is not None)]
+    votes = torch.tensor(mine, device=weight.to_local().device)
+    votes = DTensor.from_local(votes, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor()
+    overflows, errors = votes.tolist()
+    if error is not None:
+        raise error
+    if overflows > 0:
+        raise OverflowError(reference.overflow_message(weight))
+    if errors > 0:
+        raise RuntimeError("the merge failed on another rank")
+
+
+def _part(
+    weight: Any,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    enable_lora: list[bool] | None,
+    out_splits: list[int] | None,
+) -> Part:
+    """Take from A and B what the shard needs."""
+    rows = _indices(weight, 0)
+    if weight.dim() > 2:
+        return _conv_part(weight, rows, lora_A, lora_B)
+    lora_A = lora_A[:, _indices(weight, 1)]
+    if enable_lora is None:
+        return Part(lora_A, lora_B[rows])
+    if rows.numel() == 0:
+        return Part(lora_A[:0], lora_B[:0, :0])
+    kept_A, kept_B, enable, splits = [lora_A[:0]], [lora_B[:0]], [], []
+    top, row, rank = 0, 0, 0
+    widths = reference.block_widths(weight.shape[0], enable_lora, out_splits)
+    for width, enabled in zip(widths, enable_lora, strict=True):
+        mine = rows[(rows >= top) & (rows < top + width)] - top
+        if mine.numel() > 0:
+            enable.append(enabled)
+            splits.append(mine.numel())
+        if enabled:
+            if mine.numel() > 0:
+                kept_A.append(lora_A.narrow(0, rank, lora_B.shape[1]))
+                kept_B.append(lora_B[row + mine])
+            row, rank = row + width, rank + lora_B.shape[1]
+        top += width
+    return Part(torch.cat(kept_A), torch.cat(kept_B), enable, splits)
+
+
+def _conv_part(weight: Any, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Part:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    whole_rows = all(p.is_replicate() or p.dim == 0 for p in weight.placements)
+    if whole_rows and lora_B.shape[0] % weight.shape[0] == 0:
+        each = lora_B.shape[0] // weight.shape[0]
+        offsets = torch.arange(each, device=rows.device)
+        return Part(lora_A, lora_B[(rows[:, None] * each + offsets).flatten()])
+    # The channels of a grouped convolution share rows of B: its small delta is formed here.
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    delta = reference.merged_delta(
-        lora_A.to(dtype),
-        lora_B.to(dtype),
-        scaling,
-        enable_lora=enable_lora,
-        out_splits=out_splits,
-    ).view(weight.shape)
-    replicated = DTensor.from_local(delta, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    delta = reference.merged_delta(lora_A.to(dtype), lora_B.to(dtype), 1.0).view(weight.shape)
+    mesh = weight.device_mesh
+    delta = DTensor.from_local(delta, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    mine = local(delta.redistribute(placements=weight.placements)).flatten(1)
+    return Part(torch.eye(mine.shape[1], dtype=dtype, device=mine.device), mine)
+
+
+def _indices(weight: Any, dim: int) -> Tensor:
+    """Where in dimension `dim` of the whole weight this rank's shard lies, in ascending order."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placements: list[Any] = []
+    for placement in weight.placements:
+        if placement.is_partial():
+            raise ValueError("a weight whose ranks hold parts of a sum cannot be merged")
+        if placement.is_replicate() or placement.dim != dim:
+            placements.append(Replicate())
+        elif hasattr(placement, "split_factor"):  # FSDP2 over tensor parallel
+            placements.append(type(placement)(0, split_factor=placement.split_factor))
+        else:
+            placements.append(Shard(0))
+    mesh = weight.device_mesh
+    every = torch.arange(weight.shape[dim], device=local(weight).device)
+    index = DTensor.from_local(every, mesh, [Replicate()] * mesh.ndim, run_check=False)
     # From replicated to sharded each rank takes its slice; nothing is sent.
-    shard.copy_(shard.to(dtype) + replicated.redistribute(placements=placements).to_local())
-    overflowed = torch.tensor(
-        0.0 if reference.finite_where(shard, original) else 1.0, device=shard.device
-    )
-    votes = DTensor.from_local(overflowed, mesh, [Partial()] * mesh.ndim, run_check=False)
-    if votes.full_tensor().item() > 0.0:
-        shard.copy_(original)
-        raise OverflowError(
-            f"the merged weight does not fit {weight.dtype}: some of its elements overflow"
-        )
-    return original
+    return local(index.redistribute(placements=placements))

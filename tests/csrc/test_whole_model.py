@@ -1,0 +1,176 @@
+"""`lora_fast.merge(model)` and `unmerge(model)`: every layer or none."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_fast as lora
+from lora_fast import compiled, functional, interrupts
+from lora_fast.testing import randomize_
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    made = nn.Sequential(
+        lora.Embedding(30, 16, r=2),
+        lora.MergedLinear(16, 24, r=2, enable_lora=[True, False, True], merge_weights=False),
+        nn.ReLU(),
+        lora.Linear(24, 12, r=2),
+        lora.Linear(12, 4),
+    )
+    return randomize_(made)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for n, p in model.named_parameters() if n.endswith("weight")]
+
+
+def merged(model: nn.Module) -> list[bool]:
+    return [m.merged for m in model.modules() if hasattr(m, "lora_A")]
+
+
+def test_merge_and_unmerge(model: nn.Module) -> None:
+    before, ids = weights(model), torch.randint(30, (5,))
+    expected = model(ids)
+    assert lora.merge(model) == 3
+    assert merged(model) == [True] * 3
+    torch.testing.assert_close(model(ids), expected)
+    randomize_(model)
+    assert lora.unmerge(model) == 3
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+def test_layers_that_are_merged_already_stay_so(model: nn.Module) -> None:
+    before = weights(model)
+    model[3].eval()
+    assert lora.merge(model) == 2
+    assert lora.unmerge(model) == 3
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+def test_nothing_to_do_is_an_error(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="no LoRA layer of the model is merged"):
+        lora.unmerge(model)
+    lora.merge(model)
+    with pytest.raises(ValueError, match="merged already"):
+        lora.merge(model)
+    with pytest.raises(ValueError, match="r > 0"):
+        lora.merge(nn.Linear(2, 2))
+
+
+def test_progress_goes_to_stderr(model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    lora.merge(model, progress=True)
+    assert "3/3" in capsys.readouterr().err
+    lora.unmerge(model)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_overflow_in_the_last_layer_names_it_and_merges_nothing() -> None:
+    model = randomize_(nn.Sequential(*(lora.Linear(8, 8, r=1, dtype=torch.half) for _ in "abc")))
+    before = weights(model)
+    model[2].scaling = 1e6
+    with pytest.raises(RuntimeError, match=r"nothing was merged. 2: .*float16"):
+        lora.merge(model)
+    assert merged(model) == [False] * 3
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+def test_a_tied_weight_is_named_before_anything_is_merged() -> None:
+    model = nn.Sequential(lora.Linear(8, 8, r=1), lora.Linear(8, 8, r=1), nn.Linear(8, 8))
+    model[2].weight = model[1].weight
+    with pytest.raises(RuntimeError, match="1: the weight is tied"):
+        lora.merge(model)
+    assert merged(model) == [False] * 2
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["merge", "unmerge"])
+def test_an_exception_in_the_middle_leaves_every_layer_as_it_was(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, name: str, error: type[BaseException]
+) -> None:
+    if name == "unmerge":
+        lora.merge(model)
+    before, states = weights(model), merged(model)
+    original, calls = getattr(compiled, name), 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise error
+        return original(*args)
+
+    monkeypatch.setattr(compiled, name, failing)
+    with pytest.raises(error):
+        getattr(lora, name)(model)
+    assert merged(model) == states
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+def test_a_merge_that_ctrl_c_hits_is_finished_first() -> None:
+    """Python sees the signal when the op returns: between the write and the record of it."""
+    layer = randomize_(lora.Linear(1500, 1500, r=64))
+    before = layer.weight.detach().clone()
+    seen = False
+    for delay in (0.001, 0.002, 0.004, 0.008):
+        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            for _ in range(50):
+                layer.eval()
+                layer.train()
+        except KeyboardInterrupt:
+            seen = True
+        finally:
+            timer.join()
+        layer.train()
+        assert not layer.merged
+        assert torch.equal(layer.weight, before)
+    assert seen
+
+
+def test_held_back_delivers_once_and_restores_the_handler() -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    finished = False
+    with pytest.raises(KeyboardInterrupt), interrupts.held_back():
+        os.kill(os.getpid(), signal.SIGINT)
+        finished = True
+    assert finished
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_two_threads_merge_their_own_layers() -> None:
+    layers = [randomize_(lora.Linear(200, 200, r=8)) for _ in range(2)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    errors: list[BaseException] = []
+
+    def flip(layer: lora.Linear) -> None:
+        try:
+            for _ in range(30):
+                layer.eval()
+                layer.train()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=flip, args=(layer,)) for layer in layers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert all(torch.equal(m.weight, w) for m, w in zip(layers, before, strict=True))
+
+
+def test_functional_names_the_ops_that_ran(caplog: pytest.LogCaptureFixture) -> None:
+    weight = torch.randn(4, 4)
+    with caplog.at_level("DEBUG", "lora_fast.dispatch"):
+        functional.merge_(weight, torch.randn(1, 4), torch.randn(4, 1), 1.0)
+        with lora.use_backend("reference"):
+            functional.merge_(weight, torch.randn(1, 4), torch.randn(4, 1), 1.0)
+    assert "merge_ -> compiled" in caplog.text
+    assert "merge_ -> reference: chosen by set_backend" in caplog.text
