@@ -215,6 +215,7 @@ class MergingLayer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied layer; its tensors start to count their versions anew."""
         super().__setstate__(state)  # type: ignore[misc]
+        readers.forget_holders()
         if self._merged_version is not None:
             self._merged_version = _version(self._weight_owner())
 

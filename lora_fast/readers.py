@@ -9,11 +9,16 @@ calling forward; they get the effective weight, or the slow path.
 import gc
 import sys
 import warnings
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.utils import parametrize
 
 
@@ -59,26 +64,54 @@ def _references(parameters: dict[str, Any]) -> int:
 _UNSHARED = _references({"weight": object()})
 
 
+class _Holders:
+    """All modules of the process that hold parameters, as of the last one that was registered.
+
+    A scan of all objects takes tens of ms. It is made when a weight has more references than its
+    module's, and made again only after a parameter was registered somewhere or a layer was copied.
+    """
+
+    def __init__(self) -> None:
+        self.is_stale = True
+        self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.count: dict[int, int] = {}
+
+    def scan(self) -> None:
+        """Bring the modules, and how many of them hold a parameter (by its id), up to date."""
+        if not self.is_stale:
+            return
+        self.is_stale = False
+        self.modules, self.count = weakref.WeakSet(), {}
+        is_module: dict[type, bool] = {}
+        for candidate in gc.get_objects():
+            kind = type(candidate)
+            if kind not in is_module:
+                is_module[kind] = issubclass(kind, nn.Module)
+            if is_module[kind] and candidate.__dict__.get("_parameters"):
+                self.modules.add(candidate)
+                for parameter in set(map(id, candidate._parameters.values())):
+                    self.count[parameter] = self.count.get(parameter, 0) + 1
+
+    def parameters(self) -> Iterator[Any]:
+        """Yield what the known modules hold."""
+        for module in self.modules:
+            yield from module._parameters.values()
+
+
+_holders = _Holders()
+
+
+def forget_holders(*args: object) -> None:
+    """Scan again when it is next asked who holds a parameter."""
+    _holders.is_stale = True
+
+
 def _is_tied(parameters: dict[str, Any]) -> bool:
     """Tell whether another module's parameters hold the same tensor."""
-    # Scanning all objects takes tens of ms; a weight that only one dict refers to needs no scan.
-    if _references(parameters) <= _UNSHARED:
+    if _references(parameters) <= _UNSHARED:  # only this dict does
         return False
-    weight = parameters["weight"]
-    for holder in gc.get_referrers(weight):
-        if type(holder) is dict and holder is not parameters and _belongs_to_module(holder):
-            return any(value is weight for value in holder.values())
-    return False
-
-
-def _belongs_to_module(holder: dict[Any, Any]) -> bool:
-    """Tell whether a dict is the `_parameters` of a module."""
-    for referrer in gc.get_referrers(holder):
-        if issubclass(type(referrer), nn.Module) and referrer._parameters is holder:
-            return True
-        if type(referrer) is dict and referrer.get("_parameters") is holder:
-            return True
-    return False
+    _holders.scan()
+    return _holders.count.get(id(parameters["weight"]), 0) > 1
 
 
 def _shares_memory(weight: Any) -> bool:
@@ -87,13 +120,13 @@ def _shares_memory(weight: Any) -> bool:
         return False
     if _use_count is not None and _storage_uses(weight) <= _UNSHARED_STORAGE:
         return False
+    _holders.scan()
     lo, hi = _span(weight)
-    for other in gc.get_objects():
-        if type(other) is not nn.Parameter or other is weight or other.device != weight.device:
-            continue
-        start, end = _span(other)
-        if start < hi and lo < end and any(map(_belongs_to_module, _dicts_with(other))):
-            return True
+    for other in _holders.parameters():
+        if type(other) is nn.Parameter and other is not weight and other.device == weight.device:
+            start, end = _span(other)
+            if start < hi and lo < end:
+                return True
     return False
 
 
@@ -115,10 +148,6 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return start, start + (last + 1) * tensor.element_size()
-
-
-def _dicts_with(tensor: Tensor) -> list[dict[Any, Any]]:
-    return [holder for holder in gc.get_referrers(tensor) if type(holder) is dict]
 
 
 def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -158,3 +187,4 @@ def _no_fast_path(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 
 register_module_module_registration_hook(_on_registration)
+register_module_parameter_registration_hook(forget_holders)
