@@ -181,6 +181,7 @@ class Merger {
   void add_tasks(size_t index, int64_t threads) {
     const Item& item = items_[index];
     if (item.numel() == 0) return;
+    weights_ += item.numel();
     const int64_t fair = (item.rows + 4 * threads - 1) / (4 * threads);
     const int64_t rows = std::min(kTaskRows, (fair + kTileRows - 1) / kTileRows * kTileRows);
     const int64_t bytes = std::max<int64_t>(1, item.rank * kTileCols * sizeof(Compute));
@@ -195,7 +196,10 @@ class Merger {
 
   void run(Mode mode) {
     const int64_t count = static_cast<int64_t>(tasks_.size());
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    // Waking another thread costs as much as kAlone weights.
+    constexpr int64_t kAlone = 1 << 15;
+    const int64_t grain = std::max<int64_t>(1, count * kAlone / std::max<int64_t>(1, weights_));
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
       const DefaultFloatEnvironment environment;
       auto scratch = std::make_unique<Scratch>();
       for (int64_t t = begin; t < end; ++t) run_task(t, mode, *scratch);
@@ -328,6 +332,7 @@ class Merger {
   std::vector<Outcome> outcomes_;
   const Kernels<F> kernels_;
   std::vector<Task> tasks_;
+  int64_t weights_ = 0;
   std::vector<int64_t> written_;  // tiles, for each task
   std::atomic<bool> failed_{false};
 };
