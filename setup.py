@@ -13,7 +13,6 @@ from 2.10 and every Python from 3.10.
 import os
 import shutil
 import sys
-from pathlib import Path
 
 from setuptools import setup
 
@@ -88,15 +87,6 @@ def forgiving(build_ext):
                 file=sys.stderr,
             )
             self.extensions = []
-
-        def get_outputs(self):
-            return [path for path in super().get_outputs() if Path(path).exists()]
-
-        def copy_extensions_to_source(self):
-            for extension in list(self.extensions):
-                if not Path(self.get_ext_fullpath(extension.name)).exists():
-                    self.extensions.remove(extension)
-            super().copy_extensions_to_source()
 
     return BuildExt
 
