@@ -5,11 +5,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from lora_fast import readers
+from lora_fast import readers, scripting
 from lora_fast.lora_layer import LoRALayer, MergingLayer, merge_after_load, tell_no_gradient
-from lora_fast.scripting import ScriptedConv
 
 # What a caller finds on a plain nn.Conv*d and may read here too.
 _CONV_ATTRIBUTES = frozenset(
@@ -51,8 +51,6 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         A is (r k, in_channels k), B (out_channels / groups * k^(d-1), r k) with d spatial
         dimensions: for d = 2 loralib's shapes. The rank of the update is up to r k, not r.
     """
-
-    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d
 
     def __init__(
         self,
@@ -113,6 +111,12 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x`, (batch, in_channels, *space) or without the batch."""
+        if torch.jit.is_scripting():
+            return self._forward_in_script(x)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if self.r > 0 and not self.merged:
             conv: Any = self.conv
             readers.recompute_weight(conv, x)
@@ -120,9 +124,14 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         tell_no_gradient(self)
         return cast(Tensor, self.conv(x))
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Return what `torch.jit.script` compiles."""
-        return ScriptedConv(self)
+    def _forward_in_script(self, x: Tensor) -> Tensor:
+        if hasattr(self, "lora_A"):
+            if not self.merged:
+                weight = scripting.merged_kernel(
+                    self.conv.weight, self.lora_A, self.lora_B, self.scaling
+                )
+                return self.conv._conv_forward(x, weight, self.conv.bias)  # type: ignore[arg-type]
+        return self.conv(x)  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
         """Read the convolution's settings and parameters as if this were the convolution."""

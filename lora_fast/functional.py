@@ -179,10 +179,9 @@ def lora_embedding(
             y = torch.nn.functional.embedding(
                 input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
             )
-            a = eager.sparse_columns(
-                input, reference.like(lora_A, y), padding_idx, scale_grad_by_freq
-            )
-            return reference.lora_expand(y, a, lora_B, scaling)
+            # Converted afterwards: a sparse gradient does not pass through a change of dtype.
+            a = eager.sparse_columns(input, lora_A, padding_idx, scale_grad_by_freq)
+            return reference.lora_expand(y, reference.like(a, y), lora_B, scaling)
     return reference.lora_embedding(
         input,
         weight,

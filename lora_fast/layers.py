@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fast import checks, functional, reference
+from lora_fast import checks, functional, reference, scripting
 from lora_fast.conv import Conv1d, Conv2d, Conv3d, ConvLoRA
 from lora_fast.lora_layer import (
     LoRALayer,
@@ -20,7 +20,6 @@ from lora_fast.lora_layer import (
     merge_after_load,
     tell_no_gradient,
 )
-from lora_fast.scripting import ScriptedEmbedding, ScriptedLinear
 
 __all__ = [
     "Conv1d",
@@ -98,6 +97,12 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Look up `x`, integer indices of any shape; returns (*x.shape, embedding_dim)."""
+        if torch.jit.is_scripting():
+            return self._forward_in_script(x)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if self.r > 0 and not self.merged:
             return functional.lora_embedding(
                 x,
@@ -114,9 +119,22 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
         tell_no_gradient(self)
         return nn.Embedding.forward(self, x)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Return what `torch.jit.script` compiles."""
-        return ScriptedEmbedding(self)
+    def _forward_in_script(self, x: Tensor) -> Tensor:
+        y = F.embedding(
+            x,
+            self.weight,
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )
+        if hasattr(self, "lora_A"):
+            if not self.merged:
+                columns, by_freq = self.lora_A.t(), self.scale_grad_by_freq
+                a = F.embedding(x, columns, self.padding_idx, None, 2.0, by_freq).to(y.dtype)
+                y = y + F.linear(a * self.scaling, self.lora_B.to(y.dtype))
+        return y
 
 
 class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
@@ -210,6 +228,12 @@ class Linear(_LinearBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features)."""
+        if torch.jit.is_scripting():
+            return self._forward_in_script(x)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if self.r <= 0 or self.merged:
             tell_no_gradient(self)
             return self._frozen(x)
@@ -224,9 +248,13 @@ class Linear(_LinearBase):
             x, weight, self.lora_A, self.lora_B, self.scaling, self.bias, p, p > 0.0
         )
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Return what `torch.jit.script` compiles."""
-        return ScriptedLinear(self, [(0, self.out_features)])
+    def _forward_in_script(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
+        if hasattr(self, "lora_A"):
+            if not self.merged:
+                x = self.lora_dropout(x)
+                y = scripting.linear_update(y, x, self.lora_A, self.lora_B, self.scaling)
+        return y
 
 
 class MergedLinear(_LinearBase):
@@ -251,6 +279,8 @@ class MergedLinear(_LinearBase):
     Note:
         A is (r * enabled blocks, K), B (sum of the enabled blocks' widths, r).
     """
+
+    __jit_unused_properties__ = ("merge_weights", "lora_ind")
 
     def __init__(
         self,
@@ -320,6 +350,12 @@ class MergedLinear(_LinearBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features)."""
+        if torch.jit.is_scripting():
+            return self._forward_in_script(x)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if self.merged or not self._has_adapter():
             tell_no_gradient(self)
             return self._frozen(x)
@@ -348,7 +384,15 @@ class MergedLinear(_LinearBase):
             **self._blocks(),
         )
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Return what `torch.jit.script` compiles."""
-        blocks = functional.enabled_blocks(self.out_features, **self._blocks())
-        return ScriptedLinear(self, list(blocks))
+    def _forward_in_script(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
+        if hasattr(self, "lora_A"):
+            if not self.merged:
+                x = self.lora_dropout(x)
+                widths = reference.block_widths(
+                    self.out_features, self.enable_lora, self.out_splits
+                )
+                y = scripting.grouped_update(
+                    y, x, self.lora_A, self.lora_B, self.scaling, self.enable_lora, widths
+                )
+        return y

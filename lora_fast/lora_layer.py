@@ -61,8 +61,9 @@ class MergingLayer:
     lora_B: nn.Parameter
     scaling: float
     _record: MergeRecord | None = None
-    _merged_version: int | None = None
+    _merged_version: tuple[int, int] | None = None
     _merge_weights: bool = True
+    __jit_unused_properties__: tuple[str, ...] = ("merge_weights",)
 
     def _has_adapter(self) -> bool:
         return hasattr(self, "lora_A")
@@ -263,6 +264,12 @@ class MergingLayer:
 
     def _misfits(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         errors = []
+        if self._was_loaded_in_place(state_dict.get(prefix + self._weight_key())):
+            errors.append(
+                f"{prefix + self._weight_key()}: the values were written into the model's own "
+                "memory while the adapter was merged, and the base weight cannot be told from "
+                "them; call train() before loading"
+            )
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and value.shape != parameter.shape:
@@ -272,6 +279,19 @@ class MergingLayer:
                     "layer was loaded"
                 )
         return errors
+
+    def _was_loaded_in_place(self, value: Any) -> bool:
+        """Tell whether a merged weight was overwritten, as torch.distributed.checkpoint does."""
+        if not self.merged or not isinstance(value, Tensor):
+            return False
+        fsdp.show_shard(self._weight_owner())
+        weight = readers.stored_weight(self._weight_owner())
+        if weight is None:
+            return False
+        if not torch._C._is_alias_of(sharded.local(value), sharded.local(weight)):
+            return False
+        # Whether a shard was written to may differ between the ranks; they must agree.
+        return sharded.is_dtensor(weight) or _version(self._weight_owner()) != self._merged_version
 
     def _undo_saved_merge(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
@@ -328,6 +348,7 @@ def tell_no_gradient(layer: MergingLayer) -> None:
         )
 
 
-def _version(owner: nn.Module) -> int | None:
+def _version(owner: nn.Module) -> tuple[int, int] | None:
     weight: Tensor = owner.weight  # type: ignore[assignment]
-    return None if weight.is_inference() else weight._version
+    # A DTensor and the shard that it holds count separately.
+    return None if weight.is_inference() else (weight._version, sharded.local(weight)._version)

@@ -81,12 +81,11 @@ def count_version(weight: Tensor) -> None:
 
 def _refuse_together(weight: Any, error: Exception | None) -> None:
     """Raise on every rank where any rank has an error."""
-    from torch.distributed.tensor import DTensor, Partial
-
     mesh = weight.device_mesh
     mine = [float(isinstance(error, OverflowError)), float(error is not None)]
-    votes = torch.tensor(mine, device=weight.to_local().device)
-    votes = DTensor.from_local(votes, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor()
+    votes = torch.tensor(mine, device=mesh.device_type)
+    for group in mesh.get_all_groups():
+        torch.distributed.all_reduce(votes, group=group)
     overflows, errors = votes.tolist()
     if error is not None:
         raise error
@@ -161,7 +160,7 @@ def _indices(weight: Any, dim: int) -> Tensor:
         else:
             placements.append(Shard(0))
     mesh = weight.device_mesh
-    every = torch.arange(weight.shape[dim], device=local(weight).device)
+    every = torch.arange(weight.shape[dim], device=mesh.device_type)
     index = DTensor.from_local(every, mesh, [Replicate()] * mesh.ndim, run_check=False)
     # From replicated to sharded each rank takes its slice; nothing is sent.
     return local(index.redistribute(placements=placements))

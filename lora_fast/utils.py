@@ -34,7 +34,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
             parameter.requires_grad = False
     if bias == "all":
         for name, parameter in model.named_parameters():
-            if _leaf(name) == "bias" or _leaf(name).endswith("_bias"):
+            if _is_bias(name):
                 parameter.requires_grad = True
     elif bias == "lora_only":
         for module in _adapted(model):
@@ -64,11 +64,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     if bias == "none":
         return {k: v for k, v in state.items() if _is_lora(k)}
     if bias == "all":
-        return {
-            k: v
-            for k, v in state.items()
-            if _is_lora(k) or _leaf(k) == "bias" or _leaf(k).endswith("_bias")
-        }
+        return {k: v for k, v in state.items() if _is_lora(k) or _is_bias(k)}
     kept: dict[str, Tensor] = {}
     for key, value in state.items():
         if _is_lora(key):
@@ -91,6 +87,12 @@ def _leaf(name: str) -> str:
 
 def _is_lora(name: str) -> bool:
     return _leaf(name).startswith("lora_")
+
+
+def _is_bias(name: str) -> bool:
+    # in_proj_bias, bias_ih_l0, bias_k: torch's own names.
+    leaf = _leaf(name)
+    return leaf == "bias" or leaf.endswith("_bias") or leaf.startswith("bias_")
 
 
 def _adapted(model: nn.Module) -> Iterator[nn.Module]:

@@ -81,7 +81,7 @@ class Ranks:
         return failures
 
     def stop(self, patience: float) -> None:
-        """End the processes: they leave by themselves when their connection closes, or are killed."""
+        """End the processes: they leave when their connection closes, or are killed."""
         for rank in self.connections:
             rank.close()
         for process in self.processes:

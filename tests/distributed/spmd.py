@@ -1,7 +1,6 @@
 """What the tests here share. Each rank builds the same model and the same batch from one seed."""
 
 import copy
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -26,9 +25,7 @@ class Net(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = lora.Embedding(11, 5, r=3, lora_alpha=2)
-        self.project = lora.Linear(
-            5, 7, r=1, lora_dropout=dropout, fan_in_fan_out=fan_in_fan_out
-        )
+        self.project = lora.Linear(5, 7, r=1, lora_dropout=dropout, fan_in_fan_out=fan_in_fan_out)
         self.qkv = lora.MergedLinear(
             7,
             18,
@@ -65,13 +62,19 @@ def mine(tensor: Tensor) -> Tensor:
     return tensor.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def train(model: nn.Module, tokens: Tensor, target: Tensor, steps: int = 3) -> None:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.mse_loss(model(tokens), target).backward()
-        optimizer.step()
+class Trainer:
+    """SGD; to be made while the parameters are shards, as FSDP2 asks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+
+    def train(self, tokens: Tensor, target: Tensor, steps: int = 2) -> None:
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            F.mse_loss(self.model(tokens), target).backward()
+            self.optimizer.step()
 
 
 def shard(model: nn.Module, **settings: object) -> nn.Module:
@@ -81,28 +84,29 @@ def shard(model: nn.Module, **settings: object) -> nn.Module:
     return fully_shard(model, **settings)
 
 
+@torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    with torch.no_grad():
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def assert_same_parameters(model: nn.Module, expected: nn.Module, **tolerance: float) -> None:
-    theirs = dict(parameters(expected))
-    names = []
-    for name, parameter in parameters(model):
-        name = name.removeprefix("module.")
-        torch.testing.assert_close(whole(parameter), theirs[name], msg=name, **tolerance)
-        names.append(name)
-    assert names == list(theirs)
+    theirs = dict(expected.named_parameters())
+    assert dict(model.named_parameters()).keys() == theirs.keys()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(whole(parameter), whole(theirs[name]), msg=name, **tolerance)
+
+
+def assert_same_gradients(model: nn.Module, expected: nn.Module) -> None:
+    theirs = dict(expected.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.grad is not None:
+            torch.testing.assert_close(whole(parameter.grad), theirs[name].grad, msg=name)
 
 
 def base_shards(model: nn.Module) -> dict[str, Tensor]:

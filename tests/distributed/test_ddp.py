@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from spmd import (
+    Trainer,
     assert_same_bits,
     assert_same_parameters,
     base_shards,
     batch,
     mine,
     network,
-    train,
     twin,
 )
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +23,38 @@ def test_training_equals_that_of_one_process(static_graph: bool) -> None:
     parallel = DistributedDataParallel(
         model, find_unused_parameters=False, static_graph=static_graph
     )
-    train(parallel, mine(tokens), mine(target))
-    train(single, tokens, target)
-    assert_same_parameters(parallel, single, rtol=1e-12, atol=1e-13)
+    Trainer(parallel).train(mine(tokens), mine(target), steps=3)
+    Trainer(single).train(tokens, target, steps=3)
+    assert_same_parameters(parallel.module, single, rtol=1e-12, atol=1e-13)
+
+
+def test_eval_between_training_steps() -> None:
+    model = network()
+    single = twin(model)
+    base = base_shards(model)
+    tokens, target = batch()
+    parallel = DistributedDataParallel(model)
+    ours, theirs = Trainer(parallel), Trainer(single)
+    for _ in range(3):
+        ours.train(mine(tokens), mine(target))
+        theirs.train(tokens, target)
+        with torch.no_grad():
+            torch.testing.assert_close(parallel.eval()(tokens), single(tokens))
+        assert all(layer.merged for layer in model.children())
+        parallel.train()
+        assert_same_bits(base_shards(model), base)
+    assert_same_parameters(model, single, rtol=1e-12, atol=1e-13)
+
+
+def test_gradients_accumulate_without_sync() -> None:
+    model = network()
+    single = twin(model)
+    tokens, target = batch(size=8)
+    parallel = DistributedDataParallel(model)
+    first, second = mine(tokens).chunk(2), mine(target).chunk(2)
+    with parallel.no_sync():
+        ((parallel(first[0]) - second[0]) ** 2).mean().backward()
+    ((parallel(first[1]) - second[1]) ** 2).mean().backward()
+    (2 * ((single(tokens) - target) ** 2).mean()).backward()
+    for (name, a), (_, b) in zip(model.named_parameters(), single.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-13, msg=name)

@@ -2,49 +2,310 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from spmd import (
+    Trainer,
     assert_same_bits,
-    assert_same_parameters,
+    assert_same_gradients,
     base_shards,
     batch,
+    local,
     mine,
     network,
     shard,
-    train,
     twin,
+    whole,
 )
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
-LAYOUTS = pytest.mark.parametrize(
+import lora_fast as lora
+from lora_fast import ops
+from lora_fast.testing import assert_within_budget, randomize_
+
+
+def outputs(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(tokens)
+
+
+@pytest.mark.parametrize("each_layer", [True, False])
+@pytest.mark.parametrize(
     "settings",
     [{}, {"fan_in_fan_out": True}, {"out_splits": [5, 4, 9]}],
     ids=["plain", "fan_in_fan_out", "out_splits"],
 )
-
-
-def unmerged(model, tokens):
-    with torch.no_grad():
-        return model.train()(tokens)
-
-
-@LAYOUTS
-@pytest.mark.parametrize("each_layer", [True, False])
 def test_cycles(settings: dict, each_layer: bool) -> None:
     model = network(**settings)
     single = twin(model)
     tokens, target = batch()
     shard(model) if each_layer else fully_shard(model)
     base = base_shards(model)
-    for cycle in range(3):
-        train(model, mine(tokens), mine(target), steps=2)
-        train(single, tokens, target, steps=2)
-        expected = unmerged(single, tokens)
+    ours, theirs = Trainer(model), Trainer(single)
+    for _ in range(3):
+        ours.train(mine(tokens), mine(target))
+        theirs.train(tokens, target)
+        expected = outputs(single, tokens)
         model.eval()
-        assert all(m.merged for m in model.children())
-        with torch.no_grad():
-            for _ in range(2):
-                torch.testing.assert_close(model(tokens), expected)
+        assert all(layer.merged for layer in model.children())
+        for _ in range(2):
+            torch.testing.assert_close(outputs(model, tokens), expected)
         model.train()
         assert_same_bits(base_shards(model), base)
-        with torch.no_grad():
-            torch.testing.assert_close(model(tokens), expected)
+        torch.testing.assert_close(outputs(model, tokens), expected)
+
+
+@pytest.mark.parametrize("reshard_after_forward", [None, True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_eval_straight_after_a_forward_in_training(
+    grad: bool, reshard_after_forward: bool | None
+) -> None:
+    model = network()
+    tokens, _ = batch()
+    expected = outputs(model, tokens)
+    shard(model, reshard_after_forward=reshard_after_forward)
+    base = base_shards(model)
+    with torch.set_grad_enabled(grad):
+        model(tokens)
+    for _ in range(2):
+        model.eval()
+        torch.testing.assert_close(outputs(model, tokens), expected)
+        model.train()
+        torch.testing.assert_close(outputs(model, tokens), expected)
+    assert_same_bits(base_shards(model), base)
+
+
+@pytest.mark.parametrize("unshard", [False, True])
+def test_eval_before_the_first_forward(unshard: bool) -> None:
+    model = network()
+    tokens, _ = batch()
+    expected = outputs(model, tokens)
+    shard(model)
+    base = base_shards(model)
+    if unshard:
+        model.unshard()
+    model.eval()
+    torch.testing.assert_close(outputs(model, tokens), expected)
+    model.train()
+    assert_same_bits(base_shards(model), base)
+
+
+@pytest.mark.parametrize("reshard_after_forward", [None, True, False])
+@pytest.mark.parametrize("layer", ["project", "qkv"])
+@pytest.mark.parametrize("back", [False, True])
+def test_backward_through_a_weight_merged_since_raises(
+    layer: str, back: bool, reshard_after_forward: bool | None
+) -> None:
+    model = network()
+    shard(model, reshard_after_forward=reshard_after_forward)
+    tokens, target = batch()
+    loss = F.mse_loss(model(tokens), target)
+    model.get_submodule(layer).eval()
+    if back:
+        model.get_submodule(layer).train()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("layer", ["embedding", "conv"])
+def test_backward_that_needs_no_base_weight_is_right_after_a_merge(layer: str) -> None:
+    model = network()
+    single = twin(model)
+    tokens, target = batch()
+    shard(model)
+    loss = F.mse_loss(model(tokens), target)
+    model.get_submodule(layer).eval()
+    loss.backward()
+    F.mse_loss(single(tokens), target).backward()
+    assert_same_gradients(model, single)
+
+
+def test_whole_models_merge_and_unmerge() -> None:
+    model = network()
+    tokens, _ = batch()
+    expected = outputs(model, tokens)
+    fully_shard(model)
+    base = base_shards(model)
+    outputs(model, tokens)
+    assert lora.merge(model) == 4
+    torch.testing.assert_close(outputs(model, tokens), expected)
+    assert lora.unmerge(model) == 4
+    assert_same_bits(base_shards(model), base)
+
+
+def test_the_record_is_of_the_shard_alone() -> None:
+    layer = randomize_(lora.MergedLinear(64, 96, r=4, enable_lora=[True, False, True]), std=0.01)
+    fully_shard(layer)
+    layer.eval()
+    record = layer._record
+    assert record.shape == (48, 64)
+    assert (record.lora_A.shape, record.lora_B.shape) == ((4, 64), (32, 4))
+    if ops.load_compiled("cpu") is None:
+        assert record.original is None and record.nbytes() < 1.1 * 48 * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_merged_shards_are_those_of_one_process(dtype: torch.dtype) -> None:
+    model = network(dtype)
+    single, wide = twin(model), twin(model).double()
+    base = {name: p.clone() for name, p in model.named_parameters()}
+    shard(model)
+    model.eval(), single.eval(), wide.eval()
+    oracle = dict(wide.named_parameters())
+    eager = dict(single.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert_within_budget(whole(parameter), eager[name], oracle[name], what=name)
+    model.train()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(whole(parameter), base[name]), name
+
+
+def test_an_overflow_on_one_rank_is_refused_by_all() -> None:
+    layer = lora.Linear(4, 6, r=1, bias=False, dtype=torch.float16)
+    with torch.no_grad():
+        layer.lora_A.fill_(1.0)
+        layer.lora_B[-1] = 60000.0  # a row of the last rank
+        layer.weight.fill_(30000.0)
+    fully_shard(layer)
+    before = local(layer.weight).clone()
+    with pytest.warns(RuntimeWarning, match="was not merged: the merged weight does not fit"):
+        layer.eval()
+    assert not layer.merged
+    assert torch.equal(local(layer.weight), before)
+    with pytest.raises(RuntimeError, match="nothing was merged"):
+        lora.merge(layer)
+    assert torch.equal(local(layer.weight), before)
+
+
+def test_a_rank_that_cannot_merge_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = randomize_(lora.Linear(4, 6, r=1))
+    fully_shard(layer)
+    before = local(layer.weight).clone()
+    if dist.get_rank() == 1:
+        layer.scaling = "half"
+    with pytest.warns(RuntimeWarning, match="was not merged"):
+        layer.eval()
+    assert not layer.merged
+    assert torch.equal(local(layer.weight), before)
+
+
+def test_everything_changes_while_merged() -> None:
+    model = network(torch.float32)
+    shard(model)
+    base = base_shards(model)
+    model.eval()
+    randomize_(model)
+    for layer in model.children():
+        layer.scaling *= 3.0
+    model.train()
+    assert_same_bits(base_shards(model), base)
+
+
+def test_a_weight_written_to_while_merged_keeps_what_was_written() -> None:
+    layer = randomize_(lora.Linear(5, 7, r=2, dtype=torch.float64))
+    weight = layer.weight.detach().clone()
+    fully_shard(layer)
+    layer.eval()
+    with torch.no_grad():
+        layer.weight.mul_(1.0).add_(1.0)
+    layer.train()
+    torch.testing.assert_close(whole(layer.weight.detach()), weight + 1.0)
+
+
+def test_conversion_while_merged() -> None:
+    model = network(torch.float32)
+    tokens, _ = batch()
+    expected = outputs(model, tokens).double()
+    shard(model)
+    base = base_shards(model)
+    model.eval()
+    model.double()  # FSDP2 allows it until the first forward
+    torch.testing.assert_close(outputs(model, tokens), expected, rtol=1e-5, atol=1e-5)
+    model.train()
+    assert_same_bits(base_shards(model), {name: t.double() for name, t in base.items()})
+
+
+def test_mixed_precision() -> None:
+    model = network(torch.float32)
+    tokens, _ = batch(torch.float32)
+    eager, oracle = outputs(twin(model).bfloat16(), tokens), outputs(twin(model).double(), tokens)
+    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    base = base_shards(model)
+    for _ in range(2):
+        assert_within_budget(outputs(model.eval(), tokens), eager, oracle)
+        assert_within_budget(outputs(model.train(), tokens), eager, oracle)
+    assert_same_bits(base_shards(model), base)
+
+
+def test_an_ignored_weight_merges_as_a_plain_one() -> None:
+    layer = randomize_(lora.Linear(5, 7, r=2))
+    x = torch.randn(3, 5)
+    expected = outputs(layer, x)
+    weight = layer.weight.detach().clone()
+    fully_shard(layer, ignored_params={layer.weight})
+    for _ in range(2):
+        torch.testing.assert_close(outputs(layer.eval(), x), expected)
+        assert layer.merged
+        layer.train()
+        assert torch.equal(layer.weight, weight)
+
+
+def test_shards_of_columns() -> None:
+    model = nn.Sequential(
+        lora.Linear(4, 6, r=2),
+        lora.MergedLinear(6, 8, r=2, enable_lora=[False, True], out_splits=[3, 5]),
+    )
+    randomize_(model)
+    x = torch.randn(3, 4)
+    expected = outputs(model, x)
+    shard(model, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    base = base_shards(model)
+    assert base["0.weight"].shape == (6, 2)
+    torch.testing.assert_close(outputs(model.eval(), x), expected)
+    model.train()
+    assert_same_bits(base_shards(model), base)
+
+
+@pytest.mark.parametrize(
+    ("layer", "dim"),
+    [
+        (lora.Conv1d(4, 5, 3, r=2), 0),
+        (lora.Conv1d(4, 5, 3, r=2), 1),
+        (lora.Conv2d(4, 6, 2, r=2, groups=2), 0),
+        (lora.Conv2d(4, 6, 3, r=2, groups=2), 0),
+        (lora.Conv2d(4, 6, 3, r=2, groups=2), 1),
+        (lora.Conv2d(3, 3, 3, r=1, groups=3), 0),
+        (lora.Conv3d(2, 1, 2, r=1), 0),
+    ],
+    ids=["1d", "1d-columns", "2-groups", "odd-groups", "groups-columns", "depthwise", "3d"],
+)
+def test_convolutions(layer: nn.Module, dim: int) -> None:
+    randomize_(layer)
+    single = twin(layer)
+    base = layer.conv.weight.detach().clone()
+    kernel = layer.conv.weight.shape
+    fully_shard(layer, shard_placement_fn=lambda p: Shard(dim if p.shape == kernel else 0))
+    layer.eval()
+    assert layer.merged
+    torch.testing.assert_close(whole(layer.conv.weight), single.eval().conv.weight.detach())
+    layer.train()
+    assert torch.equal(whole(layer.conv.weight), base)
+
+
+def test_replicas_of_shards() -> None:
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    model = network()
+    single = twin(model)
+    tokens, target = batch()
+    shard(model, mesh=mesh)
+    base = base_shards(model)
+    ours, theirs = Trainer(model), Trainer(single)
+    for _ in range(2):
+        ours.train(mine(tokens), mine(target))
+        theirs.train(tokens, target)
+        torch.testing.assert_close(outputs(model.eval(), tokens), outputs(single, tokens))
+        model.train()
+        assert_same_bits(base_shards(model), base)

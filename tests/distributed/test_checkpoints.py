@@ -1,0 +1,184 @@
+"""state_dict, torch.distributed.checkpoint and lora_state_dict of sharded models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from spmd import (
+    Trainer,
+    assert_same_bits,
+    assert_same_parameters,
+    base_shards,
+    batch,
+    mine,
+    network,
+    shard,
+    twin,
+    whole,
+)
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+import lora_fast as lora
+
+FULL = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def outputs(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(tokens)
+
+
+def another(model: nn.Module) -> nn.Module:
+    """A sharded model of the same structure with other values."""
+    other = twin(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)
+    return shard(other)
+
+
+def test_round_trip_through_files(tmp_path: Path) -> None:
+    model = network()
+    tokens, _ = batch()
+    expected = outputs(model, tokens)
+    target = another(model)
+    shard(model)
+    base = base_shards(model)
+    outputs(model, tokens)  # leaves the root's parameters gathered
+    dcp.save(get_model_state_dict(model), checkpoint_id=tmp_path)
+    outputs(target, tokens)
+    state = get_model_state_dict(target)
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_model_state_dict(target, state)
+    torch.testing.assert_close(outputs(target, tokens), expected)
+    torch.testing.assert_close(outputs(target.eval(), tokens), expected)
+    assert_same_bits(base_shards(target.train()), base)
+
+
+def test_a_merged_model_cannot_be_loaded_in_place(tmp_path: Path) -> None:
+    model = network()
+    target = another(model).eval()
+    shard(model)
+    dcp.save(get_model_state_dict(model), checkpoint_id=tmp_path)
+    state = get_model_state_dict(target)
+    dcp.load(state, checkpoint_id=tmp_path)
+    with pytest.raises(RuntimeError, match=r"qkv.weight: the values .* call train\(\) before"):
+        set_model_state_dict(target, state)
+
+
+def test_full_state_dict() -> None:
+    model = network()
+    single = twin(model)
+    tokens, _ = batch()
+    target = another(model)
+    shard(model)
+    outputs(model, tokens)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    for name, tensor in single.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    set_model_state_dict(target, state if dist.get_rank() == 0 else {}, options=FULL)
+    torch.testing.assert_close(outputs(target.eval(), tokens), outputs(single, tokens))
+    assert_same_parameters(target.train(), single)
+
+
+def test_the_full_state_dict_of_a_merged_model_is_that_of_one_process() -> None:
+    model = network()
+    single = twin(model).eval()
+    shard(model).eval()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    for name, tensor in single.state_dict().items():
+        torch.testing.assert_close(state[name], tensor)
+
+
+@pytest.mark.parametrize("target_merged", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_sharded_state_dict(merged: bool, target_merged: bool) -> None:
+    model = network()
+    tokens, _ = batch()
+    expected = outputs(model, tokens)
+    target = another(model).train(not target_merged)
+    shard(model)
+    base = base_shards(model)
+    model.train(not merged)
+    outputs(model, tokens)
+    target.load_state_dict(model.state_dict())
+    assert all(layer.merged == target_merged for layer in target.children())
+    torch.testing.assert_close(outputs(target, tokens), expected)
+    target.train(), model.train()
+    if not merged:
+        assert_same_bits(base_shards(target), base)
+    torch.testing.assert_close(outputs(target, tokens), expected)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_lora_state_dict(bias: str, merged: bool) -> None:
+    model = network()
+    expected = lora.lora_state_dict(twin(model), bias)
+    tokens, _ = batch()
+    target = another(model)
+    shard(model).train(not merged)
+    outputs(model, tokens)
+    state = lora.lora_state_dict(model, bias)
+    assert list(state) == list(expected)
+    for name, tensor in state.items():
+        assert isinstance(tensor, DTensor), name
+        assert torch.equal(whole(tensor), expected[name]), name
+    target.load_state_dict(state, strict=False)
+    for name, tensor in lora.lora_state_dict(target, bias).items():
+        assert torch.equal(whole(tensor), expected[name]), name
+
+
+def test_adapters_alone_loaded_into_a_merged_model() -> None:
+    model = network()
+    tokens, _ = batch()
+    target = twin(model)
+    with torch.no_grad():
+        for parameter in lora.lora_state_dict(target).values():
+            parameter.add_(1.0)
+    shard(target)
+    base = base_shards(target)
+    target.eval()
+    expected = outputs(model, tokens)
+    shard(model)
+    target.load_state_dict(lora.lora_state_dict(model), strict=False)
+    torch.testing.assert_close(outputs(target, tokens), expected)
+    assert_same_bits(base_shards(target.train()), base)
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    model = network()
+    single = twin(model)
+    tokens, target = batch()
+    fresh = another(model)
+    shard(model)
+    trainer, reference = Trainer(model), Trainer(single)
+    trainer.train(mine(tokens), mine(target))
+    model.eval()
+    outputs(model, tokens)
+    model.train()
+    both = get_state_dict(model, trainer.optimizer)
+    dcp.save({"model": both[0], "optimizer": both[1]}, checkpoint_id=tmp_path)
+    resumed = Trainer(fresh)
+    model_state, optimizer_state = get_state_dict(fresh, resumed.optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_state_dict(
+        fresh,
+        resumed.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    resumed.train(mine(tokens), mine(target))
+    reference.train(tokens, target, steps=4)
+    assert_same_parameters(fresh, single, rtol=1e-12, atol=1e-13)
