@@ -125,13 +125,14 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         return cast(Tensor, self.conv(x))
 
     def _forward_in_script(self, x: Tensor) -> Tensor:
-        if hasattr(self, "lora_A"):
-            if not self.merged:
-                weight = scripting.merged_kernel(
-                    self.conv.weight, self.lora_A, self.lora_B, self.scaling
-                )
-                return self.conv._conv_forward(x, weight, self.conv.bias)  # type: ignore[arg-type]
-        return self.conv(x)  # type: ignore[no-any-return]
+        if hasattr(self, "lora_A") and not self.merged:
+            weight = scripting.merged_kernel(
+                self.conv.weight, self.lora_A, self.lora_B, self.scaling
+            )
+            y: Tensor = self.conv._conv_forward(x, weight, self.conv.bias)
+        else:
+            y = self.conv(x)
+        return y
 
     def __getattr__(self, name: str) -> Any:
         """Read the convolution's settings and parameters as if this were the convolution."""

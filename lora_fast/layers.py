@@ -129,11 +129,10 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
             self.scale_grad_by_freq,
             self.sparse,
         )
-        if hasattr(self, "lora_A"):
-            if not self.merged:
-                columns, by_freq = self.lora_A.t(), self.scale_grad_by_freq
-                a = F.embedding(x, columns, self.padding_idx, None, 2.0, by_freq).to(y.dtype)
-                y = y + F.linear(a * self.scaling, self.lora_B.to(y.dtype))
+        if hasattr(self, "lora_A") and not self.merged:
+            columns, by_freq = self.lora_A.t(), self.scale_grad_by_freq
+            a = F.embedding(x, columns, self.padding_idx, None, 2.0, by_freq).to(y.dtype)
+            y = y + F.linear(a * self.scaling, self.lora_B.to(y.dtype))
         return y
 
 
@@ -250,10 +249,9 @@ class Linear(_LinearBase):
 
     def _forward_in_script(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
-        if hasattr(self, "lora_A"):
-            if not self.merged:
-                x = self.lora_dropout(x)
-                y = scripting.linear_update(y, x, self.lora_A, self.lora_B, self.scaling)
+        if hasattr(self, "lora_A") and not self.merged:
+            x = self.lora_dropout(x)
+            y = scripting.linear_update(y, x, self.lora_A, self.lora_B, self.scaling)
         return y
 
 
@@ -386,13 +384,10 @@ class MergedLinear(_LinearBase):
 
     def _forward_in_script(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
-        if hasattr(self, "lora_A"):
-            if not self.merged:
-                x = self.lora_dropout(x)
-                widths = reference.block_widths(
-                    self.out_features, self.enable_lora, self.out_splits
-                )
-                y = scripting.grouped_update(
-                    y, x, self.lora_A, self.lora_B, self.scaling, self.enable_lora, widths
-                )
+        if hasattr(self, "lora_A") and not self.merged:
+            x = self.lora_dropout(x)
+            widths = reference.block_widths(self.out_features, self.enable_lora, self.out_splits)
+            y = scripting.grouped_update(
+                y, x, self.lora_A, self.lora_B, self.scaling, self.enable_lora, widths
+            )
         return y

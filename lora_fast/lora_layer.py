@@ -288,7 +288,8 @@ class MergingLayer:
         weight = readers.stored_weight(self._weight_owner())
         if weight is None:
             return False
-        if not torch._C._is_alias_of(sharded.local(value), sharded.local(weight)):
+        storages = (sharded.local(t).untyped_storage() for t in (value, weight))
+        if len({storage._cdata for storage in storages}) > 1:
             return False
         # Whether a shard was written to may differ between the ranks; they must agree.
         return sharded.is_dtensor(weight) or _version(self._weight_owner()) != self._merged_version

@@ -54,8 +54,9 @@ def merge_(
         if record is None:
             raise OverflowError(reference.overflow_message(weight))
         return record
-    blocks = {"enable_lora": enable, "out_splits": widths}
-    original = reference.merge_(weight, lora_A, lora_B, scaling, **blocks)
+    original = reference.merge_(
+        weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
+    )
     factors = (lora_A.clone(), lora_B.clone(), scaling)
     return MergeRecord(original.shape, original.dtype, original, *factors, enable, widths)
 

@@ -1,7 +1,7 @@
 """What an adapter adds to a frozen layer, as `torch.jit.script` can compile it.
 
-TorchScript knows neither this package's dispatch nor its checks: in a script the layers compute with
-these functions instead. The formulas are those of `lora_fast.reference`.
+TorchScript knows neither this package's dispatch nor its checks: in a script the layers compute
+with these functions instead. The formulas are those of `lora_fast.reference`.
 """
 
 import torch

@@ -53,7 +53,7 @@ def merge_(
 
     part = _part(weight, whole(lora_A), whole(lora_B), enable_lora, out_splits)
     shard = local(weight)
-    blocks = {"enable_lora": part.enable_lora, "out_splits": part.out_splits}
+    blocks: dict[str, Any] = {"enable_lora": part.enable_lora, "out_splits": part.out_splits}
     record, error = None, None
     try:
         record = merging.merge_(shard, part.lora_A, part.lora_B, scaling, **blocks)
