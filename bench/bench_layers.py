@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import interleave, machine, markdown, peak_bytes, saved_bytes, write
+from harness import interleave, machine, markdown, peak_bytes, write
 from layers import LIBRARIES, Case, cases
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lora_fast.layers import LoRALayer
+from lora_fast.testing import saved_bytes
 
 MIB = 2**20
 

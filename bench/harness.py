@@ -11,13 +11,12 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 Step = Callable[[], object]
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,24 +83,6 @@ def interleave(
     return Rounds(seconds)
 
 
-def saved_bytes(forward: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
-    """Return what `forward` keeps for backward, every storage once, without those of `known`."""
-    own = {t.untyped_storage().data_ptr() for t in known}
-    sizes: dict[int, int] = {}
-    kept = []  # a storage that is freed could lend its address to another
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(sizes.values())
-
-
 def peak_bytes(call: Step) -> int:
     """Return the most memory of torch's CPU allocator that `call` holds above what was there."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop
@@ -162,8 +143,3 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         cells = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values())
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def trained(layer: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of `layer` that get a gradient."""
-    return [p for p in layer.parameters() if p.requires_grad]

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lora_fast import sharded
 from lora_fast.lora_layer import MergingLayer
 from lora_fast.utils import lora_state_dict
 
@@ -38,6 +39,9 @@ def save(
         ValueError: the model has no LoRA layers to save, or values that a safetensors file can't
             hold.
         FileNotFoundError: there is no such folder.
+
+    Note:
+        Of a sharded model (FSDP2, tensor parallel) every rank calls this and writes the whole.
     """
     full = model.state_dict()
     every: dict[str, dict[str, Any]] = full._metadata  # type: ignore[attr-defined]
@@ -45,6 +49,7 @@ def save(
     if not adapted:
         raise ValueError("save: the model has no LoRA layer with r > 0; nothing was written")
     kept: dict[str, Any] = lora_state_dict(model, bias) if lora_only else dict(full)
+    kept = {key: sharded.whole(value) for key, value in kept.items()}
     metadata = adapted if lora_only else every
     path = Path(path)
     if not path.parent.is_dir():
@@ -89,6 +94,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
     problems = _problems(model, state, strict)
     if problems:
         raise ValueError(f"load: {path} does not fit the model:\n  " + "\n  ".join(problems))
+    own = model.state_dict()
+    for key, value in state.items():
+        state[key] = sharded.like(value, own[_released_conv_key(model, key)])
     model.load_state_dict(state, strict=False)
 
 

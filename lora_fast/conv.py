@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lora_fast import readers, scripting
@@ -109,14 +108,8 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
     def _weight_key(self) -> str:
         return "conv.weight"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve `x`, (batch, in_channels, *space) or without the batch."""
-        if torch.jit.is_scripting():
-            return self._forward_in_script(x)
-        else:
-            return self._forward(x)
-
     def _forward(self, x: Tensor) -> Tensor:
+        """Convolve `x`, (batch, in_channels, *space) or without the batch."""
         if self.r > 0 and not self.merged:
             conv: Any = self.conv
             readers.recompute_weight(conv, x)

@@ -95,14 +95,8 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
     def _as_delta(self, weight: Tensor) -> Tensor:
         return weight.t()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Look up `x`, integer indices of any shape; returns (*x.shape, embedding_dim)."""
-        if torch.jit.is_scripting():
-            return self._forward_in_script(x)
-        else:
-            return self._forward(x)
-
     def _forward(self, x: Tensor) -> Tensor:
+        """Look up `x`, integer indices of any shape; returns (*x.shape, embedding_dim)."""
         if self.r > 0 and not self.merged:
             return functional.lora_embedding(
                 x,
@@ -225,14 +219,8 @@ class Linear(_LinearBase):
             self._init_adapter(self.r, out_features)
         self._finish_init()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` (..., in_features) to (..., out_features)."""
-        if torch.jit.is_scripting():
-            return self._forward_in_script(x)
-        else:
-            return self._forward(x)
-
     def _forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., in_features) to (..., out_features)."""
         if self.r <= 0 or self.merged:
             tell_no_gradient(self)
             return self._frozen(x)
@@ -346,14 +334,8 @@ class MergedLinear(_LinearBase):
         splits = "" if self.out_splits is None else f", out_splits={self.out_splits}"
         return f"{base}, enable_lora={self.enable_lora}{splits}" if self._has_adapter() else base
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` (..., in_features) to (..., out_features)."""
-        if torch.jit.is_scripting():
-            return self._forward_in_script(x)
-        else:
-            return self._forward(x)
-
     def _forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., in_features) to (..., out_features)."""
         if self.merged or not self._has_adapter():
             tell_no_gradient(self)
             return self._frozen(x)

@@ -80,6 +80,19 @@ class MergingLayer:
         """Return the arguments that describe a grouped weight to the functions."""
         return {}
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the layer's output for `x`, as the layer it replaces, and add the adapter's."""
+        if torch.jit.is_scripting():
+            return self._forward_in_script(x)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _forward_in_script(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def effective_weight(self) -> Tensor:
         """Return W + scaling B A, (differentiable), or the weight itself where it is merged."""
         weight: Tensor = self._weight_owner().weight  # type: ignore[assignment]

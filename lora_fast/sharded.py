@@ -27,6 +27,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor`, which every rank holds whole, in shards as `other`, if that is a DTensor."""
+    if not is_dtensor(other) or is_dtensor(tensor):
+        return tensor
+    return _distributed(tensor, other.device_mesh, other.placements)  # type: ignore[attr-defined]
+
+
 class Part(NamedTuple):
     """What the delta of this rank's shard is made of; the arguments of `functional.merge_`."""
 
@@ -129,8 +136,6 @@ def _part(
 
 
 def _conv_part(weight: Any, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Part:
-    from torch.distributed.tensor import DTensor, Replicate
-
     whole_rows = all(p.is_replicate() or p.dim == 0 for p in weight.placements)
     if whole_rows and lora_B.shape[0] % weight.shape[0] == 0:
         each = lora_B.shape[0] // weight.shape[0]
@@ -139,15 +144,13 @@ def _conv_part(weight: Any, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Par
     # The channels of a grouped convolution share rows of B: its small delta is formed here.
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     delta = reference.merged_delta(lora_A.to(dtype), lora_B.to(dtype), 1.0).view(weight.shape)
-    mesh = weight.device_mesh
-    delta = DTensor.from_local(delta, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    mine = local(delta.redistribute(placements=weight.placements)).flatten(1)
+    mine = local(_distributed(delta, weight.device_mesh, weight.placements)).flatten(1)
     return Part(torch.eye(mine.shape[1], dtype=dtype, device=mine.device), mine)
 
 
 def _indices(weight: Any, dim: int) -> Tensor:
     """Where in dimension `dim` of the whole weight this rank's shard lies, in ascending order."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import Replicate, Shard
 
     placements: list[Any] = []
     for placement in weight.placements:
@@ -161,6 +164,12 @@ def _indices(weight: Any, dim: int) -> Tensor:
             placements.append(Shard(0))
     mesh = weight.device_mesh
     every = torch.arange(weight.shape[dim], device=mesh.device_type)
-    index = DTensor.from_local(every, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    # From replicated to sharded each rank takes its slice; nothing is sent.
-    return local(index.redistribute(placements=placements))
+    return local(_distributed(every, mesh, placements))
+
+
+def _distributed(tensor: Tensor, mesh: Any, placements: Any) -> Tensor:
+    """A DTensor of what every rank holds whole: each takes its slice, nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=placements)

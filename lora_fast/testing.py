@@ -1,8 +1,10 @@
-"""What tests of LoRA code need: random adapters, and an error budget that nobody has to choose.
+"""What tests and measurements of LoRA code need, an error budget that nobody chooses above all.
 
 The budget comes from PyTorch itself: the answer in float64 is the oracle, and an implementation may
 be off by twice what eager PyTorch is off in the same dtype, plus one rounding.
 """
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,29 @@ def randomize_(module: nn.Module, std: float = 0.5) -> nn.Module:
         if name.rpartition(".")[2].startswith("lora_"):
             parameter.normal_(std=std)
     return module
+
+
+def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor]) -> int:
+    """Return what `forward` keeps for backward, in bytes, every storage once.
+
+    Args:
+        forward: runs the forward pass.
+        known: tensors that are there anyway, parameters and inputs, which do not count.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in known}
+    sizes: dict[int, int] = {}
+    kept = []  # a storage that is freed could lend its address to another
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(sizes.values())
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lora_fast as lora
-from lora_fast.testing import assert_within_budget, randomize_
+from lora_fast.testing import assert_within_budget, randomize_, saved_bytes
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -63,17 +63,8 @@ def test_what_is_saved_for_backward(kernel_device: torch.device) -> None:
     layer = make(kernel_device, dropout=0.5)
     lora.mark_only_lora_as_trainable(layer)
     x = torch.randn(64, 40, device=kernel_device, requires_grad=True)
-    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in known:
-            saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    assert sorted(t.numel() * t.element_size() for t in saved) == [64 * 40 // 8, 64 * 4 * 4]
+    saved = saved_bytes(lambda: layer(x), [x, *layer.parameters()])
+    assert saved == 64 * 40 // 8 + 64 * 4 * 4
 
 
 def test_dropout_draws_anew_and_follows_the_seed(kernel_device: torch.device) -> None:

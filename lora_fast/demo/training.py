@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lora_fast.demo.text import Corpus
+from lora_fast.testing import saved_bytes
 
 _WARM_UP = 5  # steps that are not timed: allocators and caches fill
 
@@ -121,20 +122,7 @@ def step_memory(model: nn.Module, windows: Tensor) -> int:
         language_loss(model, windows).backward()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, int] = {}
-    kept = []  # a storage that is freed could lend its address to another
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        language_loss(model, windows)
-    return sum(saved.values())
+    return saved_bytes(lambda: language_loss(model, windows), model.parameters())
 
 
 def _timed_step(run: Run, optimizer: torch.optim.Optimizer, windows: Tensor) -> None:

@@ -182,3 +182,41 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     resumed.train(mine(tokens), mine(target))
     reference.train(tokens, target, steps=4)
     assert_same_parameters(fresh, single, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("target_merged", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_one_file_for_all_ranks(
+    tmp_path: Path, name: str, merged: bool, target_merged: bool
+) -> None:
+    model = network()
+    single = twin(model)
+    tokens, _ = batch()
+    target = another(model).train(not target_merged)
+    shard(model).train(not merged)
+    outputs(model, tokens)
+    lora.save(model, tmp_path / name, lora_only=False)
+    dist.barrier()
+    lora.load(target, tmp_path / name)
+    torch.testing.assert_close(outputs(target, tokens), outputs(single, tokens))
+    assert_same_parameters(target.train(), single)
+
+
+def test_adapters_in_a_file_of_one_process(tmp_path: Path) -> None:
+    source = network()
+    path = tmp_path / f"rank{dist.get_rank()}.safetensors"
+    lora.save(source, path)
+    tokens, _ = batch()
+    expected = outputs(source, tokens)
+    model = twin(source)
+    with torch.no_grad():
+        for parameter in lora.lora_state_dict(model).values():
+            parameter.zero_()
+    shard(model)
+    lora.load(model, path)
+    torch.testing.assert_close(outputs(model, tokens), expected)
+    fresh = twin(source)
+    lora.save(model, path)
+    lora.load(fresh, path)
+    assert_same_parameters(fresh, source, rtol=0.0, atol=0.0)
