@@ -4,6 +4,7 @@
 #   VENV     the environment; one that already has a torch keeps it
 #   TORCH    what pip installs where torch is missing, e.g. TORCH="torch==2.12.1"
 #   JOBS     test processes
+#   OUT      where `make gpu` leaves its logs and tables
 #   DIST     where `make wheel` writes
 #   LORA_FAST_BUILD   auto, none, cpu or cuda: which part of csrc/ is compiled
 
@@ -12,6 +13,7 @@ VENV ?= .venv
 TORCH ?= -c constraints.txt torch "triton; platform_system == 'Linux'"
 JOBS ?= 2
 DIST ?= dist
+OUT ?= gpu-out
 PYTEST ?= $(BIN)/pytest
 PYTEST_ARGS ?= -n $(JOBS) --dist loadgroup
 export LORA_FAST_BUILD ?= auto
@@ -23,7 +25,7 @@ READY := $(VENV)/.lora_fast-installed
 # parallelism.
 ONE_THREAD := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 
-.PHONY: demo test bench lint wheel setup clean
+.PHONY: demo test bench wheels gpu lint wheel setup clean
 
 demo: $(READY)
 	$(BIN)/lora-fast demo $(DEMO_ARGS)
@@ -33,6 +35,14 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/bench_layers.py $(BENCH_ARGS)
+
+# For a GPU machine that reaches no registry: carry wheels/ there.
+wheels: $(READY)
+	$(BIN)/python -m pip download -q --no-deps -c constraints.txt -d wheels \
+	  loralib hypothesis sortedcontainers safetensors tqdm
+
+gpu:
+	OUT="$(OUT)" PYTHON="$(PYTHON)" bench/gpu.sh
 
 lint: $(READY)
 	$(BIN)/ruff check .
