@@ -5,6 +5,7 @@
 #   TORCH    what pip installs where torch is missing, e.g. TORCH="torch==2.12.1"
 #   JOBS     test processes
 #   OUT      where `make gpu` leaves its logs and tables
+#   GPU_PYTHON   the Python there, for `make wheels`
 #   DIST     where `make wheel` writes
 #   LORA_FAST_BUILD   auto, none, cpu or cuda: which part of csrc/ is compiled
 
@@ -14,6 +15,7 @@ TORCH ?= -c constraints.txt torch "triton; platform_system == 'Linux'"
 JOBS ?= 2
 DIST ?= dist
 OUT ?= gpu-out
+GPU_PYTHON ?= 3.12
 PYTEST ?= $(BIN)/pytest
 PYTEST_ARGS ?= -n $(JOBS) --dist loadgroup
 export LORA_FAST_BUILD ?= auto
@@ -39,6 +41,7 @@ bench: $(READY)
 # For a GPU machine that reaches no registry: carry wheels/ there.
 wheels: $(READY)
 	$(BIN)/python -m pip download -q --no-deps -c constraints.txt -d wheels \
+	  --only-binary :all: --python-version $(GPU_PYTHON) \
 	  loralib hypothesis sortedcontainers safetensors tqdm
 
 gpu:

@@ -4,7 +4,7 @@
 
 Every time is the median over interleaved rounds with a cold L2 cache, in us. Efficiency is
 T_ideal / T, where T_ideal adds to the measured time of the frozen layer what a fused adapter must
-move and compute at least: (2 M K [+ M K / 8 with dropout]) bytes forward, (2 M N + 2 M K [+ M K / 4])
+move and compute at least: 2 M K [+ M K / 8 with dropout] bytes forward, 2 M N + 2 M K [+ M K / 4]
 backward, at the measured copy bandwidth, and 4 (8) M r (K + N) operations at the measured rate.
 With --device cpu it only shows that it runs.
 """

@@ -1,5 +1,7 @@
 """`eval()` and `train()` under FSDP2."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -204,15 +206,18 @@ def test_everything_changes_while_merged() -> None:
     assert_same_bits(base_shards(model), base)
 
 
-def test_a_weight_written_to_while_merged_keeps_what_was_written() -> None:
+@pytest.mark.parametrize("written", [lambda weight: weight, local], ids=["dtensor", "shard"])
+def test_a_weight_written_to_while_merged_keeps_what_was_written(
+    written: Callable[[Tensor], Tensor],
+) -> None:
     layer = randomize_(lora.Linear(5, 7, r=2, dtype=torch.float64))
     weight = layer.weight.detach().clone()
     fully_shard(layer)
     layer.eval()
     with torch.no_grad():
-        layer.weight.mul_(1.0).add_(1.0)
+        written(layer.weight).add_(1.0)
     layer.train()
-    torch.testing.assert_close(whole(layer.weight.detach()), weight + 1.0)
+    torch.testing.assert_close(whole(layer.weight), weight + 1.0)
 
 
 def test_conversion_while_merged() -> None:

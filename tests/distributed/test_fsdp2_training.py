@@ -123,6 +123,10 @@ def test_fsdp1(each_layer: bool) -> None:
             torch.testing.assert_close(parallel(tokens), expected)
             torch.testing.assert_close(parallel.eval()(tokens), expected)
             torch.testing.assert_close(parallel.train()(tokens), expected)
+        parallel(tokens)  # without a backward the root's parameters stay gathered
+        with torch.no_grad():
+            torch.testing.assert_close(parallel.eval()(tokens), expected)
+            torch.testing.assert_close(parallel.train()(tokens), expected)
     assert not any(getattr(layer, "merged", False) for layer in parallel.modules())
 
 

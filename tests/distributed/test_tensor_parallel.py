@@ -85,12 +85,13 @@ def test_cycles(dtype: torch.dtype) -> None:
                     parameter.mul_(0.5)
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("layer", ["up", "down"])
-def test_backward_through_a_weight_merged_since_raises(layer: str) -> None:
-    model = mlp()
+def test_backward_through_a_weight_changed_since_raises(layer: str, merged: bool) -> None:
+    model = mlp().train(not merged)
     parallelize_module(model, init_device_mesh("cpu", (2,)), PLAN)
     loss = model(torch.randn(6, 5, dtype=torch.float64, requires_grad=True)).square().mean()
-    model.get_submodule(layer).eval()
+    model.get_submodule(layer).train(merged)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
