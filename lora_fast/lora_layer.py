@@ -183,6 +183,10 @@ class MergingLayer:
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
         if record is None:  # someone set `merged` by hand: do what loralib does
             functional.merge_(target, self.lora_A, self.lora_B, -self.scaling, **self._blocks())
+        elif sharded.is_dtensor(target) and not record.of_shard:  # sharded while merged
+            whole = sharded.whole(target)
+            self._restore(whole, record)
+            target.copy_(sharded.like(whole, target))
         elif self._changed_while_merged(target, record):
             _log.debug("%s: the weight changed while merged; subtracting", self._described())
             factors = (record.lora_A, record.lora_B, -record.scaling)
@@ -210,7 +214,14 @@ class MergingLayer:
         if record is not None and record.codes and weight is not None:
             original = self._as_delta(weight.detach()).clone()
             self._restore(original, replace(record))
-            state["_record"] = replace(record, original=sharded.local(original), codes=())
+            mine = sharded.local(original)
+            state["_record"] = replace(
+                record,
+                shape=mine.shape,
+                original=mine,
+                codes=(),
+                of_shard=sharded.is_dtensor(weight),
+            )
         return state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -41,6 +41,7 @@ class MergeRecord:
         enable_lora: enabled blocks of a grouped weight, or None.
         out_splits: widths of the blocks, or None for equal ones.
         spent: whether it has served.
+        of_shard: whether all of this is of one rank's shard of a DTensor.
     """
 
     shape: torch.Size
@@ -53,6 +54,7 @@ class MergeRecord:
     out_splits: list[int] | None
     codes: tuple[Code, ...] = ()
     spent: bool = False
+    of_shard: bool = False
 
     def check(self, weight: Tensor) -> None:
         """Refuse a weight that this is not the record of, and a second use."""

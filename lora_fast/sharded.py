@@ -77,6 +77,7 @@ def merge_(
         assert error is not None
         raise error
     count_version(weight)
+    record.of_shard = True
     return record
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # for spmd.py, which a worker finds beside its own file
+sys.path.insert(0, str(HERE))  # for spmd.py
 
 WORLD_SIZE = 2
 LIMIT = 60.0  # seconds for one test, or for the start and the first test

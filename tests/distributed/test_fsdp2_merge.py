@@ -1,7 +1,5 @@
 """`eval()` and `train()` under FSDP2."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -206,16 +204,14 @@ def test_everything_changes_while_merged() -> None:
     assert_same_bits(base_shards(model), base)
 
 
-@pytest.mark.parametrize("written", [lambda weight: weight, local], ids=["dtensor", "shard"])
-def test_a_weight_written_to_while_merged_keeps_what_was_written(
-    written: Callable[[Tensor], Tensor],
-) -> None:
+@pytest.mark.parametrize("shard_alone", [False, True])
+def test_a_weight_written_to_while_merged_keeps_what_was_written(shard_alone: bool) -> None:
     layer = randomize_(lora.Linear(5, 7, r=2, dtype=torch.float64))
     weight = layer.weight.detach().clone()
     fully_shard(layer)
     layer.eval()
     with torch.no_grad():
-        written(layer.weight).add_(1.0)
+        (local(layer.weight) if shard_alone else layer.weight).add_(1.0)
     layer.train()
     torch.testing.assert_close(whole(layer.weight), weight + 1.0)
 
@@ -314,3 +310,24 @@ def test_replicas_of_shards() -> None:
         torch.testing.assert_close(outputs(model.eval(), tokens), outputs(single, tokens))
         model.train()
         assert_same_bits(base_shards(model), base)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_sharded_while_merged(changed: bool) -> None:
+    model = network(torch.float32)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tokens, _ = batch()
+    expected = outputs(model, tokens)
+    shard(model.eval())
+    torch.testing.assert_close(outputs(model, tokens), expected)
+    if changed:
+        randomize_(model)
+    model.train()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(whole(parameter), base[name]), name
+    model.eval()
+    model.train()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(whole(parameter), base[name]), name

@@ -8,6 +8,7 @@ from spmd import (
     assert_same_gradients,
     assert_same_parameters,
     batch,
+    local,
     mine,
     network,
     shard,
@@ -17,6 +18,7 @@ from spmd import (
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 import lora_fast as lora
 from lora_fast.testing import assert_within_budget
@@ -74,6 +76,33 @@ def test_gradients_accumulate() -> None:
     F.mse_loss(model(halves[1][0]), halves[1][1]).backward()
     (2.0 * F.mse_loss(single(tokens), target)).backward()
     assert_same_gradients(model, single)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_activation_checkpointing(training: bool) -> None:
+    model = network(dropout=0.5).train(training)
+    plain = twin(model)
+    tokens, target = batch()
+    for name, layer in list(model.named_children()):
+        setattr(model, name, Checkpointed(layer))
+    for one in (model, plain):
+        shard(one)
+        torch.manual_seed(1)
+        loss = F.mse_loss(one(tokens), target)
+        torch.rand(1)  # the second forward must not draw where the first has left off
+        loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        assert ours.grad is None or torch.equal(local(ours.grad), local(theirs.grad)), name
 
 
 def test_from_the_meta_device() -> None:

@@ -1,5 +1,7 @@
 """Tensor parallel layers (`parallelize_module`), alone and together with FSDP2."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,8 +90,9 @@ def test_cycles(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("layer", ["up", "down"])
 def test_backward_through_a_weight_changed_since_raises(layer: str, merged: bool) -> None:
-    model = mlp().train(not merged)
+    model = mlp()
     parallelize_module(model, init_device_mesh("cpu", (2,)), PLAN)
+    model.train(not merged)
     loss = model(torch.randn(6, 5, dtype=torch.float64, requires_grad=True)).square().mean()
     model.get_submodule(layer).train(merged)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -126,6 +129,20 @@ def test_other_layers(layer: nn.Module, x: Tensor, style: type) -> None:
     torch.testing.assert_close(outputs(layer, x), expected.detach())
     layer.train()
     assert torch.equal(whole(layer.weight), base)
+
+
+@pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_copy_of_a_merged_layer(early: bool, style: type) -> None:
+    layer = randomize_(lora.MergedLinear(4, 6, r=2, enable_lora=[True, False, True]))
+    base = layer.weight.detach().clone()
+    layer.train(not early)
+    parallelize_module(layer, init_device_mesh("cpu", (2,)), style())
+    layer.eval()
+    copies = copy.deepcopy(layer), layer
+    for one in copies:
+        one.train()
+        assert torch.equal(whole(one.weight), base)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 1)])

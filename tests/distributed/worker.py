@@ -19,6 +19,9 @@ import torch.distributed as dist
 # Shorter than the limit of conftest.py, so that a rank that waits for another tells where.
 COLLECTIVE_LIMIT = timedelta(seconds=20)
 
+# For spmd.py; with PYTHONSAFEPATH a script's own folder is not searched.
+sys.path.insert(0, str(Path(__file__).parent))
+
 _modules: dict[str, ModuleType] = {}
 
 
