@@ -67,7 +67,21 @@ def lora_linear(
             return autograd.lora_linear(
                 x, weight, lora_A, lora_B, scaling, bias, dropout_p, training
             )
+        if _flattens(x):
+            rows = x.flatten(0, -2)
+            y = reference.lora_linear(
+                rows, weight, lora_A, lora_B, scaling, bias, dropout_p, training
+            )
+            return y.view(*x.shape[:-1], y.shape[-1])
     return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, training)
+
+
+def _flattens(x: Tensor) -> bool:
+    """Tell whether `x` is a matrix in all but shape: one product less for a view at either end."""
+    if type(x) is not Tensor or x.is_nested or x.dim() < 3 or torch.compiler.is_compiling():
+        return False
+    # A trace would keep this batch's shape, and dropout draws in the order of memory.
+    return x.is_contiguous() and not torch.jit.is_tracing()
 
 
 def lora_merged_linear(

@@ -30,7 +30,18 @@ def lora_linear(
 
 def lora_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Y + scaling (X A^T) B^T, out of place: what an adapter adds to the frozen layer's output."""
-    return lora_expand(y, F.linear(x, like(lora_A, x)), lora_B, scaling)
+    s = F.linear(x, like(lora_A, x))
+    if _adds_in_product(y, s, lora_B):
+        return torch.addmm(y, s, lora_B.t(), alpha=scaling)
+    return lora_expand(y, s, lora_B, scaling)
+
+
+def _adds_in_product(y: Tensor, s: Tensor, lora_B: Tensor) -> bool:
+    """Tell whether one product can scale and add, in the place of three operations."""
+    if type(y) is not Tensor or y.dim() != 2 or torch.compiler.is_compiling():
+        return False  # a compiler fuses the three, and takes alpha for a constant
+    # Under autocast the product would round to its dtype, which y then does not have.
+    return y.dtype is lora_B.dtype and y.dtype is s.dtype
 
 
 def lora_merged_linear(
