@@ -1,6 +1,7 @@
 """Holding Ctrl-C back while a weight and what is known about it do not agree."""
 
-import signal
+# Not `signal`, whose wrappers look for enum members: 10 us a call, in every eval() and train().
+import _signal  # type: ignore[import-not-found]
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +17,15 @@ def held_back() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.getsignal(signal.SIGINT)
+    handler = _signal.getsignal(_signal.SIGINT)
     received: list[tuple[int, FrameType | None]] = []
     if not callable(handler):  # ignored, the system's own, or not Python's
         yield
         return
-    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    _signal.signal(_signal.SIGINT, lambda number, frame: received.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        _signal.signal(_signal.SIGINT, handler)
     if received:
         handler(*received[0])

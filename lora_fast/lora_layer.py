@@ -159,9 +159,10 @@ class MergingLayer:
                 weight: Tensor = self._weight_owner().weight  # type: ignore[assignment]
                 target = self._as_delta(weight.detach())
                 factors = (self.lora_A, self.lora_B, self.scaling)
-                self._record = functional.merge_(target, *factors, **self._blocks())
-                self._merged_version = _version(self._weight_owner())
-            self.merged = True
+                record = functional.merge_(target, *factors, **self._blocks())
+                self._remember(True, record, _version(self._weight_owner()))
+            else:
+                self._remember(True, None, None)
 
     def _unmerge(self) -> None:
         with _merge_lock, interrupts.held_back():
@@ -177,8 +178,13 @@ class MergingLayer:
                         "restored; call train() first, then decompose it"
                     )
                 self._restore(self._as_delta(weight.detach()), self._record)
-            self._record, self._merged_version = None, None
-            self.merged = False
+            self._remember(False, None, None)
+
+    def _remember(
+        self, merged: bool, record: MergeRecord | None, version: tuple[int, int] | None
+    ) -> None:
+        """Set what belongs together, past `nn.Module.__setattr__`, which looks for parameters."""
+        self.__dict__.update(merged=merged, _record=record, _merged_version=version)
 
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
         if record is None:  # someone set `merged` by hand: do what loralib does
