@@ -251,9 +251,14 @@ def lora_gemm_tma_kernel(
 
 
 def descriptor_fits(tensor: Tensor) -> bool:
-    """Can the accelerator read this matrix: rows contiguous, base and pitch on 16 bytes?"""
+    """Can the accelerator read this matrix: rows contiguous, base and pitch on 16 bytes?
+
+    Rows that overlap, as those of an expanded gradient do, are outside of its contract.
+    """
     pitch_bytes = tensor.stride(0) * tensor.element_size()
-    return tensor.stride(1) == 1 and pitch_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
+    apart = tensor.stride(0) >= tensor.shape[1]
+    on_grid = pitch_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return tensor.stride(1) == 1 and apart and on_grid
 
 
 def lora_gemm(

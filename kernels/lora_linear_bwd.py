@@ -23,6 +23,7 @@ from lora_fast.kernels.dropout import apply_keep, keep_scale, load_keep
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.primitives import (
     block_offsets,
+    chunk_length,
     dot_precision,
     mma,
     on_device_of,
@@ -167,7 +168,8 @@ def lora_grad_sb(
     (M, N), R = dy.shape, lora_b.shape[1]
     block_r, r_blocks = rank_blocks(R)
     row_blocks = triton.cdiv(M, config.block_m)
-    chunks = triton.cdiv(N, config.chunk_n)
+    chunk_n = chunk_length(N, config.chunk_n)
+    chunks = triton.cdiv(N, chunk_n)
 
     def pair(wanted: bool, dtype: torch.dtype | None, splits: int, *shape: int):
         if not wanted:
@@ -183,7 +185,7 @@ def lora_grad_sb(
         *(M, N, R, factor),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        CHUNK_N=config.chunk_n,
+        CHUNK_N=chunk_n,
         BLOCK_R=block_r,
         PRECISION=dot_precision(dy.dtype),
         num_warps=config.num_warps,
@@ -204,8 +206,11 @@ def library_grad_sb(
     dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The results of `lora_grad_sb` from vendor GEMMs, which are better at large ranks."""
-    ds = (dy @ lora_b.to(dy.dtype)).mul_(factor) if need_ds else None
-    db = (dy.t() @ s).to(lora_b.dtype) if need_db else None
+    ds = db = None
+    if need_ds:  # the factor before the rounding: the product alone may pass fp16's range
+        ds = torch.addmm(dy.new_empty(()), dy, lora_b.to(dy.dtype), beta=0, alpha=factor)
+    if need_db:
+        db = (dy.t() @ s).to(lora_b.dtype)
     dbias = None if dbias_dtype is None else dy.sum(0, dtype=torch.float32).to(dbias_dtype)
     return ds, db, dbias
 
@@ -222,7 +227,8 @@ def lora_grad_a(
     """dA (R, K) = dS^T (x * keep), None without x, and where needed dx0 (M, K) = keep * (dS A)."""
     M, (R, K) = ds.shape[0], lora_a.shape
     block_r, r_blocks = rank_blocks(R)
-    chunks = triton.cdiv(M, config.chunk_m)
+    chunk_m = chunk_length(M, config.chunk_m)
+    chunks = triton.cdiv(M, chunk_m)
     partial = da = dx = None
     if x is not None:
         partial = torch.empty((chunks, R, K), device=ds.device, dtype=torch.float32)
@@ -234,7 +240,7 @@ def lora_grad_a(
         *(M, K, R),
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
-        CHUNK_M=config.chunk_m,
+        CHUNK_M=chunk_m,
         BLOCK_R=block_r,
         PRECISION=dot_precision(ds.dtype),
         num_warps=config.num_warps,

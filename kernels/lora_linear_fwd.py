@@ -16,6 +16,7 @@ from lora_fast.kernels.dropout import (
 )
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.primitives import (
+    MAX_SIZE,
     block_offsets,
     dot_precision,
     mma,
@@ -157,10 +158,17 @@ def lora_linear_fwd(
 
     Returns y (..., N), S (M, R) with every factor applied, and the packed mask
     (M, ceil(K / 8)) uint8 or, without dropout, (0,); all contiguous.
+    Raises: ValueError for a dimension that 32 bits can't index; products of two can be larger.
     Note: fp32 accumulation; the same bits for the same inputs and seed.
     """
     rows = x.reshape(-1, x.shape[-1])
     (M, K), N, R = rows.shape, weight.shape[0], lora_a.shape[0]
+    if max(M, N, K) > MAX_SIZE:
+        raise ValueError(
+            f"lora_linear: x must have at most {MAX_SIZE} rows, and weight as many rows and "
+            f"columns, got {tuple(x.shape)} and {tuple(weight.shape)}; split x, or run it under "
+            "lora_fast.use_backend('reference')"
+        )
     no_mask = x.new_empty(0, dtype=torch.uint8)
     shape = (*x.shape[:-1], N)
     if M == 0:

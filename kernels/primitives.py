@@ -11,6 +11,8 @@ from torch import Tensor
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 MAX_BLOCK_R = 64  # wider ranks are cut into blocks of this many columns
+MAX_GRID_Y = 65535  # CUDA's limit for the second and third axis of a grid
+MAX_SIZE = 2**31 - 2**16  # of one dimension: the end of a tile beyond it fits 32 bits
 
 
 @triton.jit
@@ -47,6 +49,11 @@ def rank_blocks(rank: int) -> tuple[int, int]:
     """Width of a block of the rank (16 is the least that `tl.dot` takes) and how many there are."""
     block_r = min(MAX_BLOCK_R, max(16, triton.next_power_of_2(rank)))
     return block_r, triton.cdiv(rank, block_r)
+
+
+def chunk_length(length: int, chunk: int) -> int:
+    """`chunk`, or the power of two from which `length` fits a grid's second axis in chunks."""
+    return max(chunk, triton.next_power_of_2(triton.cdiv(length, MAX_GRID_Y)))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

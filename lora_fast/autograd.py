@@ -4,6 +4,7 @@ Saved for backward: x itself, S = factor * (x * D) A^T and the packed dropout ma
 parameters; each only where a gradient reads it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -84,15 +85,23 @@ class _LoraLinear(torch.autograd.Function):
         (dy,) = dys
         x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_grads(ctx, dy)
-        else:
-            grads = ops.lora_linear_bwd(
-                *(dy, x, weight, lora_A, lora_B, s, mask),
-                *(ctx.scaling, ctx.dropout_p, needs, ctx.bias_dtype),
-            )
+        with _dtypes_of_the_forward(dy.device):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                grads = _differentiable_grads(ctx, dy)
+            else:
+                grads = ops.lora_linear_bwd(
+                    *(dy, x, weight, lora_A, lora_B, s, mask),
+                    *(ctx.scaling, ctx.dropout_p, needs, ctx.bias_dtype),
+                )
         kept = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return (*kept, None, None, None)
+
+
+def _dtypes_of_the_forward(device: torch.device) -> AbstractContextManager[object]:
+    """Keep autocast out of a backward that runs under it: its operands have their dtypes."""
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _differentiable_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,7 +137,8 @@ def _differentiable_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if need_a:
         da = (ds.t() @ dropped).to(lora_A.dtype)
     if need_b:
-        # Without x no gradient flows through S, and the saved one serves.
-        u = s if dropped is None else dropped @ a.t() * ctx.scaling
+        # Where neither x nor A needs a gradient none flows through S, and the saved one serves;
+        # the mask, which only their gradients read, was not kept.
+        u = s if dropped is None or not (need_x or need_a) else dropped @ a.t() * ctx.scaling
         db = (flat.t() @ u).to(lora_B.dtype)
     return dx, dw, dbias, da, db

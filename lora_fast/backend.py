@@ -188,6 +188,8 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
             return f"dtype {t.dtype} is not fp32, fp16 or bf16"
         if t is not None and t.device != x.device:
             return f"tensors on {x.device} and {t.device}"
+        if t is not None and t is not x and t.numel() == 0:
+            return f"a parameter of shape {tuple(t.shape)} is empty"
     weight = tensors[1] if len(tensors) > 1 else None
     if weight is not None and weight.dtype != x.dtype and not autocasts(x.device):
         return f"x is {x.dtype} and weight {weight.dtype}"

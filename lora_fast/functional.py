@@ -57,7 +57,9 @@ def lora_linear(
 
     Note:
         Accumulates as torch's matrix products do (fp32 for 16-bit dtypes). On a CPU dropout draws
-        what `torch.nn.functional.dropout` draws. Source: loralib/layers.py:147-152.
+        what `torch.nn.functional.dropout` draws; the fused kernels draw one seed per call from
+        torch's generator and drop with the multiple of 2^-16 nearest to `dropout_p`.
+        Source: loralib/layers.py:147-152.
     """
     if isinstance(x, Tensor):  # an fx proxy has no shape to check
         if not torch.jit.is_tracing():
