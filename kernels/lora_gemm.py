@@ -27,7 +27,8 @@ def round_rank_tile(acc_t, t_ptr, start_m, M, R, multiplier, is_writer):
     """Scale and round the rank tile of a one-pass forward; one column of tiles stores it."""
     offs_m = start_m.to(tl.int64) + tl.arange(0, acc_t.shape[0])
     offs_r = tl.arange(0, acc_t.shape[1]).to(tl.int64)
-    t = (acc_t * multiplier).to(t_ptr.dtype.element_ty)
+    # Beyond the rank Inf * 0 has left NaN, which would reach y through the zeros of U.
+    t = tl.where(offs_r[None, :] < R, acc_t * multiplier, 0.0).to(t_ptr.dtype.element_ty)
     mask = (offs_m[:, None] < M) & (offs_r[None, :] < R) & is_writer
     tl.store(tile_ptrs(t_ptr, (R, 1), offs_m, offs_r), t, mask=mask)
     return t

@@ -82,7 +82,8 @@ def lora_shrink_kernel(
             x = apply_keep(x, unpack_keep_bits(bits, BLOCK_M, BLOCK_K))
         acc = mma(x, tl.trans(a), acc, PRECISION)
 
-    s = (acc * multiplier).to(s_ptr.dtype.element_ty)
+    # Beyond the rank Inf * 0 has left NaN, which would reach y through the zeros of b.
+    s = tl.where(mask_r[None, :], acc * multiplier, 0.0).to(s_ptr.dtype.element_ty)
     tl.store(tile_ptrs(s_ptr, (R, 1), offs_m, offs_r), s, mask=mask_m & mask_r[None, :])
 
     if y_ptr is not None:

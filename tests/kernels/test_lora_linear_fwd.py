@@ -1,4 +1,3 @@
-import math
 from itertools import product
 from typing import Any
 
@@ -78,19 +77,6 @@ def test_the_mask_depends_on_the_seed_alone(make_inputs: Any) -> None:
     assert not torch.equal(masks[0], run(inputs, "split-pointers", 0.3, seed=6)[2])
 
 
-def test_the_rate_and_independence_of_the_mask(make_inputs: Any) -> None:
-    m, k, p = 256, 512, 0.25
-    inputs = make_inputs(m, 1, k, 1)
-    keep = unpack_mask(run(inputs, None, p, seed=99)[2], k).double()
-    sigma = math.sqrt(p * (1 - p) / keep.numel())
-    assert abs(keep.mean().item() - (1 - p)) < 4 * sigma
-    centred = keep - keep.mean()
-    for shifted in (centred[:, 1:] * centred[:, :-1], centred[1:] * centred[:-1]):
-        assert abs(shifted.mean().item()) < 4 * p * (1 - p) / math.sqrt(shifted.numel())
-    rows = keep.mean(1)
-    assert (rows - (1 - p)).abs().max().item() < 5 * math.sqrt(p * (1 - p) / k)
-
-
 def test_everything_dropped_leaves_the_frozen_layer(make_inputs: Any) -> None:
     inputs = make_inputs(9, 12, 20, 4)
     y, s, _ = run(inputs, None, 1.0, seed=1)
@@ -133,8 +119,8 @@ def test_nan_and_inf_spread_as_in_torch(plan: str, value: float, make_inputs: An
     inputs.x[3, 5] = value
     y, _, _ = run(inputs, plan)
     expected = inputs.forward()
-    assert torch.equal(y.isfinite(), expected.isfinite())
-    assert torch.equal(y.isnan().any(1), expected.isnan().any(1)) or value == float("inf")
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isinf(), expected.isinf())
 
 
 @pytest.mark.parametrize("plan", FORWARD)

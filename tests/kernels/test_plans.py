@@ -1,0 +1,86 @@
+"""Which implementation serves a call by the rule: every branch of it, on every architecture."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lora_fast.kernels.configs import ARCHITECTURES, backward_plan, forward_plan
+from lora_fast.kernels.primitives import MAX_BLOCK_R
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def forward(
+    m: int, n: int, k: int, r: int, dtype: torch.dtype = torch.bfloat16, *,
+    dropout: bool = False, arch: str = "sm_90",
+) -> str:  # fmt: skip
+    return forward_plan(ARCHITECTURES[arch], m, n, k, r, dtype, dropout).impl
+
+
+def input_grad(m: int, n: int, k: int, r: int, dtype: torch.dtype, arch: str = "sm_90") -> str:
+    return backward_plan(ARCHITECTURES[arch], m, n, k, r, dtype).input_grad
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_few_rows_take_one_pass(dtype: torch.dtype, arch: str) -> None:
+    for m in (1, 16):
+        assert forward(m, 8192, 8192, 64, dtype, arch=arch) == "one_pass"
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_narrow_outputs_take_one_pass_at_small_ranks(dtype: torch.dtype) -> None:
+    assert forward(8192, 1024, 1024, 16, dtype) == "one_pass"
+    assert forward(8192, 3072, 1024, 16, dtype) == "one_pass"
+    assert forward(8192, 3073, 1024, 16, dtype) == "split"
+    assert forward(8192, 1024, 1024, 17, dtype) == "split"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_one_pass_serves_no_dropout_and_no_rank_beyond_a_block(arch: str) -> None:
+    for m in (1, 16, 17, 8192):
+        for n in (1, 1024, 8192):
+            assert forward(m, n, 1024, 8, arch=arch, dropout=True) != "one_pass"
+            assert forward(m, n, 1024, MAX_BLOCK_R + 1, arch=arch) != "one_pass"
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_the_depth_decides_between_triton_and_the_vendor(dropout: bool) -> None:
+    """At sm_90's assumed .95 the break-even depth is 184 / (1 / .95 - 1), about 3500."""
+    for dtype in HALF:
+        assert forward(8192, 4096, 1024, 16, dtype, dropout=dropout) == "split"
+        assert forward(8192, 4096, 3400, 16, dtype, dropout=dropout) == "split"
+        assert forward(8192, 4096, 3600, 16, dtype, dropout=dropout) == "lora_first"
+        assert input_grad(8192, 3400, 8192, 16, dtype) == "fused"
+        assert input_grad(8192, 3600, 1024, 16, dtype) == "lora_first"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_large_products_of_fp32_are_left_to_the_vendor(arch: str) -> None:
+    assert forward(8192, 1024, 256, 16, torch.float32, arch=arch) == "lora_first"
+    assert input_grad(8192, 256, 1024, 16, torch.float32, arch) == "lora_first"
+
+
+@pytest.mark.parametrize(("rank", "library"), [(1, False), (63, False), (64, True), (512, True)])
+def test_large_ranks_read_dy_twice_by_the_vendor(rank: int, library: bool) -> None:
+    plan = backward_plan(ARCHITECTURES["sm_90"], 8192, 4096, 4096, rank, torch.bfloat16)
+    assert plan.library_sb == library
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tiles_are_what_the_kernels_assume(arch: str) -> None:
+    """Powers of two, whole octets of the mask in a tile, whole tiles in a chunk."""
+    for m in (1, 16, 17, 2048, 2049, 10**6):
+        for dtype in (torch.float32, torch.bfloat16):
+            plan = forward_plan(ARCHITECTURES[arch], m, 4096, 4096, 16, dtype, True)
+            back = backward_plan(ARCHITECTURES[arch], m, 4096, 4096, 16, dtype)
+            for gemm in (plan.gemm, back.gemm, plan.gemm.without_tma()):
+                sizes = (gemm.block_m, gemm.block_n, gemm.block_k)
+                assert all(size & (size - 1) == 0 and size >= 16 for size in sizes)
+                assert gemm.block_n // gemm.parts % 8 == 0
+                assert not gemm.tma or gemm.block_n // gemm.parts <= 256
+            assert plan.shrink.block_k % 8 == 0
+            assert back.grad_sb.chunk_n % back.grad_sb.block_n == 0
+            assert back.grad_a.chunk_m % back.grad_a.block_m == 0
+            assert back.grad_a.block_k % 8 == 0
