@@ -1,4 +1,4 @@
-"""`lora.Linear` on the fused path: what autograd, checkpointing and torch.compile make of it."""
+"""`lora.Linear` on the fused path; `tests/fused` goes into the parts."""
 
 import os
 from collections.abc import Iterator
@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import lora_fast as lora
-from lora_fast.testing import assert_within_budget, randomize_, saved_bytes
+from lora_fast.testing import assert_within_budget, randomize_
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -56,68 +55,6 @@ def test_the_layer_within_the_budget(
     assert_within_budget(y, eager, oracle)
     for got, plain, true in zip(found, expected, exact, strict=True):
         assert_within_budget(got, plain, true)
-
-
-def test_what_is_saved_for_backward(kernel_device: torch.device) -> None:
-    """S and a bit an element of x, beside x and the parameters."""
-    layer = make(kernel_device, dropout=0.5)
-    lora.mark_only_lora_as_trainable(layer)
-    x = torch.randn(64, 40, device=kernel_device, requires_grad=True)
-    saved = saved_bytes(lambda: layer(x), [x, *layer.parameters()])
-    assert saved == 64 * 40 // 8 + 64 * 4 * 4
-
-
-def test_dropout_draws_anew_and_follows_the_seed(kernel_device: torch.device) -> None:
-    layer = make(kernel_device, dropout=0.5)
-    x = torch.randn(16, 40, device=kernel_device)
-    torch.manual_seed(1)
-    first, second = layer(x), layer(x)
-    torch.manual_seed(1)
-    assert torch.equal(layer(x), first)
-    assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_replays_the_mask(
-    kernel_device: torch.device, use_reentrant: bool
-) -> None:
-    layer = make(kernel_device, dropout=0.5)
-    x = torch.randn(16, 40, device=kernel_device, requires_grad=True)
-    torch.manual_seed(3)
-    plain = torch.autograd.grad(layer(x).square().sum(), [layer.lora_A, layer.lora_B])
-    torch.manual_seed(3)
-    layer.zero_grad()
-    checkpoint(layer, x, use_reentrant=use_reentrant).square().sum().backward()
-    assert torch.equal(layer.lora_A.grad, plain[0])
-    assert torch.equal(layer.lora_B.grad, plain[1])
-
-
-def test_double_backward_has_the_reference_values(kernel_device: torch.device) -> None:
-    layer = make(kernel_device)
-    x = torch.randn(6, 40, device=kernel_device, requires_grad=True)
-
-    def penalty(layer: lora.Linear, x: Tensor) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(layer(x).sin().sum(), [x, layer.lora_A], create_graph=True)
-        total = sum(g.square().sum() for g in first)
-        return torch.autograd.grad(total, [x, layer.lora_A, layer.lora_B])
-
-    found = penalty(layer, x)
-    with lora.use_backend("reference"):
-        eager = penalty(layer, x)
-        oracle = penalty(layer.double(), x.detach().double().requires_grad_())
-    for got, plain, true in zip(found, eager, oracle, strict=True):
-        assert_within_budget(got, plain, true)
-
-
-def test_fp32_adapters_on_a_half_base(kernel_device: torch.device) -> None:
-    layer = make(kernel_device, dtype=torch.float16)
-    for name in ("lora_A", "lora_B"):
-        setattr(layer, name, torch.nn.Parameter(getattr(layer, name).detach().float()))
-    x = torch.randn(8, 40, device=kernel_device, dtype=torch.float16)
-    y = layer(x)
-    y.sum().backward()
-    assert y.dtype == torch.float16
-    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
 
 
 def test_what_the_kernels_cannot_serve_raises(kernel_device: torch.device) -> None:
