@@ -35,6 +35,7 @@ DRAWS = {
     "Conv1d": 30,
     "Conv3d": 30,
 }
+FUSED = 10  # how many `drawn_fused` is: layers that run as kernels, which are slow to interpret
 CLASSES = {
     "drawn": tuple(DRAWS),
     "drawn_linear": ("Linear",),
@@ -245,6 +246,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if argument in metafunc.fixturenames:
             draws = [_draw(cls, number) for cls in classes for number in range(DRAWS[cls])]
             metafunc.parametrize(argument, draws, ids=[f"{d.cls}-{d.number}" for d in draws])
+    if "drawn_fused" in metafunc.fixturenames:
+        draws = [d for d in (_draw("Linear", n) for n in range(DRAWS["Linear"])) if _is_fused(d)]
+        draws = draws[:FUSED]
+        metafunc.parametrize("drawn_fused", draws, ids=[f"{d.cls}-{d.number}" for d in draws])
+
+
+def _is_fused(drawn: Drawn) -> bool:
+    """Whether the kernels serve the layer, and draw no mask, which would not be loralib's."""
+    rate = drawn.settings.get("lora_dropout", 0.0)
+    return drawn.has_adapter and drawn.dtype is not torch.float64 and rate in (0.0, 1.0)
 
 
 def _assert_same_results(
