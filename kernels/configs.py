@@ -100,7 +100,7 @@ class Architecture:
 
 _SMALL = GemmConfig(16, 32, 128, num_warps=4, num_stages=4)
 _AMPERE = GemmConfig(128, 128, 32, num_warps=8, num_stages=4)
-_WIDE = GemmConfig(128, 64, 32, num_warps=8, num_stages=3)
+_WIDE = GemmConfig(64, 32, 32, num_warps=8, num_stages=3)
 _SHRINK = ShrinkConfig(32, 128, 128, num_warps=4, num_stages=4)
 _GRAD_SB = GradSBConfig(256, 64, 512, num_warps=8, num_stages=3)
 _GRAD_A = GradAConfig(64, 64, 1024, num_warps=4, num_stages=3)
@@ -163,6 +163,7 @@ ARCHITECTURES = {
 
 SMALL_M = 16  # decode: few rows, bound by the read of the weight and by the launch
 ONE_PASS_MAX_N = 3072  # beyond it, x A^T per column tile costs more than a second read of x
+WIDE_RANK = 32  # ranks beyond it take blocks of 64, which need other tiles
 LIBRARY_RANK = 64  # from this rank on two vendor GEMMs over dY beat one pass (kernels are thin)
 
 # (arch, M, N, K, R, dropout) -> implementation, as measured; empty until a GPU has.
@@ -228,7 +229,8 @@ def gemm_config(
 ) -> GemmConfig:
     """Tile of the large product for M rows."""
     if M <= SMALL_M:
-        return arch.gemm_small
+        small = arch.gemm_small
+        return replace(small, block_k=small.block_k // 2) if dtype is torch.float32 else small
     if dtype is torch.float32:
         return arch.gemm_wide
     return arch.gemm_one_pass if one_pass else arch.gemm
@@ -248,7 +250,7 @@ def forward_plan(
         else:
             impl = "split" if fused else "lora_first"
     gemm = gemm_config(arch, M, dtype, one_pass=impl == "one_pass")
-    return ForwardPlan(impl, gemm, shrink_config(arch, M))
+    return ForwardPlan(impl, gemm, shrink_config(arch, M, dtype))
 
 
 @lru_cache(maxsize=4096)
@@ -260,14 +262,34 @@ def backward_plan(
         input_grad="fused" if fused_gemm_pays(arch, N, dtype) else "lora_first",
         library_sb=R >= LIBRARY_RANK,
         gemm=gemm_config(arch, M, dtype),
-        grad_sb=arch.grad_sb,
-        grad_a=arch.grad_a,
+        grad_sb=grad_sb_config(arch, R, dtype),
+        grad_a=grad_a_config(arch, R, dtype),
     )
 
 
-def shrink_config(arch: Architecture, M: int) -> ShrinkConfig:
-    """Fewer rows per program where M is too small to fill the chip."""
-    if M > 2048:
-        return arch.shrink
+# The chips' tiles are for 16 bits and ranks up to 32. fp32 takes twice the shared memory and, with
+# no tensor core, registers for whole rows of the operands; a rank beyond 32 takes twice the
+# accumulators. What follows is what fits the smallest chip, sm_89, without spills.
+
+
+def shrink_config(arch: Architecture, M: int, dtype: torch.dtype) -> ShrinkConfig:
+    """Tile of the pass over x: fewer rows per program where M is too small to fill the chip."""
     base = arch.shrink
-    return ShrinkConfig(16, base.block_k, base.block_n, base.num_warps, base.num_stages)
+    if dtype is torch.float32:
+        base = replace(base, block_k=base.block_k // 2, block_n=32)
+    return base if M > 2048 else replace(base, block_m=16)
+
+
+def grad_sb_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradSBConfig:
+    """Tile of the pass over dY."""
+    base = arch.grad_sb
+    if dtype is torch.float32:
+        return replace(base, block_m=base.block_m // 2, block_n=base.block_n // 2)
+    return replace(base, block_m=base.block_m // 2) if R > WIDE_RANK else base
+
+
+def grad_a_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradAConfig:
+    """Tile of the backward pass over x."""
+    if dtype is torch.float32:
+        return replace(arch.grad_a, block_m=16 if R > WIDE_RANK else 32, block_k=32, num_warps=8)
+    return arch.grad_a
