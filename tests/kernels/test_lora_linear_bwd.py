@@ -8,6 +8,7 @@ from lora_fast.testing import assert_within_budget
 
 pytest.importorskip("triton")
 
+from lora_fast.kernels import primitives
 from lora_fast.kernels.configs import BackwardPlan, GemmConfig, GradAConfig, GradSBConfig
 from lora_fast.kernels.dropout import keep_scale, unpack_mask
 from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
@@ -121,6 +122,14 @@ def test_the_same_bits_every_time(plan: str, make_inputs: Any) -> None:
     inputs = make_inputs(50, 40, 60, 8, torch.float16)
     first, second = run(inputs, plan, 0.2)[0], run(inputs, plan, 0.2)[0]
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+def test_long_axes_take_longer_chunks(make_inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there are more rows or columns than a grid's second axis has chunks for."""
+    monkeypatch.setattr(primitives, "MAX_GRID_Y", 2)
+    inputs = make_inputs(150, 140, 36, 4)
+    found, keep = run(inputs, "lora_first-kernel-pointers", 0.5)
+    check(inputs, found, keep)
 
 
 @pytest.mark.parametrize("plan", BACKWARD)
