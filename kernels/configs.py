@@ -99,7 +99,7 @@ class Architecture:
 
 
 _SMALL = GemmConfig(16, 32, 128, num_warps=4, num_stages=4)
-_AMPERE = GemmConfig(128, 128, 32, num_warps=8, num_stages=4)
+_AMPERE = GemmConfig(128, 128, 32, num_warps=8, num_stages=4, parts=2)
 _WIDE = GemmConfig(64, 32, 32, num_warps=8, num_stages=3)
 _SHRINK = ShrinkConfig(32, 128, 128, num_warps=4, num_stages=4)
 _GRAD_SB = GradSBConfig(256, 64, 512, num_warps=8, num_stages=3)

@@ -45,7 +45,7 @@ def scaled_mask(y: Tensor, p: float) -> Tensor:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("rank", [4, 16, 64, 130])
+@pytest.mark.parametrize("rank", [4, 16, 40, 64, 130])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_real_tiles(dtype: torch.dtype, rank: int, p: float, make_problem: Any) -> None:
     """Several tiles in each direction, whole ones and parts, on and off the 16-byte grid."""
