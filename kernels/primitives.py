@@ -49,6 +49,12 @@ def rank_blocks(rank: int) -> tuple[int, int]:
     return block_r, triton.cdiv(rank, block_r)
 
 
+def descriptor_fits(tensor: Tensor) -> bool:
+    """Can the accelerator read this matrix: rows contiguous, base and pitch on 16 bytes?"""
+    pitch_bytes = tensor.stride(0) * tensor.element_size()
+    return tensor.stride(1) == 1 and pitch_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """TF32 for fp32 operands only where torch's own matmul is allowed to use it."""
     tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
