@@ -75,23 +75,31 @@ class Sizes:
 
 
 def linear_forward(
-    arch: Architecture, sizes: Sizes, impl: configs.ForwardImpl, dropout: bool
+    arch: Architecture,
+    sizes: Sizes,
+    impl: configs.ForwardImpl,
+    dropout: bool,
+    gemm: configs.GemmConfig | None = None,
 ) -> None:
-    """Make one forward call of the linear layer."""
+    """Make one forward call of the linear layer, with the default tile of the product or another."""
     x, weight, lora_a, lora_b = sizes.tensors()
     p, seed = (0.1, meta(1, dtype=torch.int64)) if dropout else (0.0, None)
     n, k = weight.shape
     plan = configs.forward_plan(arch, sizes.rows, n, k, sizes.rank, sizes.dtype, dropout)
-    gemm = configs.gemm_config(arch, sizes.rows, sizes.dtype, one_pass=impl == "one_pass")
+    default = configs.gemm_config(arch, sizes.rows, sizes.dtype, one_pass=impl == "one_pass")
     bias = meta(n, dtype=sizes.dtype)
     lora_linear_fwd(
         *(x, weight, bias, lora_a, lora_b, 1.0, p, seed),
-        plan=replace(plan, impl=impl, gemm=gemm),
+        plan=replace(plan, impl=impl, gemm=gemm or default),
     )
 
 
 def linear_backward(
-    arch: Architecture, sizes: Sizes, input_grad: configs.InputGradImpl, dropout: bool
+    arch: Architecture,
+    sizes: Sizes,
+    input_grad: configs.InputGradImpl,
+    dropout: bool,
+    gemm: configs.GemmConfig | None = None,
 ) -> None:
     """Make one backward call of the linear layer that needs every gradient."""
     x, weight, lora_a, lora_b = sizes.tensors()
@@ -99,10 +107,11 @@ def linear_backward(
     s = meta(sizes.rows, sizes.rank, dtype=sizes.dtype)
     mask = meta(sizes.rows, -(-k // 8), dtype=torch.uint8) if dropout else None
     plan = configs.backward_plan(arch, sizes.rows, n, k, sizes.rank, sizes.dtype)
+    plan = replace(plan, input_grad=input_grad, library_sb=False, gemm=gemm or plan.gemm)
     lora_linear_bwd(
         *(meta(sizes.rows, n, dtype=sizes.dtype), x, weight, lora_a, lora_b, s, mask),
         *(1.0, 0.1 if dropout else 0.0, [True] * 5, sizes.dtype),
-        plan=replace(plan, input_grad=input_grad, library_sb=False),
+        plan=plan,
     )
 
 
@@ -140,7 +149,26 @@ def linear(arch: Architecture, everything: bool) -> Iterator[Case]:
                 yield Case(arch.name, words, call)
 
 
-CALLS: tuple[Cases, ...] = (linear,)
+def specialised_linear(arch: Architecture, everything: bool) -> Iterator[Case]:
+    """Yield the cases of the product whose warps have a work of their own, where there is one."""
+    gemm = arch.gemm_specialised
+    if gemm is None:
+        return
+    sizes = [Sizes(BF16, 8192, rank) for rank in ((16, 64, 256) if everything else (16,))]
+    if everything:
+        sizes.append(Sizes(FP16, 8192, 16))
+    for one in sizes:
+        forward = partial(linear_forward, sizes=one, impl="split", dropout=False, gemm=gemm)
+        yield Case(arch.name, one.describe("forward split specialised"), forward)
+        for dropout in (False, True):
+            backward = partial(
+                linear_backward, sizes=one, input_grad="fused", dropout=dropout, gemm=gemm
+            )
+            words = one.describe("backward fused specialised", *["dropout"] * dropout)
+            yield Case(arch.name, words, backward)
+
+
+CALLS: tuple[Cases, ...] = (linear, specialised_linear)
 
 
 def cases(*, everything: bool) -> list[Case]:
