@@ -81,7 +81,7 @@ def linear_forward(
     dropout: bool,
     gemm: configs.GemmConfig | None = None,
 ) -> None:
-    """Make one forward call of the linear layer, with the default tile of the product or another."""
+    """Make one forward call of the linear layer, with the default tile or another one."""
     x, weight, lora_a, lora_b = sizes.tensors()
     p, seed = (0.1, meta(1, dtype=torch.int64)) if dropout else (0.0, None)
     n, k = weight.shape

@@ -153,7 +153,8 @@ def row(case: Case, kernel: Any, limit: int) -> Row:
         for name, value in constants.items()
         if name.startswith(("BLOCK_", "CHUNK_"))
     ]
-    tile = " ".join((*tiles, f"warps{metadata.num_warps} stages{metadata.num_stages}"))
+    stages = constants.get("STAGES", metadata.num_stages)  # of a ring that a kernel makes itself
+    tile = " ".join((*tiles, f"warps{metadata.num_warps} stages{stages}"))
     dtype = re.search("bf16|fp16|fp32", str(next(iter(source.signature.values()))))
     return Row(
         *(case.arch, metadata.name, dtype.group() if dtype else "", tile, case.words),
