@@ -23,7 +23,8 @@ class GemmConfig:
 
     Attributes:
         tma: descriptors and a persistent grid instead of pointers, for operands that allow it.
-        parts: 2 where the epilogue works on half the columns at a time, to need fewer registers.
+        parts: 2 where the epilogue works on half the columns at a time, to need fewer registers;
+            4 where it needs less shared memory.
         specialised: some warps only fetch and the others only multiply, where t is at hand and
             descriptors serve; Hopper alone has such a kernel.
     """
