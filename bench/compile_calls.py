@@ -119,12 +119,9 @@ def linear_sizes(everything: bool) -> list[Sizes]:
     """Return the sizes at which the linear layer's kernels differ."""
     if not everything:
         return [Sizes(BF16, rows, 16) for rows in (16, 8192)]
-    found = [
-        Sizes(dtype, rows, rank)
-        for dtype in (BF16, FP32)
-        for rank in (16, 64, 256)
-        for rows in (16, 8192)  # the tiles for few rows, and for many
-    ]
+    ranks = ((BF16, 16), (BF16, 64), (BF16, 256), (FP32, 16), (FP32, 256))
+    # The tiles for few rows, and for many.
+    found = [Sizes(dtype, rows, rank) for dtype, rank in ranks for rows in (16, 8192)]
     found.append(Sizes(FP16, 8192, 16))  # bf16's code with other instructions
     found.append(Sizes(BF16, 8192, 16, adapter_dtype=FP32))
     found.append(Sizes(BF16, 8192, 16, width=4093))  # no descriptors, nothing divides
