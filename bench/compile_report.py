@@ -5,56 +5,87 @@
 For every kernel: registers, stack, spills, shared memory against the chip's limit, and on NVIDIA
 chips how often tensor-core (HGMMA, HMMA, UTCHMMA) and bulk-copy (UTMALDG) instructions appear and
 how many instructions the main loop has. Exits 1 on a stack frame, a spill, a kernel that does not
-fit its chip, or a large product on sm_90 without HGMMA. Needs no GPU; must not be interpreted.
+fit its chip or does not compile, or a large product on sm_90 without HGMMA. Needs no GPU; must not
+be interpreted. What is compiled stands in compile_calls.py; results stay in Triton's cache.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
-import torch
 import triton
+from compile_calls import Case, cases
 from harness import markdown, write
 from tqdm import tqdm  # type: ignore[import-untyped]
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia_driver
+from triton.runtime.cache import get_cache_manager
 
 from lora_fast.kernels import configs
-from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
-from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
 
 TOOLS = Path(nvidia_driver.__file__).parent / "bin"
 MMA = ("HGMMA", "UTCHMMA", "HMMA")
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call, forward and backward, in one way of running it."""
+class Row:
+    """What one compiled kernel takes; `failure` instead where it does not compile."""
 
     arch: str
-    dtype: torch.dtype
-    rows: int
-    rank: int
-    dropout: bool
-    impl: configs.ForwardImpl
-    input_grad: configs.InputGradImpl
+    kernel: str
+    dtype: str
+    tile: str
+    case: str
+    limit: int
+    shared: int = 0
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    mma: str = ""
+    bulk_copies: int = 0
+    loop: int | None = None
+    digest: str = ""
+    failure: str = ""
 
-    def describe(self) -> str:
-        """Return the case in a few words."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        p = "dropout" if self.dropout else "no dropout"
-        return f"{dtype} M={self.rows} r={self.rank} {p}"
+    def cells(self) -> dict[str, Any]:
+        """Return the columns of the table."""
+        hidden = ("digest", "failure")
+        cells = {k: v for k, v in vars(self).items() if k not in hidden}
+        return cells | {"loop": "" if self.loop is None else self.loop}
+
+    def problems(self) -> Iterator[str]:
+        """Say what is wrong with the kernel."""
+        if self.failure:
+            yield f"does not compile\n{self.failure}"
+        if self.stack:
+            yield f"{self.stack} bytes of stack"
+        if self.spills:
+            yield f"{self.spills} spills"
+        if self.shared > self.limit:
+            yield f"{self.shared} bytes of shared memory, the chip has {self.limit}"
+        if self.needs_hgmma() and "HGMMA" not in self.mma:
+            yield "no HGMMA"
+
+    def needs_hgmma(self) -> bool:
+        """Is it a large product of 16-bit numbers on Hopper? A warpgroup takes 64 rows."""
+        block_m = re.search(r"\bM(\d+)", self.tile)
+        is_large = block_m is not None and int(block_m.group(1)) >= 64
+        is_gemm = self.kernel.startswith("lora_gemm") and self.dtype in ("bf16", "fp16")
+        return self.arch == "sm_90" and is_gemm and is_large
 
 
 class Compiling:
@@ -101,75 +132,93 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
-def compiled(case: Case) -> list[dict[str, Any]]:
-    """Compile the kernels of a case; a line for each."""
+def compiled(case: Case) -> list[Row]:
+    """Compile the kernels of a case; a row for each, or one that tells why there is none."""
     arch = configs.ARCHITECTURES[case.arch]
-    n = k = 4096
-    meta: dict[str, Any] = {"device": "meta", "dtype": case.dtype}
-    x, dy = torch.empty(case.rows, k, **meta), torch.empty(case.rows, n, **meta)
-    weight, bias = torch.empty(n, k, **meta), torch.empty(n, **meta)
-    lora_a, lora_b = torch.empty(case.rank, k, **meta), torch.empty(n, case.rank, **meta)
-    p, seed = (0.1, torch.empty(1, device="meta", dtype=torch.int64)) if case.dropout else (0, None)
-    sizes = (arch, case.rows, n, k, case.rank, case.dtype)
-    forward = replace(configs.forward_plan(*sizes, case.dropout), impl=case.impl)
-    gemm = configs.gemm_config(arch, case.rows, case.dtype, one_pass=case.impl == "one_pass")
-    backward = replace(configs.backward_plan(*sizes), input_grad=case.input_grad, library_sb=False)
     with Compiling(target(case.arch)) as compiling:
-        _, s, mask = lora_linear_fwd(
-            *(x, weight, bias, lora_a, lora_b, 1.0, p, seed), plan=replace(forward, gemm=gemm)
-        )
-        lora_linear_bwd(
-            *(dy, x, weight, lora_a, lora_b, s, mask if case.dropout else None, 1.0, p),
-            *([True] * 5, case.dtype),
-            plan=backward,
-        )
-    return [line(case, kernel, arch.shared_memory) for kernel in compiling.kernels]
+        try:
+            case.launch(arch)
+        except Exception as error:
+            whole = "".join(traceback.format_exception(error))
+            return [Row(case.arch, "?", "", "", case.words, arch.shared_memory, failure=whole)]
+    return [row(case, kernel, arch.shared_memory) for kernel in compiling.kernels]
 
 
-def line(case: Case, kernel: Any, limit: int) -> dict[str, Any]:
+def row(case: Case, kernel: Any, limit: int) -> Row:
     """Return what one compiled kernel takes."""
-    found: dict[str, Any] = {
-        "arch": case.arch,
-        "kernel": kernel.metadata.name,
-        "case": case.describe(),
-        "shared": kernel.metadata.shared,
-        "limit": limit,
+    source, metadata = kernel.src, kernel.metadata
+    constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
+    tiles = [
+        name.removeprefix("BLOCK_") + str(value)
+        for name, value in constants.items()
+        if name.startswith(("BLOCK_", "CHUNK_"))
+    ]
+    stages = constants.get("STAGES", metadata.num_stages)  # of a ring that a kernel makes itself
+    tile = " ".join((*tiles, f"warps{metadata.num_warps} stages{stages}"))
+    dtype = re.search("bf16|fp16|fp32", str(next(iter(source.signature.values()))))
+    return Row(
+        *(case.arch, metadata.name, dtype.group() if dtype else "", tile, case.words),
+        *(limit, metadata.shared),
+        **usage(kernel),
+        digest=kernel.hash,
+    )
+
+
+def usage(kernel: Any) -> dict[str, Any]:
+    """Return registers, stack, spills and instructions of a kernel.
+
+    Kept beside the kernel in Triton's cache: to disassemble takes as long as to compile.
+    """
+    reader = Path(__file__).read_bytes()  # who reads differently has read nothing yet
+    cache = get_cache_manager(hashlib.sha256(kernel.hash.encode() + reader).hexdigest())
+    known = cache.get_file("usage.json")
+    if known is not None:
+        return dict(json.loads(Path(known).read_text()))
+    is_nvidia = "cubin" in kernel.asm
+    found = nvidia_usage(kernel.asm["cubin"]) if is_nvidia else amd_usage(kernel.asm["amdgcn"])
+    cache.put(json.dumps(found), "usage.json", binary=False)
+    return found
+
+
+def amd_usage(assembly: str) -> dict[str, Any]:
+    """Read what a kernel takes out of its assembly."""
+
+    def number(key: str) -> int:
+        return int(re.findall(rf"\.{key}:\s+(\d+)", assembly)[-1])
+
+    mfma = assembly.count("v_mfma")
+    return {
+        "registers": number("vgpr_count"),
+        "stack": number("private_segment_fixed_size"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "mma": f"MFMA {mfma}" if mfma else "",
     }
-    if "cubin" in kernel.asm:
-        return found | _nvidia(kernel.asm["cubin"])
-    text = kernel.asm["amdgcn"]
-    numbers = {
-        name: int(re.findall(rf"\.{key}:\s+(\d+)", text)[-1])
-        for name, key in (("registers", "vgpr_count"), ("stack", "private_segment_fixed_size"),
-                          ("spills", "vgpr_spill_count"))
-    }  # fmt: skip
-    return found | numbers | {"mma": text.count("v_mfma"), "bulk copies": 0, "loop": ""}
 
 
-def _nvidia(cubin: bytes) -> dict[str, Any]:
+def nvidia_usage(cubin: bytes) -> dict[str, Any]:
+    """Read what a kernel takes out of its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        sass = _run("cuobjdump", "-sass", file.name)
+        command = [TOOLS / "cuobjdump", "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (
-        int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL")
+        int(re.findall(rf"\b{key}:(\d+)", text)[-1]) for key in ("REG", "STACK", "LOCAL")
     )
-    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9.]*)([^;]*);", sass)
+    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9.]*)([^;]*);", text)
     names = [name.partition(".")[0] for _, name, _ in instructions]
     mma = {name: names.count(name) for name in MMA if name in names}
-    spills = sum(name in ("STL", "LDL") for name in names)
     return {
         "registers": registers,
         "stack": stack + local,
-        "spills": spills,
-        "mma": " ".join(f"{name} {count}" for name, count in mma.items()) or 0,
-        "bulk copies": names.count("UTMALDG"),
+        "spills": sum(name in ("STL", "LDL") for name in names),
+        "mma": " ".join(f"{name} {count}" for name, count in mma.items()),
+        "bulk_copies": names.count("UTMALDG"),
         "loop": main_loop(instructions),
     }
 
 
-def main_loop(instructions: list[tuple[str, str, str]]) -> int | str:
+def main_loop(instructions: list[tuple[str, str, str]]) -> int | None:
     """Return the length of the shortest loop that has tensor-core instructions."""
     position = {int(address, 16): i for i, (address, _, _) in enumerate(instructions)}
     lengths = []
@@ -180,69 +229,35 @@ def main_loop(instructions: list[tuple[str, str, str]]) -> int | str:
             body = [n.partition(".")[0] for _, n, _ in instructions[start : i + 1]]
             if any(name in MMA for name in body):
                 lengths.append(len(body))
-    return min(lengths) if lengths else ""
+    return min(lengths) if lengths else None
 
 
-def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
-def problems(row: dict[str, Any]) -> Iterator[str]:
-    """Say what is wrong with a kernel."""
-    for key in ("stack", "spills"):
-        if row[key]:
-            yield f"{row[key]} {'bytes of stack' if key == 'stack' else 'spills'}"
-    if row["shared"] > row["limit"]:
-        yield f"{row['shared']} bytes of shared memory, the chip has {row['limit']}"
-    is_large = "lora_gemm" in row["kernel"] and "M=8192" in row["case"]
-    needs_hgmma = row["arch"] == "sm_90" and is_large and "float32" not in row["case"]
-    if needs_hgmma and "HGMMA" not in str(row["mma"]):
-        yield "no HGMMA"
-
-
-def cases(*, everything: bool) -> list[Case]:
-    """Return every kernel's default configuration on sm_80 and sm_90, or the whole matrix."""
-    half, small, large = torch.bfloat16, 16, 8192
-    plans: list[tuple[configs.ForwardImpl, configs.InputGradImpl]]
-    plans = [("one_pass", "fused"), ("split", "fused"), ("lora_first", "lora_first")]
-    archs = list(configs.ARCHITECTURES) if everything else ["sm_80", "sm_90"]
-    dtypes = (half, torch.float16, torch.float32) if everything else (half,)
-    ranks = (16, 64, 256) if everything else (16,)
-    found = []
-    for arch in archs:
-        for dtype in dtypes:
-            for rank in ranks:
-                for rows in (small, large):
-                    for impl, grad in plans:
-                        if impl == "one_pass" and rank > configs.MAX_BLOCK_R:
-                            continue
-                        for dropout in (False,) if impl == "one_pass" else (False, True):
-                            found.append(Case(arch, dtype, rows, rank, dropout, impl, grad))
-    return found
+def report(chosen: list[Case], jobs: int) -> list[Row]:
+    """Compile the cases in parallel; each kernel once, with the words of its first case."""
+    rows: dict[tuple[str, str, str], Row] = {}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for found in tqdm(pool.map(compiled, chosen), total=len(chosen), unit="case"):
+            for one in found:
+                rows.setdefault((one.arch, one.digest, one.failure), one)
+    return sorted(rows.values(), key=lambda one: (one.arch, one.kernel, one.dtype, one.tile))
 
 
 def main() -> None:
     """Compile, print, write, and exit 1 if a kernel is not as it must be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every configuration of every chip")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, help="folder for the table")
     arguments = parser.parse_args()
-    chosen = cases(everything=arguments.all)
-    rows: dict[str, dict[str, Any]] = {}
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        for found in tqdm(pool.map(compiled, chosen), total=len(chosen), unit="case"):
-            for row in found:
-                rows.setdefault(str(row), row)
-    table = sorted(rows.values(), key=lambda row: (row["arch"], row["kernel"], row["case"]))
+    rows = report(cases(everything=arguments.all), arguments.jobs)
+    table = [one.cells() for one in rows]
     print(markdown(table))
     if arguments.out is not None:
         facts = {"triton": triton.__version__, "kernels": len(table)}
         write(arguments.out, "compile_report", facts, table)
-    wrong = [(row, problem) for row in table for problem in problems(row)]
-    for row, problem in wrong:
-        print(f"{row['arch']} {row['kernel']} ({row['case']}): {problem}", file=sys.stderr)
+    wrong = [(one, problem) for one in rows for problem in one.problems()]
+    for one, problem in wrong:
+        print(f"{one.arch} {one.kernel} [{one.tile}] ({one.case}): {problem}", file=sys.stderr)
     sys.exit(1 if wrong else 0)
 
 

@@ -23,7 +23,10 @@ class GemmConfig:
 
     Attributes:
         tma: descriptors and a persistent grid instead of pointers, for operands that allow it.
-        parts: 2 where the epilogue works on half the columns at a time, to need fewer registers.
+        parts: 2 where the epilogue works on half the columns at a time, to need fewer registers;
+            4 where it needs less shared memory.
+        specialised: some warps only fetch and the others only multiply, where t is at hand and
+            descriptors serve; Hopper alone has such a kernel.
     """
 
     block_m: int
@@ -34,10 +37,11 @@ class GemmConfig:
     tma: bool = False
     parts: int = 1
     group_m: int = 8
+    specialised: bool = False
 
     def without_tma(self) -> "GemmConfig":
         """For operands off the 16-byte grid: pointers take registers, so the tile is narrower."""
-        return replace(self, tma=False, parts=1, block_n=128, num_stages=3)
+        return replace(self, tma=False, parts=1, block_n=128, num_stages=3, specialised=False)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class Architecture:
         triton_ratio: assumed speed of the Triton GEMM relative to the vendor's.
         gemm: tile for 16-bit operands; `gemm_one_pass` where the loop computes S as well,
             `gemm_wide` for fp32, `gemm_small` for few rows.
+        gemm_specialised: the same for warps with a work of their own; only a measured table may
+            choose it.
     """
 
     name: str
@@ -96,6 +102,7 @@ class Architecture:
     shrink: ShrinkConfig
     grad_sb: GradSBConfig
     grad_a: GradAConfig
+    gemm_specialised: GemmConfig | None = None
 
 
 _SMALL = GemmConfig(16, 32, 128, num_warps=4, num_stages=4)
@@ -137,6 +144,9 @@ ARCHITECTURES = {
             shrink=_SHRINK,
             grad_sb=_GRAD_SB,
             grad_a=_GRAD_A,
+            gemm_specialised=GemmConfig(
+                *(128, 256, 64), num_warps=8, num_stages=4, tma=True, parts=4, specialised=True
+            ),
         ),
         Architecture(
             *("sm_100", 227 * 1024, 281.0, 0.90),

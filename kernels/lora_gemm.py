@@ -14,6 +14,7 @@ from lora_fast.kernels.configs import GemmConfig, processor_count
 from lora_fast.kernels.dropout import apply_keep, load_keep
 from lora_fast.kernels.primitives import (
     block_offsets,
+    descriptor_fits,
     dot_precision,
     grouped_tile,
     mma,
@@ -251,17 +252,6 @@ def lora_gemm_tma_kernel(
             )
 
 
-def descriptor_fits(tensor: Tensor) -> bool:
-    """Can the accelerator read this matrix: rows contiguous, base and pitch on 16 bytes?
-
-    Rows that overlap, as those of an expanded gradient do, are outside of its contract.
-    """
-    pitch_bytes = tensor.stride(0) * tensor.element_size()
-    apart = tensor.stride(0) >= tensor.shape[1]
-    on_grid = pitch_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
-    return tensor.stride(1) == 1 and apart and on_grid
-
-
 def lora_gemm(
     x: Tensor,
     w: Tensor,
@@ -283,6 +273,11 @@ def lora_gemm(
     block_r, r_blocks = rank_blocks(R)
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     one_pass = t is None
+    if config.specialised and not one_pass and tma_operands_fit(x, w, y, down):
+        from lora_fast.kernels.lora_gemm_hopper import lora_gemm_hopper  # Gluon, for it alone
+
+        lora_gemm_hopper(x, w, up, t, y, config=config, bias=bias, keep=keep)
+        return y, t
     if config.tma and not tma_operands_fit(x, w, y, down):
         config = config.without_tma()
     if one_pass:

@@ -56,6 +56,17 @@ def chunk_length(length: int, chunk: int) -> int:
     return max(chunk, triton.next_power_of_2(triton.cdiv(length, MAX_GRID_Y)))
 
 
+def descriptor_fits(tensor: Tensor) -> bool:
+    """Can the accelerator read this matrix: rows contiguous, base and pitch on 16 bytes?
+
+    Rows that overlap, as those of an expanded gradient do, are outside of its contract.
+    """
+    pitch_bytes = tensor.stride(0) * tensor.element_size()
+    apart = tensor.stride(0) >= tensor.shape[1]
+    on_grid = pitch_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return tensor.stride(1) == 1 and apart and on_grid
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """TF32 for fp32 operands only where torch's own matmul is allowed to use it."""
     tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

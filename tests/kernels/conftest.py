@@ -1,11 +1,15 @@
 """Inputs for the kernels, and what plain torch makes of them."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))  # for hopper_model.py
 
 
 @dataclass

@@ -1,0 +1,179 @@
+"""What the compile report compiles: every public call, on tensors without data.
+
+To add a call: a function that makes it for one architecture, a generator of its cases, and the
+generator's name in `CALLS`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lora_fast.kernels import configs
+from lora_fast.kernels.configs import Architecture
+from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
+from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
+
+WIDTH = 4096  # features in and out; the kernels see only what divides it
+DEFAULT_ARCHS = ("sm_80", "sm_90")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call on one chip.
+
+    Attributes:
+        arch: name of the chip, a key of `configs.ARCHITECTURES`.
+        words: what tells this case from the others.
+        launch: makes the call for an architecture; must pickle.
+    """
+
+    arch: str
+    words: str
+    launch: Callable[[Architecture], object]
+
+
+Cases = Callable[[Architecture, bool], Iterator[Case]]
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor that has everything but data."""
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def describe(dtype: torch.dtype, rows: int, rank: int, *more: str) -> str:
+    """Return a case in a few words."""
+    return " ".join((str(dtype).removeprefix("torch."), f"M={rows}", f"r={rank}", *more))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the kernels of a linear layer can depend on, besides the way of running it."""
+
+    dtype: torch.dtype
+    rows: int
+    rank: int
+    width: int = WIDTH
+    adapter_dtype: torch.dtype | None = None
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return x, the weight, A and B."""
+        n = k = self.width
+        adapter = self.adapter_dtype or self.dtype
+        x, weight = meta(self.rows, k, dtype=self.dtype), meta(n, k, dtype=self.dtype)
+        return x, weight, meta(self.rank, k, dtype=adapter), meta(n, self.rank, dtype=adapter)
+
+    def describe(self, *more: str) -> str:
+        """Return them in a few words."""
+        words = [] if self.width == WIDTH else [f"N=K={self.width}"]
+        if self.adapter_dtype is not None:
+            words.append(f"{str(self.adapter_dtype).removeprefix('torch.')} adapter")
+        return describe(self.dtype, self.rows, self.rank, *words, *more)
+
+
+def linear_forward(
+    arch: Architecture,
+    sizes: Sizes,
+    impl: configs.ForwardImpl,
+    dropout: bool,
+    gemm: configs.GemmConfig | None = None,
+) -> None:
+    """Make one forward call of the linear layer, with the default tile or another one."""
+    x, weight, lora_a, lora_b = sizes.tensors()
+    p, seed = (0.1, meta(1, dtype=torch.int64)) if dropout else (0.0, None)
+    n, k = weight.shape
+    plan = configs.forward_plan(arch, sizes.rows, n, k, sizes.rank, sizes.dtype, dropout)
+    default = configs.gemm_config(arch, sizes.rows, sizes.dtype, one_pass=impl == "one_pass")
+    bias = meta(n, dtype=sizes.dtype)
+    lora_linear_fwd(
+        *(x, weight, bias, lora_a, lora_b, 1.0, p, seed),
+        plan=replace(plan, impl=impl, gemm=gemm or default),
+    )
+
+
+def linear_backward(
+    arch: Architecture,
+    sizes: Sizes,
+    input_grad: configs.InputGradImpl,
+    dropout: bool,
+    gemm: configs.GemmConfig | None = None,
+) -> None:
+    """Make one backward call of the linear layer that needs every gradient."""
+    x, weight, lora_a, lora_b = sizes.tensors()
+    n, k = weight.shape
+    s = meta(sizes.rows, sizes.rank, dtype=sizes.dtype)
+    mask = meta(sizes.rows, -(-k // 8), dtype=torch.uint8) if dropout else None
+    plan = configs.backward_plan(arch, sizes.rows, n, k, sizes.rank, sizes.dtype)
+    plan = replace(plan, input_grad=input_grad, library_sb=False, gemm=gemm or plan.gemm)
+    lora_linear_bwd(
+        *(meta(sizes.rows, n, dtype=sizes.dtype), x, weight, lora_a, lora_b, s, mask),
+        *(1.0, 0.1 if dropout else 0.0, [True] * 5, sizes.dtype),
+        plan=plan,
+    )
+
+
+def linear_sizes(everything: bool) -> list[Sizes]:
+    """Return the sizes at which the linear layer's kernels differ."""
+    if not everything:
+        return [Sizes(BF16, rows, 16) for rows in (16, 8192)]
+    ranks = ((BF16, 16), (BF16, 64), (BF16, 256), (FP32, 16), (FP32, 256))
+    # The tiles for few rows, and for many.
+    found = [Sizes(dtype, rows, rank) for dtype, rank in ranks for rows in (16, 8192)]
+    found.append(Sizes(FP16, 8192, 16))  # bf16's code with other instructions
+    found.append(Sizes(BF16, 8192, 16, adapter_dtype=FP32))
+    found.append(Sizes(BF16, 8192, 16, width=4093))  # no descriptors, nothing divides
+    return found
+
+
+def linear(arch: Architecture, everything: bool) -> Iterator[Case]:
+    """Yield the cases of the linear layer: each implementation, with and without dropout."""
+    forwards: tuple[configs.ForwardImpl, ...] = ("one_pass", "split", "lora_first")
+    backwards: tuple[configs.InputGradImpl, ...] = ("fused", "lora_first")
+    for sizes in linear_sizes(everything):
+        for dropout in (False, True):
+            for impl in forwards:
+                if impl == "one_pass" and (dropout or sizes.rank > configs.MAX_BLOCK_R):
+                    continue
+                call = partial(linear_forward, sizes=sizes, impl=impl, dropout=dropout)
+                words = sizes.describe("forward", impl, *["dropout"] * dropout)
+                yield Case(arch.name, words, call)
+            for input_grad in backwards:
+                call = partial(linear_backward, sizes=sizes, input_grad=input_grad, dropout=dropout)
+                words = sizes.describe("backward", input_grad, *["dropout"] * dropout)
+                yield Case(arch.name, words, call)
+
+
+def specialised_linear(arch: Architecture, everything: bool) -> Iterator[Case]:
+    """Yield the cases of the product whose warps have a work of their own, where there is one."""
+    gemm = arch.gemm_specialised
+    if gemm is None:
+        return
+    sizes = [Sizes(BF16, 8192, rank) for rank in ((16, 64, 256) if everything else (16,))]
+    if everything:
+        sizes.append(Sizes(FP16, 8192, 16))
+    for one in sizes:
+        forward = partial(linear_forward, sizes=one, impl="split", dropout=False, gemm=gemm)
+        yield Case(arch.name, one.describe("forward split specialised"), forward)
+        for dropout in (False, True):
+            backward = partial(
+                linear_backward, sizes=one, input_grad="fused", dropout=dropout, gemm=gemm
+            )
+            words = one.describe("backward fused specialised", *["dropout"] * dropout)
+            yield Case(arch.name, words, backward)
+
+
+CALLS: tuple[Cases, ...] = (linear, specialised_linear)
+
+
+def cases(*, everything: bool) -> list[Case]:
+    """Return every call's default configuration on the default chips, or the whole matrix."""
+    archs = configs.ARCHITECTURES if everything else DEFAULT_ARCHS
+    return [
+        case
+        for name in archs
+        for call in CALLS
+        for case in call(configs.ARCHITECTURES[name], everything)
+    ]
