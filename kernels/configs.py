@@ -270,7 +270,7 @@ def backward_plan(
     """Choose the implementation of dx (a product of depth N) and of dS and dB."""
     return BackwardPlan(
         input_grad="fused" if fused_gemm_pays(arch, N, dtype) else "lora_first",
-        library_sb=R >= LIBRARY_RANK,
+        library_sb=R >= LIBRARY_RANK or (R > WIDE_RANK and dtype is torch.float32),
         gemm=gemm_config(arch, M, dtype),
         grad_sb=grad_sb_config(arch, R, dtype),
         grad_a=grad_a_config(arch, R, dtype),
@@ -279,7 +279,7 @@ def backward_plan(
 
 # The chips' tiles are for 16 bits and ranks up to 32. fp32 takes twice the shared memory and, with
 # no tensor core, registers for whole rows of the operands; a rank beyond 32 takes twice the
-# accumulators. What follows is what fits the smallest chip, sm_89, without spills.
+# accumulators. What follows lets every chip compile them without spills.
 
 
 def shrink_config(arch: Architecture, M: int, dtype: torch.dtype) -> ShrinkConfig:
@@ -294,7 +294,8 @@ def grad_sb_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradSBConf
     """Tile of the pass over dY."""
     base = arch.grad_sb
     if dtype is torch.float32:
-        return replace(base, block_m=base.block_m // 2, block_n=base.block_n // 2)
+        part = 4 if R > WIDE_RANK else 2
+        return replace(base, block_m=base.block_m // part, block_n=base.block_n // part)
     return replace(base, block_m=base.block_m // 2) if R > WIDE_RANK else base
 
 

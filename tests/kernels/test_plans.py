@@ -66,6 +66,8 @@ def test_large_products_of_fp32_are_left_to_the_vendor(arch: str) -> None:
 def test_large_ranks_read_dy_twice_by_the_vendor(rank: int, library: bool) -> None:
     plan = backward_plan(ARCHITECTURES["sm_90"], 8192, 4096, 4096, rank, torch.bfloat16)
     assert plan.library_sb == library
+    wide = backward_plan(ARCHITECTURES["sm_90"], 8192, 4096, 4096, rank, torch.float32)
+    assert wide.library_sb == (rank > 32)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
