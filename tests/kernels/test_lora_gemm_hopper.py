@@ -261,9 +261,10 @@ torch.cuda.synchronize()
 
 
 @pytest.fixture(scope="module")
-def answers() -> None:
+def answers(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Call it in another process first: one that waits for ever must not stop the other tests."""
-    subprocess.run([sys.executable, "-P", "-c", TRIAL], timeout=90, check=True)
+    elsewhere = tmp_path_factory.mktemp("answers")
+    subprocess.run([sys.executable, "-c", TRIAL], cwd=elsewhere, timeout=90, check=True)
 
 
 GPU_SHAPES = [
