@@ -5,8 +5,9 @@
 For every kernel: registers, stack, spills, shared memory against the chip's limit, and on NVIDIA
 chips how often tensor-core (HGMMA, HMMA, UTCHMMA) and bulk-copy (UTMALDG) instructions appear and
 how many instructions the main loop has. Exits 1 on a stack frame, a spill, a kernel that does not
-fit its chip or does not compile, or a large product on sm_90 without HGMMA. Needs no GPU; must not
-be interpreted. What is compiled stands in compile_calls.py; results stay in Triton's cache.
+fit its chip or does not compile, or a large product without tensor-core instructions (HGMMA on
+sm_90). Needs no GPU; must not be interpreted. What is compiled stands in compile_calls.py; results
+stay in Triton's cache.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from lora_fast.kernels import configs
 
 TOOLS = Path(nvidia_driver.__file__).parent / "bin"
 MMA = ("HGMMA", "UTCHMMA", "HMMA")
+READER = Path(__file__).read_bytes()  # a part of the cache's key: other code reads other things
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,16 @@ class Row:
             yield f"{self.spills} spills"
         if self.shared > self.limit:
             yield f"{self.shared} bytes of shared memory, the chip has {self.limit}"
-        if self.needs_hgmma() and "HGMMA" not in self.mma:
+        if self.is_large_product() and not self.mma:
+            yield "no tensor-core instructions"
+        elif self.is_large_product() and self.arch == "sm_90" and "HGMMA" not in self.mma:
             yield "no HGMMA"
 
-    def needs_hgmma(self) -> bool:
-        """Is it a large product of 16-bit numbers on Hopper? A warpgroup takes 64 rows."""
+    def is_large_product(self) -> bool:
+        """Is it a product of 16-bit numbers in tiles for many rows? A warpgroup takes 64."""
         block_m = re.search(r"\bM(\d+)", self.tile)
         is_large = block_m is not None and int(block_m.group(1)) >= 64
-        is_gemm = self.kernel.startswith("lora_gemm") and self.dtype in ("bf16", "fp16")
-        return self.arch == "sm_90" and is_gemm and is_large
+        return self.kernel.startswith("lora_gemm") and self.dtype in ("bf16", "fp16") and is_large
 
 
 class Compiling:
@@ -169,8 +172,7 @@ def usage(kernel: Any) -> dict[str, Any]:
 
     Kept beside the kernel in Triton's cache: to disassemble takes as long as to compile.
     """
-    reader = Path(__file__).read_bytes()  # who reads differently has read nothing yet
-    cache = get_cache_manager(hashlib.sha256(kernel.hash.encode() + reader).hexdigest())
+    cache = get_cache_manager(hashlib.sha256(kernel.hash.encode() + READER).hexdigest())
     known = cache.get_file("usage.json")
     if known is not None:
         return dict(json.loads(Path(known).read_text()))
