@@ -13,8 +13,11 @@ from torch import Tensor
 
 from lora_fast.kernels import configs
 from lora_fast.kernels.configs import Architecture
+from lora_fast.kernels.decode_configs import DecodeSplits, decode_config
+from lora_fast.kernels.lora_decode import lora_decode
 from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
 from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
+from lora_fast.kernels.primitives import MAX_BLOCK_R
 
 WIDTH = 4096  # features in and out; the kernels see only what divides it
 DEFAULT_ARCHS = ("sm_80", "sm_90")
@@ -135,7 +138,7 @@ def linear(arch: Architecture, everything: bool) -> Iterator[Case]:
     for sizes in linear_sizes(everything):
         for dropout in (False, True):
             for impl in forwards:
-                if impl == "one_pass" and (dropout or sizes.rank > configs.MAX_BLOCK_R):
+                if impl == "one_pass" and (dropout or sizes.rank > MAX_BLOCK_R):
                     continue
                 call = partial(linear_forward, sizes=sizes, impl=impl, dropout=dropout)
                 words = sizes.describe("forward", impl, *["dropout"] * dropout)
@@ -165,7 +168,32 @@ def specialised_linear(arch: Architecture, everything: bool) -> Iterator[Case]:
             yield Case(arch.name, words, backward)
 
 
-CALLS: tuple[Cases, ...] = (linear, specialised_linear)
+def decode_forward(arch: Architecture, sizes: Sizes, transposed: bool) -> None:
+    """Make one call of the kernel for few rows, with K in as many slices as it may be."""
+    x, weight, lora_a, lora_b = sizes.tensors()
+    config = decode_config(arch.name, sizes.rows, sizes.dtype)
+    most, k = config.max_splits, weight.shape[1]
+    splits = DecodeSplits(w=most, a=2 * most, slice_w=k // most, slice_a=k // (2 * most))
+    weight = weight.t().contiguous().t() if transposed else weight
+    bias = meta(weight.shape[0], dtype=sizes.dtype)
+    lora_decode(x, weight, bias, lora_a, lora_b, 1.0, config=config, splits=splits)
+
+
+def decode(arch: Architecture, everything: bool) -> Iterator[Case]:
+    """Yield the cases of the kernel for few rows, whose weight may be stored (K, N)."""
+    sizes = [Sizes(BF16, rows, 16) for rows in (1, 16, 64)]
+    if everything:
+        sizes += [Sizes(BF16, rows, 64) for rows in (1, 2, 32, 64)]
+        sizes += [Sizes(FP32, rows, 64) for rows in (1, 16)]
+        sizes += [Sizes(BF16, 32, 64, adapter_dtype=FP32), Sizes(BF16, 1, 16, width=4093)]
+    for one in sizes:
+        for transposed in (False, True) if everything else (False,):
+            words = one.describe("forward decode", *["(K, N)"] * transposed)
+            call = partial(decode_forward, sizes=one, transposed=transposed)
+            yield Case(arch.name, words, call)
+
+
+CALLS: tuple[Cases, ...] = (linear, specialised_linear, decode)
 
 
 def cases(*, everything: bool) -> list[Case]:

@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-from lora_fast.kernels.primitives import MAX_BLOCK_R
+from lora_fast.kernels.decode_configs import DecodeConfig, decode_config, decode_serves
 
-ForwardImpl = Literal["one_pass", "split", "lora_first"]
+ForwardImpl = Literal["decode", "one_pass", "split", "lora_first"]
 InputGradImpl = Literal["fused", "lora_first"]
 
 
@@ -187,6 +187,7 @@ class ForwardPlan:
     impl: ForwardImpl
     gemm: GemmConfig
     shrink: ShrinkConfig
+    decode: DecodeConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -255,12 +256,15 @@ def forward_plan(
     if impl is None:
         fused = fused_gemm_pays(arch, K, dtype)
         narrow = N <= ONE_PASS_MAX_N and fused and R <= 16
-        if not dropout and R <= MAX_BLOCK_R and (M <= SMALL_M or narrow):
+        if not dropout and decode_serves(M, R, dtype):
+            impl = "decode"
+        elif not dropout and narrow:
             impl = "one_pass"
         else:
             impl = "split" if fused else "lora_first"
     gemm = gemm_config(arch, M, dtype, one_pass=impl == "one_pass")
-    return ForwardPlan(impl, gemm, shrink_config(arch, M, dtype))
+    decode = decode_config(arch.name, M, dtype)
+    return ForwardPlan(impl, gemm, shrink_config(arch, M, dtype), decode)
 
 
 @lru_cache(maxsize=4096)

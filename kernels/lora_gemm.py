@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_fast.kernels.configs import GemmConfig, processor_count
 from lora_fast.kernels.dropout import apply_keep, load_keep
+from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.primitives import (
     block_offsets,
     descriptor_fits,
@@ -117,6 +118,7 @@ def finish_tile(
         tl.store(tile_ptrs(y, (N, 1), offs_m, offs_n), out, mask=mask)
 
 
+@prepared
 @triton.jit
 def lora_gemm_kernel(
     x_ptr,
@@ -192,6 +194,7 @@ def lora_gemm_kernel(
         )
 
 
+@prepared
 @triton.jit
 def lora_gemm_tma_kernel(
     x_desc,

@@ -20,6 +20,7 @@ from lora_fast.kernels.configs import (
     backward_plan,
 )
 from lora_fast.kernels.dropout import apply_keep, keep_scale, load_keep
+from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.primitives import (
     block_offsets,
@@ -33,6 +34,7 @@ from lora_fast.kernels.primitives import (
 from lora_fast.kernels.reduce_partials import reduce_partials
 
 
+@prepared
 @triton.jit
 def lora_grad_sb_kernel(
     dy_ptr,
@@ -93,6 +95,7 @@ def lora_grad_sb_kernel(
         tl.store(ds_ptrs, acc_ds * factor, mask=mask_m[:, None] & mask_r)
 
 
+@prepared
 @triton.jit
 def lora_grad_a_kernel(
     x_ptr,

@@ -14,6 +14,8 @@ from lora_fast.kernels.dropout import (
     packed_width,
     unpack_keep_bits,
 )
+from lora_fast.kernels.launch import prepared
+from lora_fast.kernels.lora_decode import lora_decode
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.primitives import (
     MAX_SIZE,
@@ -26,6 +28,7 @@ from lora_fast.kernels.primitives import (
 )
 
 
+@prepared
 @triton.jit(do_not_specialize=["threshold"])
 def lora_shrink_kernel(
     x_ptr,
@@ -180,6 +183,9 @@ def lora_linear_fwd(
     if plan is None:
         plan = forward_plan(architecture(x.device), M, N, K, R, x.dtype, seed is not None)
     with on_device_of(x):
+        if plan.impl == "decode":
+            y, s = lora_decode(rows, weight, bias, lora_a, lora_b, scaling, config=plan.decode)
+            return y.view(shape), s, no_mask
         if plan.impl == "one_pass":
             y, s = lora_gemm(
                 *(rows, weight, lora_b),

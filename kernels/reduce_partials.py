@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.primitives import block_offsets
 
 REDUCE_BLOCK = 1024
@@ -22,6 +23,7 @@ def reduce_segment(partial_ptr, out_ptr, splits, length, block, BLOCK: tl.conste
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@prepared
 @triton.jit
 def reduce_partials_kernel(segments, BLOCK: tl.constexpr):
     """Each program reduces one block of one segment (partial [splits, length], out [length], ...).

@@ -1,0 +1,76 @@
+"""Integer counters in GPU memory that are zero between launches, at no launch of their own.
+
+A kernel that counts its programs leaves the counters at zero, so the next launch can use them
+where one certainly runs after the other: on the same stream. What a CUDA graph captures may be
+replayed on any stream beside anything, so each captured launch has counters of its own for good.
+"""
+
+import threading
+
+import torch
+import triton
+from torch import Tensor
+
+RESERVE = 1 << 18  # counters for captured launches, 1 MiB at a time
+FEWEST = 1 << 10
+
+
+class Counters:
+    """The counters of one device.
+
+    Captured launches share chunks that were cleared before the capture began: inside it, clearing
+    would be one more node that runs at every replay. Graphs know the addresses, so chunks stay.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.of_stream: dict[int, Tensor] = {}
+        self.chunks: list[Tensor] = []
+        self.used = RESERVE
+        self.lock = threading.Lock()
+
+    def eager(self, count: int, stream: int) -> Tensor:
+        """Counters that all launches on a stream use, one after the other."""
+        if 2 * self.used > RESERVE:
+            self.refill()
+        counters = self.of_stream.get(stream)
+        if counters is None or counters.numel() < count:
+            size = max(FEWEST, triton.next_power_of_2(count))
+            counters = self.of_stream[stream] = self.zeros(size)
+        return counters
+
+    def captured(self, count: int) -> Tensor:
+        """Counters that no other launch has had or will have."""
+        with self.lock:
+            start, end = self.used, self.used + triton.cdiv(count, 4) * 4  # 16-byte alignment
+            if end <= RESERVE:
+                self.used = end
+                return self.chunks[-1][start:end]
+        return self.zeros(count)  # right as well, but cleared again at every replay
+
+    def refill(self) -> None:
+        """Have a chunk at hand for the next capture."""
+        with self.lock:
+            self.chunks.append(self.zeros(RESERVE))
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # graphs run on any stream
+            self.used = 0
+
+    def zeros(self, count: int) -> Tensor:
+        """New counters."""
+        return torch.zeros(count, device=self.device, dtype=torch.int32)
+
+
+_counters: dict[torch.device, Counters] = {}
+
+
+def zeroed_counters(count: int, device: torch.device) -> Tensor:
+    """At least `count` int32 zeros, for a launch on the current stream that leaves zeros there."""
+    counters = _counters.get(device)
+    if counters is None:
+        counters = _counters.setdefault(device, Counters(device))
+    if device.type != "cuda":
+        return counters.eager(count, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return counters.captured(count)
+    return counters.eager(count, triton.runtime.driver.active.get_current_stream(device.index))

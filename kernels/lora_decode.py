@@ -1,0 +1,334 @@
+"""Forward for a few rows in one launch: y = x W^T + scaling * (x A^T) B^T + bias, M <= 64.
+
+W is read once, at the speed of the memory, and so is A: its rows are a few more columns of the
+product, whose result S all the others need. Nobody waits for anybody. Each program leaves a
+partial sum and counts itself in at its tile; whoever comes last finishes the tile.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_fast.kernels.configs import architecture, processor_count
+from lora_fast.kernels.counters import zeroed_counters
+from lora_fast.kernels.decode_configs import (
+    MAX_M,
+    TILES,
+    DecodeConfig,
+    DecodeSplits,
+    decode_splits,
+)
+from lora_fast.kernels.launch import prepared
+from lora_fast.kernels.primitives import (
+    MAX_BLOCK_R,
+    block_offsets,
+    dot_precision,
+    mma,
+    rank_blocks,
+    tile_ptrs,
+)
+from lora_fast.kernels.slice_product import leave_partial
+
+# Of a block of columns that has an update: first column, last + 1, first row in lora_b.
+Blocks = tuple[tuple[int, int, int], ...]
+
+
+@triton.jit
+def sum_partials(partial_ptr, offs_m, offs_n, M, N, SPLITS: tl.constexpr):
+    """The tile summed over partial [SPLITS, M, N], in order; from L2, where others have put it."""
+    mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    total = tl.zeros((offs_m.shape[0], offs_n.shape[0]), tl.float32)
+    for split in tl.static_range(SPLITS):
+        ptrs = tile_ptrs(partial_ptr, (N, 1), split * M + offs_m, offs_n)
+        total += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def count_in(counter_ptrs, mask=None):
+    """How many were counted in before. What this program stored is seen by all who come later."""
+    tl.debug_barrier()  # all threads have stored
+    return tl.atomic_add(counter_ptrs, 1, mask=mask, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def store_s(
+    partial_ptr,
+    s_ptr,
+    multiplier,
+    M,
+    R,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Sum the partials of x a^T, scale, round once, store."""
+    offs_m, offs_r = tl.arange(0, BLOCK_M).to(tl.int64), tl.arange(0, BLOCK_R).to(tl.int64)
+    s = sum_partials(partial_ptr, offs_m, offs_r, M, R, SPLITS) * multiplier
+    mask = (offs_m[:, None] < M) & (offs_r[None, :] < R)
+    tl.store(tile_ptrs(s_ptr, (R, 1), offs_m, offs_r), s.to(s_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_update(
+    y,
+    s_ptr,
+    first_rank,
+    b_ptr,
+    b_strides,
+    block,
+    offs_n,
+    sizes,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`y + s b^T` in the columns of a block, whose ranks in s [M, ranks] begin at `first_rank`."""
+    M, ranks, R = sizes
+    first, end, row = block
+    offs_m, offs_r = tl.arange(0, BLOCK_M).to(tl.int64), tl.arange(0, BLOCK_R).to(tl.int64)
+    mask_n, mask_r = (offs_n >= first) & (offs_n < end), offs_r[None, :] < R
+    s_ptrs = tile_ptrs(s_ptr, (ranks, 1), offs_m, first_rank + offs_r)
+    s = tl.load(s_ptrs, mask=(offs_m[:, None] < M) & mask_r, other=0.0, cache_modifier=".cg")
+    b_ptrs = tile_ptrs(b_ptr, b_strides, offs_n - first + row, offs_r)
+    b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r, other=0.0).to(s.dtype)
+    if BLOCK_M == 1:
+        added = y + tl.sum(b.to(tl.float32) * s.to(tl.float32), axis=1)[None, :]
+    else:
+        added = mma(s, tl.trans(b), y, PRECISION)
+    return tl.where(mask_n[None, :], added, y)  # not 0 * Inf in the columns of others
+
+
+@triton.jit
+def finish_tile(
+    tile,
+    partial_ptr,
+    s_ptr,
+    b_ptr,
+    b_strides,
+    bias_ptr,
+    y_ptr,
+    blocks,
+    sizes,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sum a tile's partials, add the update and the bias, round once, store."""
+    M, N, ranks = sizes
+    offs_m, offs_n = tl.arange(0, BLOCK_M).to(tl.int64), block_offsets(tile, BLOCK_N)
+    mask_m, mask_n = offs_m[:, None] < M, offs_n < N
+    y = sum_partials(partial_ptr, offs_m, offs_n, M, N, SPLITS)
+    for index in tl.static_range(len(blocks)):
+        R = ranks // len(blocks)
+        if (tile * BLOCK_N < blocks[index][1]) & ((tile + 1) * BLOCK_N > blocks[index][0]):
+            y = add_update(
+                *(y, s_ptr, index * R, b_ptr, b_strides, blocks[index], offs_n, (M, ranks, R)),
+                *(BLOCK_M, BLOCK_R, PRECISION),
+            )
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = tile_ptrs(y_ptr, (N, 1), offs_m, offs_n)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n[None, :])
+
+
+@prepared
+@triton.jit
+def lora_decode_kernel(
+    x_ptr,
+    x_strides,
+    w_ptr,
+    w_strides,
+    a_ptr,
+    a_strides,
+    b_ptr,
+    b_strides,
+    bias_ptr,
+    y_ptr,
+    s_ptr,
+    partial_ptr,
+    counter_ptr,
+    blocks,
+    M,
+    N,
+    K,
+    R,
+    slice_w,
+    slice_a,
+    multiplier,
+    SPLITS_W: tl.constexpr,
+    SPLITS_A: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    TILES_AT_ONCE: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    STAGES_A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Each program multiplies x by BLOCK_A rows of a or BLOCK_N rows of w over one slice of K.
+
+    Grid: (cdiv(R, BLOCK_A) * SPLITS_A + cdiv(N, BLOCK_N) * SPLITS_W,), those of a first.
+    x: [M, K], w: [N, K], a: [R, K], any strides.  y: [M, N], s: [M, R], bias: [N], contiguous.
+    b: any strides; each block (first column, last column + 1, its first row in b) of y gets the
+    product of its own R / len(blocks) columns of s and its rows of b.
+    partial: fp32, [SPLITS_W, M, N] and [SPLITS_A, M, R] one after the other.
+    counters: one for a and one for each tile of y, zero before and after.
+    Accumulates in fp32 in a fixed order; s and y are rounded once, y is built from the rounded s.
+
+    A tile of y waits for SPLITS_W partials and for s. The last program over a completes s, counts
+    itself in at every tile, and finishes those where it comes last: no program ever waits, so
+    the result needs no assumption about which of them run at once or in what order.
+    """
+    pid = tl.program_id(0)
+    programs_a, tiles = tl.cdiv(R, BLOCK_A) * SPLITS_A, tl.cdiv(N, BLOCK_N)
+    partial_a_ptr = partial_ptr + tl.cast(SPLITS_W * M, tl.int64) * N
+    tile = tiles
+    first_group, end_group = 0, 0
+    if pid < programs_a:
+        leave_partial(
+            *(x_ptr, x_strides, a_ptr, a_strides, partial_a_ptr),
+            *(block_offsets(pid // SPLITS_A, BLOCK_A), pid % SPLITS_A, slice_a, (M, R, K)),
+            *(BLOCK_M, BLOCK_K, STAGES_A, PRECISION),
+        )
+        if count_in(counter_ptr) == programs_a - 1:
+            tl.store(counter_ptr, 0)
+            store_s(partial_a_ptr, s_ptr, multiplier, M, R, SPLITS_A, BLOCK_M, BLOCK_S)
+            end_group = tl.cdiv(tiles, TILES_AT_ONCE)
+    else:
+        tile = (pid - programs_a) // SPLITS_W
+        leave_partial(
+            *(x_ptr, x_strides, w_ptr, w_strides, partial_ptr),
+            *(block_offsets(tile, BLOCK_N), (pid - programs_a) % SPLITS_W, slice_w, (M, N, K)),
+            *(BLOCK_M, BLOCK_K, NUM_STAGES, PRECISION),
+        )
+        if count_in(counter_ptr + 1 + tile) == SPLITS_W:
+            first_group = tile // TILES_AT_ONCE
+            end_group = first_group + 1
+
+    for group in tl.range(first_group, end_group, num_stages=1):
+        offs_t = group * TILES_AT_ONCE + tl.arange(0, TILES_AT_ONCE)
+        ready = offs_t == tile
+        if pid < programs_a:
+            counted = count_in(counter_ptr + 1 + offs_t, offs_t < tiles)
+            ready = (counted == SPLITS_W) & (offs_t < tiles)
+        current = tl.min(tl.where(ready, offs_t, tiles))
+        while current < tiles:
+            finish_tile(
+                *(
+                    current,
+                    partial_ptr,
+                    s_ptr,
+                    b_ptr,
+                    b_strides,
+                    bias_ptr,
+                    y_ptr,
+                    blocks,
+                    (M, N, R),
+                ),
+                *(SPLITS_W, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION),
+            )
+            tl.store(counter_ptr + 1 + current, 0)
+            current = tl.min(tl.where(ready & (offs_t > current), offs_t, tiles))
+
+
+class Work(NamedTuple):
+    """What the sizes of a call decide: computed once for each."""
+
+    grid: tuple[int]
+    partials: int
+    counters: int
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def work(
+    M: int, N: int, K: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype,
+    w_is_nk: bool, device: torch.device, blocks: int, config: DecodeConfig,
+    splits: DecodeSplits | None, precision: str,
+) -> Work:  # fmt: skip
+    """Grid, workspace and constants of a launch; without `splits`, those of the model."""
+    if not (1 <= M <= MAX_M and R <= MAX_BLOCK_R):
+        raise ValueError(
+            f"lora_decode: expected 1 to {MAX_M} rows and a rank up to {MAX_BLOCK_R}, got {M} "
+            f"and {R}; another implementation serves those"
+        )
+    if M == 1 and not w_is_nk:
+        config = config.across()
+    block_k = config.row_bytes // dtype.itemsize
+    block_s = rank_blocks(R)[0]
+    block_a = min(config.block_n, block_s)
+    tiles = triton.cdiv(N, config.block_n)
+    if splits is None:
+        in_flight = TILES[architecture(device).name].bytes_in_flight * processor_count(device)
+        splits = decode_splits(config, block_k, tiles, K, in_flight)
+    constants = {
+        "SPLITS_W": splits.w,
+        "SPLITS_A": splits.a,
+        "BLOCK_M": 1 if M == 1 else max(16, triton.next_power_of_2(M)),
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": block_k,
+        "BLOCK_A": block_a,
+        "BLOCK_R": rank_blocks(R // blocks)[0],
+        "BLOCK_S": block_s,
+        # One for each thread, of warps of 32 or 64: an atomic that threads share is not portable.
+        "TILES_AT_ONCE": 64 * config.num_warps,
+        "NUM_STAGES": config.num_stages,
+        # A pipeline of fp32 factors beside a 16-bit weight would not fit every chip.
+        "STAGES_A": config.num_stages if adapter_dtype.itemsize <= dtype.itemsize else 2,
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return Work(
+        grid=(triton.cdiv(R, block_a) * splits.a + tiles * splits.w,),
+        partials=M * (splits.a * R + splits.w * N),
+        counters=1 + tiles,
+        sizes=(M, N, K, R, splits.slice_w, splits.slice_a),
+        constants=constants,
+    )
+
+
+def lora_decode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    config: DecodeConfig,
+    blocks: Blocks | None = None,
+    splits: DecodeSplits | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch `lora_decode_kernel` for x (M, K), weight (N, K), lora_a (R, K) and lora_b.
+
+    lora_b is (N, R) for one block of all columns (None), (columns of all blocks, R / blocks) else.
+    Returns y (M, N) and s (M, R) = scaling * x A^T, contiguous, in x's dtype.
+    Raises: ValueError beyond 64 rows or a rank of 64.
+    """
+    (M, K), N, R, device = x.shape, weight.shape[0], lora_a.shape[0], x.device
+    blocks = ((0, N, 0),) if blocks is None else blocks
+    todo = work(
+        *(M, N, K, R, x.dtype, lora_a.dtype, weight.stride(1) == 1, device, len(blocks)),
+        *(config, splits, dot_precision(x.dtype)),
+    )
+    y, s = x.new_empty((M, N)), x.new_empty((M, R))
+    partial = x.new_empty(todo.partials, dtype=torch.float32)
+    counters = zeroed_counters(todo.counters, device)
+    args = (
+        *(x, x.stride(), weight, weight.stride(), lora_a, lora_a.stride()),
+        *(lora_b, lora_b.stride(), bias, y, s, partial, counters, blocks, *todo.sizes, scaling),
+    )
+    lora_decode_kernel[todo.grid](*args, **todo.constants)
+    return y, s

@@ -1,0 +1,71 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lora_fast.kernels import counters
+from lora_fast.kernels.counters import FEWEST, RESERVE, Counters, zeroed_counters
+
+
+def addresses(tensor: torch.Tensor) -> range:
+    return range(tensor.data_ptr(), tensor.data_ptr() + 4 * tensor.numel())
+
+
+def test_a_stream_uses_the_same_counters_again() -> None:
+    found = Counters(torch.device("cpu"))
+    first = found.eager(5, 1)
+    assert first.dtype is torch.int32
+    assert first.numel() == FEWEST
+    assert torch.count_nonzero(first) == 0
+    assert found.eager(FEWEST, 1) is first
+    assert found.eager(FEWEST + 1, 1).numel() == 2 * FEWEST
+
+
+def test_two_streams_do_not_share_them() -> None:
+    found = Counters(torch.device("cpu"))
+    one, other = addresses(found.eager(5, 1)), addresses(found.eager(5, 2))
+    assert one[-1] < other[0] or other[-1] < one[0]
+
+
+def test_captured_launches_share_them_with_nobody() -> None:
+    found = Counters(torch.device("cpu"))
+    handed_out = [found.eager(5, 1), *(found.captured(count) for count in (5, 1, 130, 7))]
+    handed_out += [found.eager(5, 1)[:0], found.captured(9)]
+    spans = sorted((addresses(t) for t in handed_out if t.numel()), key=lambda span: span[0])
+    assert all(a[-1] < b[0] for a, b in pairwise(spans))
+    assert all(t.data_ptr() % 16 == 0 and torch.count_nonzero(t) == 0 for t in handed_out)
+
+
+def test_the_reserve_is_refilled_outside_a_capture_only() -> None:
+    found = Counters(torch.device("cpu"))
+    assert found.captured(5).numel() == 5  # a capture before any other call
+    assert found.chunks == []
+    found.eager(5, 1)
+    half, rest = found.captured(RESERVE // 2 + 4), found.captured(RESERVE // 2)
+    assert [t.untyped_storage().nbytes() for t in (half, rest)] == [4 * RESERVE, 2 * RESERVE]
+    found.eager(5, 1)
+    assert len(found.chunks) == 2
+    later = found.captured(8)
+    assert later.untyped_storage().data_ptr() == found.chunks[1].data_ptr()
+    assert half.untyped_storage().data_ptr() == found.chunks[0].data_ptr()  # not freed
+
+
+def test_each_device_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counters, "_counters", {})
+    cpu, meta = (zeroed_counters(3, torch.device(name)) for name in ("cpu", "meta"))
+    assert (cpu.device.type, meta.device.type) == ("cpu", "meta")
+    assert zeroed_counters(3, torch.device("cpu")) is cpu
+
+
+@pytest.mark.gpu
+def test_captures_and_streams_on_a_gpu() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    eager = zeroed_counters(3, device)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert zeroed_counters(3, device).data_ptr() != eager.data_ptr()
+    assert zeroed_counters(3, device) is eager
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        captured = zeroed_counters(3, device)
+    assert captured.data_ptr() != eager.data_ptr()
