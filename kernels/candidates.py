@@ -6,12 +6,15 @@ add up: so the best of each step, one after the other, is the best of all combin
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from lora_fast.kernels.configs import (
     Architecture,
+    BackwardPlan,
+    ForwardImpl,
+    ForwardPlan,
     GemmConfig,
     GradAConfig,
     GradSBConfig,
@@ -31,6 +34,7 @@ _GEMMS = (
     (16, 64, 128, 4, 4),
     (16, 128, 64, 4, 4),
     (32, 64, 128, 4, 3),
+    (64, 32, 64, 8, 3),
     (64, 64, 64, 4, 4),
     (64, 128, 64, 4, 4),
     (128, 64, 32, 8, 3),
@@ -71,27 +75,27 @@ def candidates(arch: Architecture, call: Call, rule: Any) -> Steps:
     """
     if call.op not in _STEPS:
         raise ValueError(f"op must be one of {', '.join(_STEPS)}, got {call.op!r}")
-    return [
-        [change for change in step if _differs(change, rule, call)]
-        for step in _STEPS[call.op](arch, call)
-    ]
+    seen, found = {rule}, []
+    for step in _STEPS[call.op](arch, call, rule):
+        found.append([])
+        for change in step:
+            plan = replace(rule, **change)
+            if plan not in seen and why_not(plan, call) is None:
+                seen.add(plan)
+                found[-1].append(change)
+    return found
 
 
-def _differs(change: Change, rule: Any, call: Call) -> bool:
-    plan = replace(rule, **change)
-    return plan != rule and why_not(plan, call) is None
-
-
-def _forward_steps(arch: Architecture, call: Call) -> Steps:
-    ways: list[Change] = [{"impl": "lora_first"}]
+def _forward_steps(arch: Architecture, call: Call, rule: ForwardPlan) -> Steps:
+    ways: list[Change] = [{"impl": impl} for impl in get_args(ForwardImpl)]
     ways += [{"impl": "split", "gemm": gemm} for gemm in _gemms(arch, call)]
     ways += [{"impl": "one_pass", "gemm": gemm} for gemm in _gemms(arch, call, one_pass=True)]
-    block_n = arch.shrink.block_n
+    block_n = rule.shrink.block_n
     shrinks = [ShrinkConfig(m, k, block_n, *pace) for m, k, *pace in _staged(arch, _SHRINKS)]
     return [ways, [{"shrink": shrink} for shrink in shrinks]]
 
 
-def _backward_steps(arch: Architecture, call: Call) -> Steps:
+def _backward_steps(arch: Architecture, call: Call, rule: BackwardPlan) -> Steps:
     sbs = [GradSBConfig(*sizes) for sizes in _staged(arch, _GRAD_SBS)]
     both: list[Change] = [{"library_sb": True}]
     both += [{"library_sb": False, "grad_sb": config} for config in sbs]

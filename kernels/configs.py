@@ -19,6 +19,8 @@ from lora_fast.kernels.tables import Call
 _log = logging.getLogger("lora_fast.dispatch.plan")
 
 ForwardImpl = Literal["one_pass", "split", "lora_first"]
+# The others have S in registers: one block of the rank, and no mask to be kept.
+SERVE_EVERY_CALL: tuple[ForwardImpl, ...] = ("split", "lora_first")
 InputGradImpl = Literal["fused", "lora_first"]
 
 
@@ -291,11 +293,11 @@ def measured(arch: Architecture, call: Call, rule: Plan) -> Plan:
 
 def why_not(plan: ForwardPlan | BackwardPlan, call: Call) -> str | None:
     """Say why a plan cannot serve a call, if so."""
-    if isinstance(plan, ForwardPlan) and plan.impl == "one_pass":
+    if isinstance(plan, ForwardPlan) and plan.impl not in SERVE_EVERY_CALL:
         if call.dropout:
-            return "one_pass draws no dropout"
+            return f"{plan.impl} draws no dropout"
         if call.R > MAX_BLOCK_R:
-            return f"one_pass takes a rank of at most {MAX_BLOCK_R}, got {call.R}"
+            return f"{plan.impl} takes a rank of at most {MAX_BLOCK_R}, got {call.R}"
     return None
 
 

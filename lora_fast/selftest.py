@@ -116,6 +116,11 @@ _CASES = {
             {"input": torch.tensor([[0, 5, 5], [N - 1, 2, 7]])},
         ),
     ),
+    # A convolution is dispatched as a whole or by its weight.
+    "merged_weight": (
+        _Case({"weight": (N, K), "lora_A": (R, K), "lora_B": (N, R)}, {}),
+        _Case({"weight": (8, 6, 3, 3), "lora_A": (R * 3, 18), "lora_B": (24, R * 3)}, {}),
+    ),
     "lora_conv": (
         _Case(
             {"x": (2, 6, 9, 9), "weight": (8, 6, 3, 3), "bias": (8,)}

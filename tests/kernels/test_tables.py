@@ -353,9 +353,12 @@ def test_every_candidate_is_a_valid_row_for_the_call(
         rule = rule_of(chip, rows, 4096, 4096, 128, dtype)
         steps = candidates(chip, call, rule)
         assert all(steps)
+        seen: set[Any] = set()
         for change in (change for step in steps for change in step):
             found = replace(rule, **change)
             data = json.loads(json.dumps(asdict(found)))
+            assert found not in seen
+            seen.add(found)
             assert tables.changed(rule, data) == found != rule
             assert configs.why_not(found, call) is None
             assert found.gemm.tma is False or chip.gemm.tma

@@ -33,7 +33,7 @@ Refused = Callable[..., str]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two candidates for each call, and times that only depend on the plan."""
 
-    def steps(arch: Any, call: Any) -> Any:
+    def steps(arch: Any, call: Any, rule: Any) -> Any:
         if call.op.endswith("fwd"):
             return [[{"impl": "split"}, {"impl": "lora_first"}]]
         return [[{"library_sb": True}, {"input_grad": "fused"}]]
@@ -203,7 +203,7 @@ def test_on_a_gpu_the_table_is_measured_and_used(
         "lora_linear_bwd": [[{"library_sb": True}], [{"input_grad": "fused"}]],
     }
     monkeypatch.setattr(
-        candidates, "_STEPS", {op: lambda arch, call, op=op: steps[op] for op in steps}
+        candidates, "_STEPS", {op: lambda arch, call, rule, op=op: steps[op] for op in steps}
     )
     assert main(["tune", "--shapes", "2048,1024,1024,16", "--dropout", "--minutes", "3"]) == 0
     text = capsys.readouterr().out
