@@ -27,22 +27,22 @@ from lora_fast.kernels.tables import Call
 Change = dict[str, Any]
 Steps = list[list[Change]]
 
-# block_m, block_n, block_k, num_warps, num_stages
+# block_m, block_n, block_k, num_warps, num_stages; the likely ones first, as time may be short
 _GEMMS = (
-    (16, 32, 128, 4, 4),
-    (16, 32, 256, 4, 3),
-    (16, 64, 128, 4, 4),
-    (16, 128, 64, 4, 4),
-    (32, 64, 128, 4, 3),
-    (64, 32, 64, 8, 3),
-    (64, 64, 64, 4, 4),
-    (64, 128, 64, 4, 4),
-    (128, 64, 32, 8, 3),
-    (128, 128, 32, 8, 4),
-    (128, 128, 64, 8, 3),
-    (128, 256, 64, 8, 3),
-    (128, 256, 64, 8, 4),
     (256, 128, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (128, 256, 64, 8, 3),
+    (128, 128, 64, 8, 3),
+    (128, 128, 32, 8, 4),
+    (128, 64, 32, 8, 3),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+    (64, 32, 64, 8, 3),
+    (32, 64, 128, 4, 3),
+    (16, 128, 64, 4, 4),
+    (16, 64, 128, 4, 4),
+    (16, 32, 256, 4, 3),
+    (16, 32, 128, 4, 4),
 )
 # A larger tile takes more registers than pointers leave.
 _LARGEST_WITH_POINTERS = 128 * 128
@@ -117,14 +117,14 @@ def _gemms(arch: Architecture, call: Call, *, one_pass: bool = False) -> Iterato
             continue
         sizes = (block_m, block_n, block_k // (2 if element_size == 4 else 1))
         loop = pace[1] * (block_m + block_n + rank) * sizes[2] * element_size
-        if block_m * block_n <= _LARGEST_WITH_POINTERS and loop <= arch.shared_memory:
-            yield GemmConfig(*sizes, *pace)
         parts = 2 if block_n > 128 else 1
         # The accelerator also stores out of shared memory, and needs a few barriers.
         stored = block_m * block_n // parts * element_size + 128
         serves = arch.gemm.tma and block_m >= 64 and element_size == 2
         if serves and loop + stored <= arch.shared_memory:
             yield GemmConfig(*sizes, *pace, tma=True, parts=parts)
+        if block_m * block_n <= _LARGEST_WITH_POINTERS and loop <= arch.shared_memory:
+            yield GemmConfig(*sizes, *pace)
 
 
 def _staged(arch: Architecture, table: tuple[tuple[int, ...], ...]) -> Iterator[tuple[int, ...]]:

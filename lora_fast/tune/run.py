@@ -86,9 +86,8 @@ def _print_found(found: search.Found, jobs: int) -> None:
     for row in found.rows:
         print(show.described(row))
     done = len(found.jobs)
-    print(
-        f"{done} of {jobs} kinds of calls measured, {len(found.rows)} better served than by default"
-    )
+    better = len(found.rows)
+    print(f"{done} of {jobs} kinds of calls measured, {better} better served than by default")
     if done < jobs and not found.dropped:
         print("--minutes gives it more time")
 

@@ -68,8 +68,8 @@ class Found:
     """What a search has found so far: it is filled while the search runs.
 
     Attributes:
-        jobs: those that were measured to the end.
-        rows: rows of a table, for those whose best plan beats the rule's.
+        jobs: those of which all plans were tried.
+        rows: rows of a table, where the best plan that was tried beats the rule's.
         dropped: plans that failed or were wrong, and why.
     """
 
@@ -97,7 +97,7 @@ def search(
         tried: called for each candidate.
 
     Raises:
-        OutOfTimeError: the time has passed before the last job was done.
+        OutOfTimeError: the time was too short for the last job.
     """
     deadline = clock.now() + seconds
     for job in jobs:
@@ -114,25 +114,31 @@ def search(
             for _ in range(sum(map(len, job.steps))):
                 tried(job)
             continue
-        row = _best(problem, turns, found.dropped, tried)
-        found.jobs.append(job)
+        row, is_whole = _best(problem, turns, found.dropped, tried)
         if row is not None:
             found.rows.append(row)
+        if not is_whole:
+            raise OutOfTimeError
+        found.jobs.append(job)
         del problem  # its memory is the next one's
 
 
 def _best(
     problem: Problem, turns: "_Turns", dropped: list[str], tried: Callable[[Job], object]
-) -> Any:
-    """The row for the best plan of a problem, or None if that is the rule's."""
-    from lora_fast.kernels.tables import Row
+) -> tuple[Any, bool]:
+    """The row for the best plan, None if that is the rule's; and whether all plans were tried.
 
+    When the time gets short, the best of those that were tried is held against the rule.
+    """
     job = problem.job
-    plan = job.rule
+    plan, is_whole = job.rule, True
+    turns.measure_cost(problem.call(plan))
     for step in job.steps:
         plans = [plan]
         for change in step:
-            turns.check()
+            is_whole = is_whole and turns.leave_time_for(len(plans) + 1)
+            if not is_whole:
+                break
             candidate = replace(plan, **change)
             reason = _why_wrong(problem, candidate)
             if reason is None:
@@ -140,15 +146,21 @@ def _best(
             else:
                 dropped.append(f"{job.call}, {change}: {reason}")
             tried(job)
-        medians = [statistics.median(times) for times in turns.samples(problem, plans, _ROUNDS)]
-        plan = plans[medians.index(min(medians))]
-    if plan == job.rule:
-        return None
-    before, after = turns.samples(problem, [job.rule, plan], _FINAL_ROUNDS)
+        if len(plans) > 1:
+            medians = [statistics.median(times) for times in turns.samples(problem, plans, _ROUNDS)]
+            plan = plans[medians.index(min(medians))]
+    return (None if plan == job.rule else _row(problem, plan, turns)), is_whole
+
+
+def _row(problem: Problem, plan: Any, turns: "_Turns") -> Any:
+    """The row for a plan, or None where it does not beat the rule by more than the spread."""
+    from lora_fast.kernels.tables import Row
+
+    before, after = turns.samples(problem, [problem.job.rule, plan], _FINAL_ROUNDS)
     rule_us, us = statistics.median(before), statistics.median(after)
     if rule_us - us <= max(spread(before), spread(after)):
         return None
-    return Row(job.call, asdict(plan), round(us, 3), round(rule_us, 3))
+    return Row(problem.job.call, asdict(plan), round(us, 3), round(rule_us, 3))
 
 
 def spread(times: Sequence[float]) -> float:
@@ -176,6 +188,18 @@ class _Turns:
 
     clock: Clock
     deadline: float
+    cost: float = 0.0
+
+    def measure_cost(self, call: Callable[[], object]) -> None:
+        """Note how many seconds a sample takes, with all that comes with it."""
+        start = self.clock.now()
+        self.clock.once(call)
+        self.cost = self.clock.now() - start
+
+    def leave_time_for(self, plans: int) -> bool:
+        """Tell whether so many plans can still be told apart and the best be confirmed."""
+        samples = plans * (_WARM_UP + _ROUNDS) + 2 * (_WARM_UP + _FINAL_ROUNDS)
+        return self.clock.now() + samples * self.cost < self.deadline
 
     def check(self) -> None:
         """Raise OutOfTimeError if it is too late to begin anything."""
