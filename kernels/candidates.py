@@ -80,7 +80,7 @@ def candidates(arch: Architecture, call: Call, rule: Any) -> Steps:
         found.append([])
         for change in step:
             plan = replace(rule, **change)
-            if plan not in seen and why_not(plan, call) is None:
+            if plan not in seen and why_not(arch, plan, call) is None:
                 seen.add(plan)
                 found[-1].append(change)
     return found
@@ -125,6 +125,11 @@ def _gemms(arch: Architecture, call: Call, *, one_pass: bool = False) -> Iterato
             yield GemmConfig(*sizes, *pace, tma=True, parts=parts)
         if block_m * block_n <= _LARGEST_WITH_POINTERS and loop <= arch.shared_memory:
             yield GemmConfig(*sizes, *pace)
+    # The kernel in Gluon is not interpreted, and takes t as it is: it is no one-pass kernel.
+    hopper = arch.gemm_specialised if arch.gpu and element_size == 2 else None
+    if hopper is not None and call.M >= 64 and not one_pass:
+        yield hopper
+        yield replace(hopper, block_m=256, block_n=128, parts=2, num_stages=3)
 
 
 def _staged(arch: Architecture, table: tuple[tuple[int, ...], ...]) -> Iterator[tuple[int, ...]]:

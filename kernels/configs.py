@@ -281,7 +281,7 @@ def measured(arch: Architecture, call: Call, rule: Plan) -> Plan:
         row, path = found
         try:
             changed = tables.changed(rule, row.plan)
-            reason = why_not(changed, call)
+            reason = why_not(arch, changed, call)
             if reason is not None:
                 raise ValueError(reason)
             plan, source = changed, str(path)
@@ -291,8 +291,12 @@ def measured(arch: Architecture, call: Call, rule: Plan) -> Plan:
     return plan
 
 
-def why_not(plan: ForwardPlan | BackwardPlan, call: Call) -> str | None:
+def why_not(arch: Architecture, plan: ForwardPlan | BackwardPlan, call: Call) -> str | None:
     """Say why a plan cannot serve a call, if so."""
+    if plan.gemm.specialised and (arch.gemm_specialised is None or call.dtype == "float32"):
+        return f"specialised warps need 16-bit products on Hopper, got {call.dtype} on {arch.name}"
+    if plan.gemm.specialised and (plan.gemm.num_warps != 8 or plan.gemm.block_m not in (128, 256)):
+        return f"specialised warps need num_warps 8 and block_m 128 or 256, got {plan.gemm}"
     if isinstance(plan, ForwardPlan) and plan.impl not in SERVE_EVERY_CALL:
         if call.dropout:
             return f"{plan.impl} draws no dropout"

@@ -360,7 +360,7 @@ def test_every_candidate_is_a_valid_row_for_the_call(
             assert found not in seen
             seen.add(found)
             assert tables.changed(rule, data) == found != rule
-            assert configs.why_not(found, call) is None
+            assert configs.why_not(chip, found, call) is None
             assert found.gemm.tma is False or chip.gemm.tma
 
 
@@ -373,6 +373,35 @@ def test_one_pass_is_a_candidate_where_it_can_serve() -> None:
 
     assert impls(16, False) == set(get_args(configs.ForwardImpl))
     assert impls(16, True) == impls(65, False) == {"split", "lora_first"}
+
+
+def test_specialised_warps_are_a_candidate_on_hopper_alone() -> None:
+    def offered(arch: configs.Architecture, dtype: torch.dtype) -> bool:
+        call = Call.of("lora_linear_fwd", *SIZES[:4], dtype, False)
+        rule = configs.forward_rule(arch, *SIZES[:4], dtype, False)
+        ways = candidates(arch, call, rule)[0]
+        return any("gemm" in way and way["gemm"].specialised for way in ways)
+
+    assert offered(ARCH, torch.bfloat16)
+    assert not offered(ARCH, torch.float32)
+    assert not offered(configs.ARCHITECTURES["sm_90"], torch.bfloat16)  # interpreted
+    assert not offered(replace(configs.ARCHITECTURES["sm_100"], gpu="B200"), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({}, None), ({"block_m": 64}, "block_m 128 or 256"), ({"num_warps": 4}, "num_warps 8")],
+)
+def test_specialised_warps_are_refused_where_there_is_no_kernel(
+    change: dict[str, int], reason: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(table({"impl": OTHER, "gemm": {"specialised": True, **change}}))
+    assert plan().gemm.specialised is (reason is None)
+    assert (reason or "") in caplog.text
+    other = replace(configs.ARCHITECTURES["sm_80"], gpu=GPU)
+    put(table({"gemm": {"specialised": True}}, arch="sm_80"))
+    assert not plan(arch=other).gemm.specialised
+    assert "specialised warps need 16-bit products on Hopper" in caplog.text
 
 
 def test_an_op_without_candidates_is_named() -> None:
@@ -392,5 +421,5 @@ def test_what_ships_is_valid(path: Path) -> None:
             if op == "lora_linear_fwd"
             else configs.backward_rule(chip, *sizes, getattr(torch, dtype))
         )
-        assert configs.why_not(tables.changed(rule, row.plan), row.call) is None
+        assert configs.why_not(chip, tables.changed(rule, row.plan), row.call) is None
         assert row.us < row.rule_us
