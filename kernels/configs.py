@@ -1,19 +1,32 @@
 """Every tile size and every choice of implementation, per GPU architecture.
 
 Nothing in this file is measured: the tiles come from the compile report (registers, shared
-memory, no spills) and the choices from a model of the memory traffic. Rows that a GPU has
-measured belong in `MEASURED_FORWARD` and win over the rule.
+memory, no spills) and the choices from a model of the memory traffic. What a GPU has measured is
+in the tables of `lora_fast.kernels.tables` and wins over the rules here.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
-from lora_fast.kernels.decode_configs import DecodeConfig, decode_config, decode_serves
+from lora_fast.kernels import tables
+from lora_fast.kernels.decode_configs import (
+    DecodeConfig,
+    DecodeTiles,
+    decode_config,
+    decode_serves,
+)
+from lora_fast.kernels.primitives import MAX_BLOCK_R
+from lora_fast.kernels.tables import Call
+
+_log = logging.getLogger("lora_fast.dispatch.plan")
 
 ForwardImpl = Literal["decode", "one_pass", "split", "lora_first"]
+# The others have S in registers: one block of the rank, and no mask to be kept.
+SERVE_EVERY_CALL: tuple[ForwardImpl, ...] = ("split", "lora_first")
 InputGradImpl = Literal["fused", "lora_first"]
 
 
@@ -77,11 +90,12 @@ class GradAConfig:
     num_stages: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity: plans are cached, and hashing is slow
 class Architecture:
     """What a chip allows, and the tiles chosen for it.
 
     Attributes:
+        name: the architecture as compilers call it.
         shared_memory: bytes one program may use.
         flops_per_byte: dense 16-bit rate over memory bandwidth, from datasheets.
         triton_ratio: assumed speed of the Triton GEMM relative to the vendor's.
@@ -89,6 +103,7 @@ class Architecture:
             `gemm_wide` for fp32, `gemm_small` for few rows.
         gemm_specialised: the same for warps with a work of their own; only a measured table may
             choose it.
+        gpu: name of the GPU, by which its measured tables are found; "" where there is none.
     """
 
     name: str
@@ -103,6 +118,7 @@ class Architecture:
     grad_sb: GradSBConfig
     grad_a: GradAConfig
     gemm_specialised: GemmConfig | None = None
+    gpu: str = ""
 
 
 _SMALL = GemmConfig(16, 32, 128, num_warps=4, num_stages=4)
@@ -176,9 +192,6 @@ ONE_PASS_MAX_N = 3072  # beyond it, x A^T per column tile costs more than a seco
 WIDE_RANK = 32  # ranks beyond it take blocks of 64, which need other tiles
 LIBRARY_RANK = 64  # from this rank on two vendor GEMMs over dY beat one pass (kernels are thin)
 
-# (arch, M, N, K, R, dropout) -> implementation, as measured; empty until a GPU has.
-MEASURED_FORWARD: dict[tuple[str, int, int, int, int, bool], ForwardImpl] = {}
-
 
 @dataclass(frozen=True)
 class ForwardPlan:
@@ -187,7 +200,7 @@ class ForwardPlan:
     impl: ForwardImpl
     gemm: GemmConfig
     shrink: ShrinkConfig
-    decode: DecodeConfig | None = None
+    decode: DecodeConfig = DecodeTiles.few
 
 
 @dataclass(frozen=True)
@@ -201,19 +214,21 @@ class BackwardPlan:
     grad_a: GradAConfig
 
 
+Plan = TypeVar("Plan", ForwardPlan, BackwardPlan)
+
+
 @cache
 def architecture(device: torch.device) -> Architecture:
     """The row of the table that serves a device: its own, or the nearest with less memory."""
     if device.type != "cuda":
         return ARCHITECTURES["sm_90"]  # interpreted or compiled offline
     if torch.version.hip is not None:
-        return ARCHITECTURES["gfx942"]
-    major, minor = torch.cuda.get_device_capability(device)
-    if major == 9:
-        return ARCHITECTURES["sm_90"]
-    if major in (10, 11):
-        return ARCHITECTURES["sm_100"]
-    return ARCHITECTURES["sm_80" if (major, minor) == (8, 0) else "sm_89"]
+        name = "gfx942"
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        older = "sm_80" if (major, minor) == (8, 0) else "sm_89"
+        name = {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, older)
+    return replace(ARCHITECTURES[name], gpu=torch.cuda.get_device_name(device))
 
 
 @cache
@@ -251,27 +266,83 @@ def gemm_config(
 def forward_plan(
     arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool
 ) -> ForwardPlan:
-    """Choose the forward implementation: the measured row, else the model."""
-    impl = MEASURED_FORWARD.get((arch.name, M, N, K, R, dropout))
-    if impl is None:
-        fused = fused_gemm_pays(arch, K, dtype)
-        narrow = N <= ONE_PASS_MAX_N and fused and R <= 16
-        if not dropout and decode_serves(M, R, dtype):
-            impl = "decode"
-        elif not dropout and narrow:
-            impl = "one_pass"
-        else:
-            impl = "split" if fused else "lora_first"
+    """How a forward call runs: the measured row, else the rule."""
+    rule = forward_rule(arch, M, N, K, R, dtype, dropout)
+    return measured(arch, Call.of("lora_linear_fwd", M, N, K, R, dtype, dropout), rule)
+
+
+@lru_cache(maxsize=4096)
+def backward_plan(
+    arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool = False
+) -> BackwardPlan:
+    """How a backward call runs: the measured row, else the rule."""
+    rule = backward_rule(arch, M, N, K, R, dtype)
+    return measured(arch, Call.of("lora_linear_bwd", M, N, K, R, dtype, dropout), rule)
+
+
+def measured(arch: Architecture, call: Call, rule: Plan) -> Plan:
+    """The rule's plan with what the tables in force have for the call; a bad row is ignored."""
+    plan, source = rule, "the rule"
+    found = tables.find(arch.gpu, arch.name, call)
+    if found is not None:
+        row, path = found
+        try:
+            changed = tables.changed(rule, row.plan)
+            reason = why_not(arch, changed, call)
+            if reason is not None:
+                raise ValueError(reason)
+            plan, source = changed, str(path)
+        except ValueError as error:
+            tables.warn_once(path, f"{path}: the row for {call} is ignored: {error}")
+    _log.debug("%s -> %s: %s", call, plan, source)
+    return plan
+
+
+def why_not(arch: Architecture, plan: ForwardPlan | BackwardPlan, call: Call) -> str | None:
+    """Say why a plan cannot serve a call, if so."""
+    if plan.gemm.specialised and (arch.gemm_specialised is None or call.dtype == "float32"):
+        return f"specialised warps need 16-bit products on Hopper, got {call.dtype} on {arch.name}"
+    if plan.gemm.specialised and (plan.gemm.num_warps != 8 or plan.gemm.block_m not in (128, 256)):
+        return f"specialised warps need num_warps 8 and block_m 128 or 256, got {plan.gemm}"
+    if isinstance(plan, ForwardPlan) and plan.impl not in SERVE_EVERY_CALL:
+        if call.dropout:
+            return f"{plan.impl} draws no dropout"
+        if call.R > MAX_BLOCK_R:
+            return f"{plan.impl} takes a rank of at most {MAX_BLOCK_R}, got {call.R}"
+        if plan.impl == "decode" and not decode_serves(call.M, call.R, getattr(torch, call.dtype)):
+            return f"decode takes fewer rows, got {call.M} of {call.dtype}"
+    return None
+
+
+def reload_tables() -> None:
+    """Read the tables again: the plans of calls that ran before may change."""
+    tables.forget()
+    forward_plan.cache_clear()
+    backward_plan.cache_clear()
+
+
+def forward_rule(
+    arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool
+) -> ForwardPlan:
+    """Choose the forward implementation by the model."""
+    fused = fused_gemm_pays(arch, K, dtype)
+    narrow = N <= ONE_PASS_MAX_N and fused and R <= 16
+    impl: ForwardImpl
+    if not dropout and decode_serves(M, R, dtype):
+        impl = "decode"
+    elif not dropout and narrow:
+        impl = "one_pass"
+    else:
+        impl = "split" if fused else "lora_first"
     gemm = gemm_config(arch, M, dtype, one_pass=impl == "one_pass")
     decode = decode_config(arch.name, M, dtype)
     return ForwardPlan(impl, gemm, shrink_config(arch, M, dtype), decode)
 
 
-@lru_cache(maxsize=4096)
-def backward_plan(
+def backward_rule(
     arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype
 ) -> BackwardPlan:
-    """Choose the implementation of dx (a product of depth N) and of dS and dB."""
+    """Choose by the model the implementation of dx (a product of depth N) and of dS and dB."""
     return BackwardPlan(
         input_grad="fused" if fused_gemm_pays(arch, N, dtype) else "lora_first",
         library_sb=R >= LIBRARY_RANK or (R > WIDE_RANK and dtype is torch.float32),

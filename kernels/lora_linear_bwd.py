@@ -287,7 +287,7 @@ def lora_linear_bwd(
     if dy_rows.stride(1) != 1:  # the gradient of a plain sum is one number with strides of zero
         dy_rows = dy_rows.contiguous()
     if plan is None:
-        plan = backward_plan(architecture(dy.device), M, N, K, R, dy.dtype)
+        plan = backward_plan(architecture(dy.device), M, N, K, R, dy.dtype, mask is not None)
     rows = x.reshape(-1, K) if x is not None else None
     with on_device_of(dy):
         ds, db, dbias = rank_grads(

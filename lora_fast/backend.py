@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -200,23 +201,50 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+class Decision(NamedTuple):
+    """What serves an op on a device, "none" where nothing can, and why."""
+
+    op: str
+    device: str
+    implementation: str
+    reason: str
+
+
+def what_runs() -> list[Decision]:
+    """Return which implementation serves each op on each device of this machine, and why."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return [Decision(op, device, *_explain_op(op, device)) for device in devices for op in _OPS]
+
+
+def has_triton() -> bool:
+    """Tell whether triton is installed, without importing it."""
+    return _TRITON_FOUND
+
+
+def has_kernel(op: str) -> bool:
+    """Tell whether there is a fused kernel for an op."""
+    return op in _TRITON_OPS
+
+
 def explain() -> str:
     """Print which implementation serves each op on each device of this machine, and why.
 
     Returns:
         The text that was printed.
     """
-    rows = [f"backend: {_selected} (of {', '.join(_CHOICES)}), torch {torch.__version__}"]
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    if "cuda" not in devices:
-        rows.append("cuda: not available, nothing is fused on this machine")
-    for device in devices:
-        for op in _OPS:
-            backend, reason = _explain_op(op, device)
-            rows.append(f"{op:20} {device:5} -> {backend:10} {reason}")
-    text = "\n".join(rows)
+    text = explanation()
     sys.stdout.write(text + "\n")
     return text
+
+
+def explanation() -> str:
+    """Return what `explain` prints."""
+    rows = [f"backend: {_selected} (of {', '.join(_CHOICES)}), torch {torch.__version__}"]
+    if not torch.cuda.is_available():
+        rows.append("cuda: not available, nothing is fused on this machine")
+    for op, device, implementation, reason in what_runs():
+        rows.append(f"{op:20} {device:5} -> {implementation:10} {reason}")
+    return "\n".join(rows)
 
 
 def _explain_op(op: str, device: str) -> tuple[str, str]:
@@ -228,7 +256,7 @@ def _explain_op(op: str, device: str) -> tuple[str, str]:
     try:
         backend = choose(op, x)
     except RuntimeError as error:
-        return "none", str(error)
+        return "none", _why_not_triton(op, (x,)) or str(error)
     if _selected == "reference":
         return backend.value, "chosen by set_backend"
     return backend.value, _why_not_triton(op, (x,)) or "plain tensors"

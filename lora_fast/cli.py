@@ -1,10 +1,20 @@
 """The command `lora-fast`."""
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import lora_fast
+from lora_fast.commands import BadInputError
+
+# What runs each command; imported when it is called, so that `--help` needs nothing.
+_MODULES = {
+    "demo": "lora_fast.demo.run",
+    "doctor": "lora_fast.doctor",
+    "tune": "lora_fast.tune.run",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,15 +27,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 if a check failed, 2 for bad input, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
-    from lora_fast.demo.run import run
-
-    return run(arguments)
+    try:
+        status: int = importlib.import_module(_MODULES[arguments.command]).run(arguments)
+    except BadInputError as error:
+        print(f"lora-fast {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lora-fast", description=lora_fast.__doc__)
     parser.add_argument("--version", action="version", version=f"lora_fast {lora_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_doctor(commands)
+    _add_tune(commands)
+    return parser
+
+
+def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     demo = commands.add_parser(
         "demo",
         help="fine-tune a small GPT with loralib's layers and with ours, and compare",
@@ -53,13 +73,83 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, default=Path("demo-out"), metavar="FOLDER", help="where results go"
     )
-    return parser
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    commands.add_parser(
+        "doctor",
+        help="what is installed, what runs where and why, and whether every op computes the right "
+        "thing here; exit status 1 if one does not",
+    )
+
+
+def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="measure on this GPU which kernels serve your layers best, and use them from now on",
+        description="Measures the kernels and tiles that can serve your layers, and keeps what "
+        "beats the default in your cache folder, where lora_fast finds it.",
+    )
+    what = tune.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="M,K,N,r",
+        help="rows (batch x tokens), in_features, out_features and rank of a layer; several may "
+        "be given",
+    )
+    what.add_argument(
+        "--model",
+        metavar="NAME",
+        help="folder or hub name of a transformers model, for the shapes of its linear layers",
+    )
+    what.add_argument("--show", action="store_true", help="print the tables in force, and stop")
+    what.add_argument("--reset", action="store_true", help="delete your tables, and stop")
+    tune.add_argument(
+        "--rows",
+        type=_positive,
+        nargs="+",
+        default=[8192, 1],
+        metavar="M",
+        help="with --model: rows (batch x tokens) of a call; default 8192 1",
+    )
+    tune.add_argument(
+        "--rank", type=_positive, nargs="+", default=[16], metavar="r",
+        help="with --model: rank of the adapters; default 16",
+    )  # fmt: skip
+    tune.add_argument(
+        "--dropout", action="store_true", help="measure calls with dropout as well as without"
+    )
+    tune.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="default bfloat16",
+    )
+    tune.add_argument(
+        "--minutes", type=_minutes, default=5.0, help="time after which it stops; default 5"
+    )
+    tune.add_argument("--device", default="cuda", help="cuda, cuda:1 ...; default cuda")
+    tune.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the table there, in the form of those that ship with the package, and not "
+        "into your cache folder",
+    )
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
     return value
 
 

@@ -5,6 +5,7 @@ be off by twice what eager PyTorch is off in the same dtype, plus one rounding o
 what the order of a sum is worth in the accumulator's precision.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -95,13 +96,54 @@ def assert_within_budget(
         AssertionError: shape or dtype differ from `eager`, or an error is over the budget. The
             message gives both errors, both budgets and where the largest error is.
     """
+    _check_kind(actual, eager, what)
+    if actual.numel() == 0:
+        return
+    error, (largest, rms) = _error_and_budget(actual, eager, oracle, factor, what)
+    if _largest(error) <= largest and _rms(error) <= rms:
+        return
+    flat = int(error.argmax())
+    at = [int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape)]
+    raise AssertionError(
+        f"{what}: largest error {_largest(error):.3e} (budget {largest:.3e}), root mean square "
+        f"{_rms(error):.3e} (budget {rms:.3e}); at {at} got {actual[tuple(at)].item()}, "
+        f"oracle {oracle[tuple(at)].item()}"
+    )
+
+
+@torch.no_grad()
+def budget_used(actual: Tensor, eager: Tensor, oracle: Tensor, *, factor: float = 2.0) -> float:
+    """Return the error of `actual` as a part of `error_budget`: 1 is the most that is allowed.
+
+    Args:
+        actual: as for `assert_within_budget`.
+        eager: likewise.
+        oracle: likewise.
+        factor: likewise.
+
+    Raises:
+        AssertionError: there is no error to tell: shape, dtype, infinities or NaN differ.
+    """
+    _check_kind(actual, eager, "result")
+    if actual.numel() == 0:
+        return 0.0
+    error, budgets = _error_and_budget(actual, eager, oracle, factor, "result")
+    pairs = zip((_largest(error), _rms(error)), budgets, strict=True)
+    return max(0.0 if e == 0.0 else e / b if b else math.inf for e, b in pairs)
+
+
+def _check_kind(actual: Tensor, eager: Tensor, what: str) -> None:
     if actual.shape != eager.shape or actual.dtype != eager.dtype:
         raise AssertionError(
             f"{what}: expected {eager.dtype} {tuple(eager.shape)}, got {actual.dtype} "
             f"{tuple(actual.shape)}"
         )
-    if actual.numel() == 0:
-        return
+
+
+def _error_and_budget(
+    actual: Tensor, eager: Tensor, oracle: Tensor, factor: float, what: str
+) -> tuple[Tensor, tuple[float, float]]:
+    """The error of every element, and the budgets of the largest and the root mean square."""
     finite = oracle.isfinite()
     special = torch.where(finite, torch.zeros_like(oracle), oracle)
     found = torch.where(actual.isfinite(), torch.zeros_like(oracle), actual.to(oracle.dtype))
@@ -113,16 +155,7 @@ def assert_within_budget(
     wide = torch.where(finite, oracle.double(), zero)
     error = (torch.where(finite, actual.double(), zero) - wide).abs()
     clean = torch.where(finite, eager, zero.to(eager.dtype))
-    largest, rms = error_budget(clean, wide, factor=factor)
-    if _largest(error) <= largest and _rms(error) <= rms:
-        return
-    flat = int(error.argmax())
-    at = [int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape)]
-    raise AssertionError(
-        f"{what}: largest error {_largest(error):.3e} (budget {largest:.3e}), root mean square "
-        f"{_rms(error):.3e} (budget {rms:.3e}); at {at} got {actual[tuple(at)].item()}, "
-        f"oracle {oracle[tuple(at)].item()}"
-    )
+    return error, error_budget(clean, wide, factor=factor)
 
 
 def _largest(error: Tensor) -> float:

@@ -22,6 +22,7 @@ import lora_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"lora_fast": ROOT / "lora_fast", "lora_fast.kernels": ROOT / "kernels"}
+A_TABLE = "kernels/tables/of-no-gpu.json"
 GENERATED = (".git", ".venv", "build", "dist", "__pycache__", "*.egg-info", "*.so", ".*_cache")
 # One process builds the package once for all tests here.
 pytestmark = pytest.mark.xdist_group("packaging")
@@ -97,6 +98,8 @@ def test_kernels_know_nothing_of_the_rest(name):
     [
         ("reference", set()),
         ("testing", {"reference"}),
+        ("selftest", {"backend", "functional", "reference", "testing"}),
+        ("commands", set()),
         ("functional", {"autograd", "backend", "checks", "eager", "merging", "reference"}),
         ("merging", {"backend", "checks", "compiled", "ops", "record", "reference", "sharded"}),
         ("compiled", {"ops", "record", "reference"}),
@@ -146,9 +149,11 @@ print(sorted(brought & {"triton", "loralib", "matplotlib", "transformers", "peft
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of the tree as a fresh clone has it."""
+    """A copy of the tree as a fresh clone has it, and a table of measured choices."""
     target = tmp_path_factory.mktemp("checkout") / "lora_fast"
     shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*GENERATED))
+    (target / A_TABLE).parent.mkdir(exist_ok=True)
+    (target / A_TABLE).write_text("{}")
     return target
 
 
@@ -207,7 +212,7 @@ def test_sdist_holds_the_sources(sdist):
         if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh", ".json", ".typed"}
         and "out" not in path.parts
     }
-    wanted |= {"LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"}
+    wanted |= {A_TABLE, "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"}
     assert wanted - names == set()
     assert not {name for name in names if name.endswith((".so", ".pyc", ".o"))}
 
@@ -221,6 +226,7 @@ def test_wheel_holds_every_module_and_no_general_name(wheel, wheel_names):
         for pattern in ("*.py", "*.json", "py.typed")
         for path in folder.rglob(pattern)
     }
+    source.add(f"lora_fast/{A_TABLE}")
     assert {n for n in wheel_names if ".dist-info/" not in n} == source
     assert {name.partition("/")[0].partition("-")[0] for name in wheel_names} == {"lora_fast"}
     assert {"lora_fast/py.typed", "lora_fast/kernels/__init__.py"} <= wheel_names
@@ -235,7 +241,7 @@ def test_metadata(metadata, wheel_names):
     assert set(metadata.get_all("Provides-Extra")) >= {"test", "bench", "demo", "triton"}
     requirements = metadata.get_all("Requires-Dist")
     always = {re.split(r"[^\w-]", r)[0] for r in requirements if "extra ==" not in r}
-    assert always == {"torch", "safetensors", "tqdm", "numpy"}
+    assert always == {"torch", "safetensors", "tqdm", "numpy", "platformdirs"}
     assert "torch>=2.10" in requirements
     (triton,) = (r for r in requirements if r.startswith("triton"))
     assert re.search(r"""platform_system == ['"]Linux['"]""", triton)

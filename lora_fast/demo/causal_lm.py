@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fast.commands import BadInputError
 from lora_fast.demo.gpt import BYTES, Adapter
-from lora_fast.demo.text import DataError, byte_ids
+from lora_fast.demo.text import byte_ids
 
 # The projections that loralib's recipe adapts, under the names that architectures give them.
 _FUSED = ("c_attn",)
@@ -33,18 +34,18 @@ def load(name: str) -> CausalLM:
     """Load a model from a folder or the hub.
 
     Raises:
-        DataError: transformers is not installed, or has no such model.
+        BadInputError: transformers is not installed, or has no such model.
     """
     try:
         from transformers import (  # type: ignore[import-not-found, unused-ignore]
             AutoModelForCausalLM,
         )
     except ImportError as error:
-        raise DataError("--model needs transformers: pip install transformers") from error
+        raise BadInputError("--model needs transformers: pip install transformers") from error
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise DataError(f"--model: cannot load {name!r}: {error}") from error
+        raise BadInputError(f"--model: cannot load {name!r}: {error}") from error
     return CausalLM(model)
 
 
@@ -52,7 +53,7 @@ def encode(name: str, data: bytes, vocabulary: int) -> Tensor:
     """Return `data` as token ids, by the model's tokenizer or, where there is none, as bytes.
 
     Raises:
-        DataError: there is no tokenizer, and bytes don't fit the vocabulary.
+        BadInputError: there is no tokenizer, and bytes don't fit the vocabulary.
     """
     from transformers import AutoTokenizer  # type: ignore[import-not-found, unused-ignore]
 
@@ -62,7 +63,9 @@ def encode(name: str, data: bytes, vocabulary: int) -> Tensor:
         ids = tokenizer(data.decode("utf-8", "replace"), verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
     if vocabulary < BYTES:
-        raise DataError(f"--model: {name!r} has no tokenizer, and fewer than 256 tokens for bytes")
+        raise BadInputError(
+            f"--model: {name!r} has no tokenizer, and fewer than 256 tokens for bytes"
+        )
     return byte_ids(data)
 
 
@@ -70,7 +73,7 @@ def adapted(library: ModuleType, base: CausalLM, adapter: Adapter, seed: int) ->
     """Return a copy of `base` whose q and v projections have a fresh adapter, which alone trains.
 
     Raises:
-        DataError: the model has no projection of a known name.
+        BadInputError: the model has no projection of a known name.
     """
     torch.manual_seed(seed)
     model = copy.deepcopy(base)
@@ -83,7 +86,7 @@ def adapted(library: ModuleType, base: CausalLM, adapter: Adapter, seed: int) ->
                 count += 1
     if count == 0:
         known = ", ".join(_FUSED + _SEPARATE)
-        raise DataError(f"--model: found no attention projection; known names are {known}")
+        raise BadInputError(f"--model: found no attention projection; known names are {known}")
     library.mark_only_lora_as_trainable(model)
     return model
 

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 import lora_fast
+from lora_fast.commands import BadInputError, device_named
 from lora_fast.demo import causal_lm, compare, gpt, text
 from lora_fast.demo.report import Report
 from lora_fast.demo.training import Run, fine_tune, pretrain
@@ -34,15 +34,15 @@ class Task:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo; see `lora_fast.cli.main` for the exit status."""
-    try:
-        loralib = _required("loralib")
-        _required("matplotlib")
-        device = _device(arguments.device)
-        task = _causal_lm(arguments, device) if arguments.model else _small_gpt(arguments, device)
-    except text.DataError as error:
-        print(f"lora-fast demo: {error}", file=sys.stderr)
-        return 2
+    """Run the demo; see `lora_fast.cli.main` for the exit status.
+
+    Raises:
+        BadInputError: an argument cannot be used. Nothing was written.
+    """
+    loralib = _required("loralib")
+    _required("matplotlib")
+    device = device_named(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    task = _causal_lm(arguments, device) if arguments.model else _small_gpt(arguments, device)
     report = Report(task.title, _facts(arguments, device))
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -64,19 +64,7 @@ def _required(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise text.DataError(f"{name} is missing: pip install 'lora_fast[demo]'") from error
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise text.DataError(f"--device: cannot use {name!r}: {reason}") from error
-    return device
+        raise BadInputError(f"{name} is missing: pip install 'lora_fast[demo]'") from error
 
 
 def _adapter(arguments: argparse.Namespace) -> gpt.Adapter:

@@ -9,13 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_fast.commands import BadInputError
+
 # Files that are tables or generated teach little.
 _LARGEST_FILE = 200_000
 _SKIPPED_FOLDERS = frozenset(("test", "tests", "site-packages", "lib2to3", "idlelib", "encodings"))
-
-
-class DataError(ValueError):
-    """The text that was asked for cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +62,17 @@ def from_path(path: Path) -> bytes:
     """Return the bytes of a file, or of all files below a folder.
 
     Raises:
-        DataError: there is no such path, or nothing in it.
+        BadInputError: there is no such path, or nothing in it.
     """
     if not path.exists():
-        raise DataError(f"--data: there is no file or folder {path}")
+        raise BadInputError(f"--data: there is no file or folder {path}")
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     try:
         data = b"\n\n".join(file.read_bytes() for file in files)
     except OSError as error:
-        raise DataError(f"--data: {error}") from error
+        raise BadInputError(f"--data: {error}") from error
     if not data.strip():
-        raise DataError(f"--data: {path} is empty; give it some text")
+        raise BadInputError(f"--data: {path} is empty; give it some text")
     return data
 
 
@@ -82,11 +80,11 @@ def corpus(ids: Tensor, context: int) -> Corpus:
     """Hold the last tenth of `ids` out for validation.
 
     Raises:
-        DataError: there are not enough of them for windows of `context` + 1.
+        BadInputError: there are not enough of them for windows of `context` + 1.
     """
     cut = len(ids) - max(len(ids) // 10, context + 2)
     if cut < context + 2:
-        raise DataError(
+        raise BadInputError(
             f"the text has {len(ids)} tokens, too few to train on windows of {context}: at least "
             f"{2 * (context + 2)} are needed"
         )

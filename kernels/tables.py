@@ -1,0 +1,276 @@
+"""Measured choices as data: which plan serves a call best, on which GPU, and where that is written.
+
+A table is a JSON file of rows that `lora-fast tune` measured on one GPU:
+
+    {"format": 1, "gpu": "...", "arch": "sm_90", "torch": "2.11", "triton": "3.6",
+     "lora_fast": "0.1.0", "date": "2026-11-24",
+     "rows": [{"op": "lora_linear_fwd", "M": 8192, "N": 4096, "K": 4096, "R": 16,
+               "dtype": "bfloat16", "dropout": false, "plan": {"impl": "split", "gemm": {...}},
+               "us": ..., "rule_us": ...}]}
+
+`plan` holds fields of the op's plan in `configs`; those that it leaves out are the rule's. The
+user's table is for exactly one GPU, torch and triton, and wins over the tables that ship in
+`tables/`, which serve every GPU of their architecture, those of the same name first. What no table
+holds is left to the rule. Nothing here can fail a training step: what cannot be used is ignored,
+with one warning for each file on the logger `lora_fast.dispatch`.
+"""
+
+import json
+import logging
+import os
+import re
+import typing
+import uuid
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+FORMAT = 1
+SHIPPED = Path(__file__).with_name("tables")
+
+_log = logging.getLogger("lora_fast.dispatch")
+_warned: set[Path] = set()
+
+
+class Call(NamedTuple):
+    """A kind of call. M is a power of two and stands for the numbers of rows up to it."""
+
+    op: str
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: str
+    dropout: bool
+
+    @classmethod
+    def of(
+        cls, op: str, M: int, N: int, K: int, R: int, dtype: torch.dtype | str, dropout: bool
+    ) -> "Call":
+        """The kind of a call with M rows."""
+        name = str(dtype).removeprefix("torch.")
+        return cls(op, 1 << max(M - 1, 0).bit_length(), N, K, R, name, dropout)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a measurement depends on; versions are major.minor."""
+
+    gpu: str
+    arch: str
+    torch: str
+    triton: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """The fields of the plan that served a call best, and its time beside that of the rule's."""
+
+    call: Call
+    plan: dict[str, Any]
+    us: float
+    rule_us: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a file; `path` is None before it is written."""
+
+    machine: Machine
+    rows: tuple[Row, ...]
+    lora_fast: str
+    date: str
+    path: Path | None = None
+
+
+def this_machine(gpu: str, arch: str) -> Machine:
+    """The machine of this process, for one of its GPUs."""
+    import triton
+
+    def minor(version: str) -> str:
+        return ".".join(version.split(".")[:2])
+
+    return Machine(gpu, arch, minor(torch.__version__), minor(triton.__version__))
+
+
+def user_folder() -> Path:
+    """The folder of the user's tables: LORA_FAST_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("LORA_FAST_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("lora_fast", appauthor=False))
+
+
+def user_path(machine: Machine) -> Path:
+    """The file of the user's table for a machine."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", machine.gpu.lower()).strip("-")
+    return user_folder() / f"{gpu}-torch-{machine.torch}-triton-{machine.triton}.json"
+
+
+def user_tables() -> list[Path]:
+    """The files of all the user's tables, whichever machine they are for."""
+    return sorted(user_folder().glob("*-torch-*-triton-*.json"))
+
+
+def read(path: Path) -> Table:
+    """Read a table.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a table of this format; the message says what is wrong where.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))  # its other errors are ValueErrors
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"expected a JSON object with format {FORMAT}")
+    machine = Machine(*(_member(data, name, str) for name in ("gpu", "arch", "torch", "triton")))
+    rows = tuple(_row(row, i) for i, row in enumerate(_member(data, "rows", list)))
+    versions = (_member(data, "lora_fast", str), _member(data, "date", str))
+    return Table(machine, rows, *versions, path)
+
+
+def write(table: Table, path: Path) -> Table:
+    """Write a table so that the file is there whole or not at all; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {**row.call._asdict(), "plan": row.plan, "us": row.us, "rule_us": row.rule_us}
+        for row in table.rows
+    ]
+    head = {"format": FORMAT, **asdict(table.machine)}
+    data = {**head, "lora_fast": table.lora_fast, "date": table.date, "rows": rows}
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return replace(table, path=path)
+
+
+@cache
+def in_force(gpu: str, arch: str) -> tuple[Table, ...]:
+    """The tables that serve a GPU, the strongest first; none for an empty name."""
+    if not gpu:
+        return ()
+    shipped = [_usable(path) for path in sorted(SHIPPED.glob("*.json"))]
+    fitting = [table for table in shipped if table is not None and table.machine.arch == arch]
+    fitting.sort(key=lambda table: table.machine.gpu != gpu)
+    try:
+        machine = this_machine(gpu, arch)
+        path = user_path(machine)
+        own = _usable(path, machine) if path.exists() else None
+    except (ImportError, OSError, RuntimeError) as error:  # no platformdirs, no home folder
+        warn_once(Path(), f"the user's tables are ignored: {error}")
+        own = None
+    return (*([] if own is None else [own]), *fitting)
+
+
+@cache
+def _rows(gpu: str, arch: str) -> dict[Call, tuple[Row, Path]]:
+    found: dict[Call, tuple[Row, Path]] = {}
+    for table in reversed(in_force(gpu, arch)):
+        found.update({row.call: (row, table.path) for row in table.rows})
+    return found
+
+
+def find(gpu: str, arch: str, call: Call) -> tuple[Row, Path] | None:
+    """The row for a call and the file that it is from, or None where nothing was measured."""
+    return _rows(gpu, arch).get(call)
+
+
+def forget() -> None:
+    """Read the files again when they are next needed, and warn again."""
+    in_force.cache_clear()
+    _rows.cache_clear()
+    _warned.clear()
+
+
+def warn_once(path: Path, message: str) -> None:
+    """Log that a table, or a row of it, is not used; only the first time for each file.
+
+    A log line and no Python warning, which `-W error` would turn into a failed training step.
+    """
+    if path not in _warned:
+        _warned.add(path)
+        _log.warning("%s", message)
+
+
+def changed(plan: Any, changes: dict[str, Any]) -> Any:
+    """The plan with some fields changed, those of nested configurations by nested dicts.
+
+    Raises:
+        ValueError: a field is unknown, or a value is not of the field's type.
+    """
+    hints = typing.get_type_hints(type(plan))
+    known = {field.name for field in fields(plan)}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise ValueError(f"{type(plan).__name__} has no field {', '.join(map(repr, unknown))}")
+    values = {
+        name: _value(hints[name], value, name, getattr(plan, name))
+        for name, value in changes.items()
+    }
+    return replace(plan, **values)
+
+
+def _value(hint: Any, value: Any, name: str, before: Any) -> Any:
+    """A value from JSON as a field of this type."""
+    if is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be an object, got {value!r}")
+        return changed(before, value)
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            choices = ", ".join(map(str, typing.get_args(hint)))
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    elif type(value) is not hint:
+        raise ValueError(f"{name} must be of type {hint.__name__}, got {value!r}")
+    elif hint is int and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    elif (name.startswith("block_") or name == "num_warps") and value & (value - 1):
+        raise ValueError(f"{name} must be a power of two, got {value}")
+    return value
+
+
+def _usable(path: Path, machine: Machine | None = None) -> Table | None:
+    """The table in a file; None, with a warning, where it is broken or of another machine."""
+    try:
+        table = read(path)
+        if machine is not None and table.machine != machine:
+            raise ValueError(f"it is for {table.machine}, and this is {machine}")
+    except (OSError, ValueError) as error:
+        warn_once(path, f"{path} is ignored: {error}; `lora-fast tune` measures again")
+        return None
+    return table
+
+
+def _row(row: Any, index: int) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"row {index} must be an object, got {row!r}")
+    where = f"row {index}: "
+    sizes = [_member(row, name, int, where) for name in ("M", "N", "K", "R")]
+    if min(sizes) < 1:
+        raise ValueError(f"{where}M, N, K and R must be at least 1, got {sizes}")
+    call = Call.of(
+        _member(row, "op", str, where),
+        *sizes,
+        _member(row, "dtype", str, where),
+        _member(row, "dropout", bool, where),
+    )
+    plan = _member(row, "plan", dict, where)
+    return Row(call, plan, *(float(_member(row, n, float, where)) for n in ("us", "rule_us")))
+
+
+def _member(data: dict[str, Any], name: str, kind: type, where: str = "") -> Any:
+    value = data.get(name)
+    kinds = (int, float) if kind is float else (kind,)
+    if type(value) not in kinds:
+        raise ValueError(f"{where}{name} must be of type {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,181 @@
+"""Every op against the reference on this machine: the self-test of `lora-fast doctor`.
+
+Small inputs, forward and every gradient. The oracle is `lora_fast.reference` in float64, and an
+error is told as a part of the budget of `lora_fast.testing`: above 1 the op is wrong.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fast import backend, functional, reference
+from lora_fast.testing import budget_used
+
+N, K, R = 40, 24, 4
+SCALING = 0.5
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one op on one device in one implementation.
+
+    Attributes:
+        used: the largest error of all results, in units of the budget; None if it did not run.
+        problem: what is wrong with it, if something is.
+        skipped: why it did not run, if so.
+    """
+
+    op: str
+    device: str
+    dtype: str
+    implementation: str
+    used: float | None = None
+    problem: str | None = None
+    skipped: str | None = None
+
+    def __str__(self) -> str:
+        """The outcome in a line."""
+        what = f"{self.op:20} {self.device:5} {self.dtype:9} {self.implementation:10}"
+        if self.skipped is not None:
+            return f"{what} skipped: {self.skipped}"
+        if self.problem is not None:
+            return f"{what} FAILED: {self.problem}"
+        return f"{what} ok, {f'{self.used:.2f} of the error budget' if self.used else 'exact'}"
+
+
+def outcomes() -> Iterator[Outcome]:
+    """Run every op on every device, by what serves it and by its fused kernel where it has one."""
+    usual = backend.what_runs()
+    yield from _outcomes(usual)
+    done = {(op, device, implementation) for op, device, implementation, _ in usual}
+    with backend.use_backend("triton"):
+        fused = [d for d in backend.what_runs() if backend.has_kernel(d.op) and d[:3] not in done]
+        yield from _outcomes(fused)
+
+
+def _outcomes(decisions: Iterable[backend.Decision]) -> Iterator[Outcome]:
+    for op, device, implementation, reason in decisions:
+        if implementation == "none":
+            yield Outcome(op, device, "", "triton", skipped=reason)
+            continue
+        for dtype in _DTYPES[device]:
+            name = str(dtype).removeprefix("torch.")
+            yield _outcome(Outcome(op, device, name, implementation), dtype)
+
+
+def _outcome(outcome: Outcome, dtype: torch.dtype) -> Outcome:
+    run = _merge_error if outcome.op in ("merge_", "unmerge_") else _error
+    try:
+        used = run(outcome.op, outcome.device, dtype)
+    except Exception as error:  # whatever it is, it belongs into the report
+        lines = str(error).strip().splitlines()
+        problem = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        return replace(outcome, problem=problem)
+    if not used <= 1.0:
+        return replace(outcome, used=used, problem=f"error {used:.3g} times the budget")
+    return replace(outcome, used=used)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Arguments of an op: sizes of its floating-point tensors, and the rest."""
+
+    sizes: dict[str, tuple[int, ...]]
+    others: dict[str, Any]
+
+
+def _linear(*rows: int, **others: Any) -> _Case:
+    sizes = {"x": (*rows, K), "weight": (N, K), "bias": (N,), "lora_A": (R, K), "lora_B": (N, R)}
+    return _Case(sizes, others)
+
+
+def _merged(*rows: int) -> _Case:
+    sizes = {"x": (*rows, K), "weight": (N, K), "bias": (N,)}
+    factors = {"lora_A": (2 * R, K), "lora_B": (N // 2, R)}
+    return _Case({**sizes, **factors}, {"enable_lora": [True, False, True, False]})
+
+
+_CASES = {
+    # Where everything is dropped no result depends on the random numbers.
+    "lora_linear": (
+        *(_linear(1), _linear(33), _linear(2, 3, 5), _linear(0)),
+        _linear(33, dropout_p=1.0, training=True),
+    ),
+    "lora_merged_linear": (_merged(1), _merged(33)),
+    "lora_embedding": (
+        _Case(
+            {"weight": (N, K), "lora_A": (R, N), "lora_B": (K, R)},
+            {"input": torch.tensor([[0, 5, 5], [N - 1, 2, 7]])},
+        ),
+    ),
+    # A convolution is dispatched as a whole or by its weight.
+    "merged_weight": (
+        _Case({"weight": (N, K), "lora_A": (R, K), "lora_B": (N, R)}, {}),
+        _Case({"weight": (8, 6, 3, 3), "lora_A": (R * 3, 18), "lora_B": (24, R * 3)}, {}),
+    ),
+    "lora_conv": (
+        _Case(
+            {"x": (2, 6, 9, 9), "weight": (8, 6, 3, 3), "bias": (8,)}
+            | {"lora_A": (R * 3, 6 * 3), "lora_B": (8 * 3, R * 3)},
+            {"padding": 1},
+        ),
+    ),
+}
+
+
+def _error(op: str, device: str, dtype: torch.dtype) -> float:
+    """The largest error of the outputs and of every gradient, in units of the budget."""
+    return max(_case_error(op, case, device, dtype) for case in _CASES[op])
+
+
+def _case_error(op: str, case: _Case, device: str, dtype: torch.dtype) -> float:
+    tensors = _drawn(case.sizes, device, dtype)
+    others = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.others.items()}
+    found = _results(getattr(functional, op), tensors, others)
+    eager = _results(getattr(reference, op), tensors, others)
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    oracle = _results(getattr(reference, op), wide, others)
+    return max(budget_used(found[name], eager[name], oracle[name]) for name in oracle)
+
+
+def _results(function: Callable[..., Tensor], tensors: Tensors, others: dict[str, Any]) -> Tensors:
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    y = function(**leaves, **others, scaling=SCALING)
+    drawn = torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, generator=drawn).to(y)
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def _merge_error(op: str, device: str, dtype: torch.dtype) -> float:
+    """The error of the merged weight; unmerging must restore it bit for bit."""
+    sizes = {"weight": (N, K), "lora_A": (R, K), "lora_B": (N, R)}
+    tensors = _drawn(sizes, device, dtype)
+    weight, eager = tensors["weight"].clone(), tensors["weight"].clone()
+    factors = (tensors["lora_A"], tensors["lora_B"], SCALING)
+    record = functional.merge_(weight, *factors)
+    if op == "unmerge_":
+        functional.unmerge_(weight, record)
+        if not torch.equal(weight, tensors["weight"]):
+            raise AssertionError("the weight is not restored bit for bit")
+        return 0.0
+    reference.merge_(eager, *factors)
+    wide = tensors["weight"].double()
+    reference.merge_(wide, tensors["lora_A"].double(), tensors["lora_B"].double(), SCALING)
+    return budget_used(weight, eager, wide)
+
+
+def _drawn(sizes: Mapping[str, tuple[int, ...]], device: str, dtype: torch.dtype) -> Tensors:
+    drawn = torch.Generator().manual_seed(0)
+    return {
+        name: (torch.randn(size, generator=drawn) * 0.5).to(device, dtype)
+        for name, size in sizes.items()
+    }

@@ -1,0 +1,196 @@
+"""`lora-fast tune` from its arguments to its exit status."""
+
+import argparse
+import os
+from collections.abc import Iterable
+from contextlib import nullcontext
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+import lora_fast
+from lora_fast import backend
+from lora_fast.commands import BadInputError, device_named
+from lora_fast.tune import search, shapes, show
+from lora_fast.tune.problems import Job
+
+# From so many rows on a call is one of training, which has a backward.
+_TRAINING_ROWS = 64
+# So that a table of interpreted times is never taken for one of a GPU.
+_INTERPRETER = "Triton's interpreter"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; see `lora_fast.cli.main` for the exit status.
+
+    Raises:
+        BadInputError: an argument cannot be used. Nothing was measured or changed.
+    """
+    if arguments.show:
+        print("\n".join(show.tables_in_force(rows=True)))
+        return 0
+    if arguments.reset:
+        return _reset()
+    wanted = (
+        shapes.parsed(arguments.shapes)
+        if arguments.shapes is not None
+        else shapes.of_model(arguments.model, arguments.rows, arguments.rank)
+    )
+    device = _device(arguments)
+    jobs = list(_jobs(arguments, wanted, device))
+    target = _Target(device, arguments.out)
+    if device.type == "cpu":
+        print("Interpreted on a CPU: the times mean nothing, this only shows that tuning runs.")
+    clock = search.DeviceClock(device)
+    found = search.Found()
+    try:
+        return _measured(jobs, device, clock, arguments.minutes * 60, found)
+    finally:  # what was measured counts, also when a kernel breaks the GPU's context
+        _print_found(found, len(jobs))
+        print(target.write(found))
+
+
+def _measured(
+    jobs: list[Job],
+    device: torch.device,
+    clock: search.Clock,
+    seconds: float,
+    found: search.Found,
+) -> int:
+    """Search with a progress bar; what was found until Ctrl-C or the last minute counts."""
+    total = sum(len(step) for job in jobs for step in job.steps)
+    with tqdm(total=total, unit="plan", disable=None) as bar:
+
+        def tried(job: Job) -> None:
+            bar.set_description(f"{job.call.op} {','.join(map(str, job.shape))}", refresh=False)
+            bar.update()
+
+        # Events are of the current device, whatever they are to time.
+        here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        try:
+            with here:
+                search.search(jobs, device, clock, seconds, found, tried)
+        except KeyboardInterrupt:
+            return 130
+        except search.OutOfTimeError:
+            pass
+    return 0
+
+
+def _print_found(found: search.Found, jobs: int) -> None:
+    for line in found.dropped:
+        print(f"dropped: {line}")
+    for row in found.rows:
+        print(show.described(row))
+    done = len(found.jobs)
+    better = len(found.rows)
+    print(f"{done} of {jobs} kinds of calls measured, {better} better served than by default")
+    if done < jobs and not found.dropped:
+        print("--minutes gives it more time")
+
+
+def _device(arguments: argparse.Namespace) -> torch.device:
+    """The device to measure on; the kernels must run there."""
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise BadInputError(
+            f"--device: expected a CUDA device to measure on, and this machine has none for "
+            f"{arguments.device!r}"
+        )
+    device = device_named(arguments.device)
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        raise BadInputError(f"--device: the kernels need a CUDA device, got {arguments.device!r}")
+    if interpreted and arguments.out is None:
+        raise BadInputError(
+            "--out: a file is needed with --device cpu, because interpreted times mean nothing and "
+            "do not go into the cache folder; got none"
+        )
+    if not backend.has_triton():
+        raise BadInputError("there are no kernels to tune without triton: pip install triton")
+    return device
+
+
+def _jobs(
+    arguments: argparse.Namespace, wanted: Iterable[shapes.Shape], device: torch.device
+) -> Iterable[Job]:
+    from lora_fast.kernels.configs import architecture
+
+    arch, dtype = architecture(device), getattr(torch, arguments.dtype)
+    for shape in wanted:
+        for dropout in (False, True) if arguments.dropout else (False,):
+            yield Job(shape, dtype, dropout, backward=False, arch=arch)
+            if shape.M >= _TRAINING_ROWS:
+                yield Job(shape, dtype, dropout, backward=True, arch=arch)
+
+
+class _Target:
+    """The file that the rows go into, and what it held before."""
+
+    def __init__(self, device: torch.device, out: Path | None) -> None:
+        from lora_fast.kernels import configs, tables
+
+        arch = configs.architecture(device)
+        self.machine = tables.this_machine(arch.gpu or _INTERPRETER, arch.name)
+        self.is_users = out is None
+        self.path = tables.user_path(self.machine) if out is None else out
+        self.before: tuple[Any, ...] = ()
+        try:
+            table = tables.read(self.path)
+            if table.machine != self.machine:
+                raise ValueError(f"it is for {table.machine}")
+            self.before = table.rows
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            if out is not None:
+                raise BadInputError(
+                    f"--out: expected a new file or a table of this GPU, torch and triton; {out}: "
+                    f"{error}"
+                ) from error
+        _check_folder(self.path.parent, "LORA_FAST_CACHE" if self.is_users else "--out")
+
+    def write(self, found: search.Found) -> str:
+        """Write the rows, beside those of calls that were not measured now; say so."""
+        from lora_fast.kernels import configs, tables
+
+        measured = {job.call for job in found.jobs}
+        kept = {row.call: row for row in self.before if row.call not in measured}
+        rows = tuple({**kept, **{row.call: row for row in found.rows}}.values())
+        if rows == self.before and self.is_users:
+            return "nothing to write: the defaults stay"
+        today = date.today().isoformat()
+        table = tables.Table(self.machine, rows, lora_fast.__version__, today)
+        tables.write(table, self.path)
+        configs.reload_tables()
+        return f"written: {self.path}, {len(rows)} rows"
+
+
+def _check_folder(folder: Path, argument: str) -> None:
+    """Refuse a folder that cannot be written to before minutes are spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} is not writable")
+    except OSError as error:
+        raise BadInputError(
+            f"{argument}: expected a folder that can be written to: {error}"
+        ) from error
+
+
+def _reset() -> int:
+    from lora_fast.kernels import tables
+
+    paths = tables.user_tables()
+    for path in paths:
+        path.unlink()
+        print(f"deleted: {path}")
+    if not paths:
+        print(f"nothing to delete in {tables.user_folder()}")
+    if backend.has_triton():
+        from lora_fast.kernels import configs
+
+        configs.reload_tables()
+    return 0

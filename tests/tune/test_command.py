@@ -1,0 +1,345 @@
+"""`lora-fast tune` as a command: what it writes, prints, shows, deletes and refuses."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lora_fast import backend
+from lora_fast.cli import main
+from lora_fast.kernels import candidates, configs, tables
+from lora_fast.tune import problems, search
+from lora_fast.tune.problems import Job
+
+needs_kernels = pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="the kernels need a GPU or Triton's interpreter",
+)
+GPU = "NVIDIA Imaginary 9000"
+ARCH = replace(configs.ARCHITECTURES["sm_90"], gpu=GPU)
+# What serves these calls where nothing was measured.
+RULED = str(configs.forward_rule(ARCH, 5, 24, 16, 2, torch.float32, False).impl)
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two candidates for each call, and times that only depend on the plan."""
+
+    def steps(arch: Any, call: Any, rule: Any) -> Any:
+        if call.op.endswith("fwd"):
+            return [[{"impl": "split"}, {"impl": "lora_first"}]]
+        return [[{"library_sb": True}, {"input_grad": "fused"}]]
+
+    monkeypatch.setattr(candidates, "_STEPS", dict.fromkeys(candidates._STEPS, steps))
+
+    def forward(self: Any, plan: Any) -> Callable[[], float]:
+        return lambda: {"split": 7.0, "lora_first": 8.0}.get(plan.impl, 9.0)
+
+    monkeypatch.setattr(problems._Forward, "call", forward)
+    monkeypatch.setattr(problems._Backward, "call", lambda self, plan: lambda: 6.0)
+    monkeypatch.setattr(search.DeviceClock, "once", lambda self, call: call())
+
+
+@needs_kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")
+def test_an_interpreted_run_says_so_and_writes_only_where_it_is_told(
+    quick: None, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out" / "table.json"
+    few = ("--shapes", "5,16,24,2", "70,16,24,2", "--dtype", "float32", "--device", "cpu")
+    assert main(["tune", *few, "--dropout", "--out", str(target)]) == 0
+    text = capsys.readouterr().out
+    assert "the times mean nothing" in text
+    assert "6 of 6 kinds of calls measured" in text
+    assert f"written: {target}" in text
+    assert not cache.exists()
+    found = tables.read(target)
+    assert found.machine.gpu == "Triton's interpreter"
+    plans = {
+        (row.call.op, row.call.M, row.call.dropout): row.plan.get("impl") for row in found.rows
+    }
+    # The backward's plans all take the same time, so the rule stays.
+    assert plans == {
+        ("lora_linear_fwd", 8, False): "split",
+        ("lora_linear_fwd", 128, False): "split",
+        ("lora_linear_fwd", 8, True): "split",
+        ("lora_linear_fwd", 128, True): "split",
+    }
+
+
+@pytest.fixture
+def gpu(quick: None, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """This machine with a GPU, as far as the command sees."""
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr("lora_fast.tune.run._device", lambda arguments: where)
+    monkeypatch.setattr(configs, "architecture", lambda device: ARCH)
+    monkeypatch.setattr("lora_fast.kernels.lora_linear_fwd.architecture", lambda device: ARCH)
+    return where
+
+
+def chosen(M: int = 5, R: int = 2) -> str:
+    plan: Any = configs.forward_plan(ARCH, M, 24, 16, R, torch.float32, False)
+    return str(plan.impl)
+
+
+@needs_kernels
+def test_dispatch_uses_what_was_measured_until_it_is_reset(
+    gpu: torch.device, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chosen() == RULED != "split"
+    assert main(["tune", "--shapes", "5,16,24,2", "--dtype", "float32"]) == 0
+    assert chosen() == "split"
+    assert chosen(R=3) == RULED
+    (path,) = cache.iterdir()
+    assert f"written: {path}, 1 rows" in capsys.readouterr().out
+    (cache / "notes.json").write_text("{}")
+    assert main(["tune", "--reset"]) == 0
+    assert capsys.readouterr().out == f"deleted: {path}\n"
+    assert [p.name for p in cache.iterdir()] == ["notes.json"]
+    assert chosen() == RULED
+    assert main(["tune", "--reset"]) == 0
+    assert "nothing to delete" in capsys.readouterr().out
+
+
+@needs_kernels
+def test_rows_of_other_calls_stay_and_those_that_lost_go(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", "--shapes", "5,16,24,2", "1,16,24,2", "--dtype", "float32"]) == 0
+    same = {"call": lambda self, plan: lambda: 5.0}
+    monkeypatch.setattr(problems._Forward, "call", same["call"])
+    assert main(["tune", "--shapes", "5,16,24,2", "--dtype", "float32"]) == 0
+    (path,) = tables.user_tables()
+    assert [row.call.M for row in tables.read(path).rows] == [1]
+    before = path.stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(["tune", "--shapes", "3,16,24,2", "--dtype", "float32"]) == 0
+    assert "nothing to write: the defaults stay" in capsys.readouterr().out
+    assert path.stat().st_mtime_ns == before
+
+
+@needs_kernels
+def test_a_broken_table_of_the_user_is_replaced(gpu: torch.device) -> None:
+    path = tables.user_path(tables.this_machine(GPU, "sm_90"))
+    path.parent.mkdir()
+    path.write_text("{")
+    assert main(["tune", "--shapes", "5,16,24,2", "--dtype", "float32"]) == 0
+    assert len(tables.read(path).rows) == 1
+
+
+@needs_kernels
+def test_ctrl_c_keeps_what_was_measured(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = []
+    original = Job.prepare
+
+    def prepare(self: Job, device: torch.device) -> Any:
+        prepared.append(self)
+        if len(prepared) == 2:
+            raise KeyboardInterrupt
+        return original(self, device)
+
+    monkeypatch.setattr(Job, "prepare", prepare)
+    shape = ("5,16,24,2", "1,16,24,2", "9,16,24,2")
+    assert main(["tune", "--shapes", *shape, "--dtype", "float32"]) == 130
+    (path,) = tables.user_tables()
+    assert [row.call.M for row in tables.read(path).rows] == [8]
+    assert "1 of 3 kinds of calls measured" in capsys.readouterr().out
+
+
+@needs_kernels
+def test_a_failure_keeps_what_was_measured(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = search.DeviceClock.once
+    # 3 plans in 9 rounds and 2 in 31, for each of two calls, which stand for the same rows.
+    works = iter(range(2 * (3 * 9 + 2 * 31)))
+
+    def once(self: Any, call: Callable[[], Any]) -> float:
+        if next(works, None) is None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return original(self, call)
+
+    monkeypatch.setattr(search.DeviceClock, "once", once)
+    shape = ("5,16,24,2", "7,16,24,2", "1,16,24,2")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        main(["tune", "--shapes", *shape, "--dtype", "float32"])
+    assert [row.call.M for row in tables.read(tables.user_tables()[0]).rows] == [8]
+
+
+@needs_kernels
+def test_when_the_minutes_are_over_it_stops_and_says_so(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = iter(range(10**6))
+    monkeypatch.setattr(search.DeviceClock, "now", lambda self: float(next(late)))
+    shape = ("5,16,24,2", "1,16,24,2")
+    arguments = ("--shapes", *shape, "--dtype", "float32", "--minutes", "2")
+    assert main(["tune", *arguments]) == 0
+    assert next(late) < 130
+    text = capsys.readouterr().out
+    assert "1 of 2 kinds of calls measured" in text
+    assert "--minutes gives it more time" in text
+    assert len(tables.read(tables.user_tables()[0]).rows) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_on_a_gpu_the_table_is_measured_and_used(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The whole search compiles for minutes; these few plans take the same way.
+    steps = {
+        "lora_linear_fwd": [[{"impl": "split"}, {"impl": "lora_first"}, {"impl": "one_pass"}]],
+        "lora_linear_bwd": [[{"library_sb": True}], [{"input_grad": "fused"}]],
+    }
+    monkeypatch.setattr(
+        candidates, "_STEPS", {op: lambda arch, call, rule, op=op: steps[op] for op in steps}
+    )
+    assert main(["tune", "--shapes", "2048,1024,1024,16", "--dropout", "--minutes", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "4 of 4 kinds of calls measured" in text, text
+    assert "dropped: " not in text
+    for path in tables.user_tables():
+        arch = configs.architecture(torch.device("cuda"))
+        for row in tables.read(path).rows:
+            assert 0.0 < row.us < row.rule_us
+            assert tables.find(arch.gpu, arch.name, row.call) == (row, path)
+
+
+# --------------------------------------------------------------------------- --show
+
+
+def test_show_prints_the_tables_and_their_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(configs, "architecture", lambda device: ARCH)
+    call = tables.Call.of("lora_linear_fwd", 4000, 1024, 2048, 16, "bfloat16", True)
+    row = tables.Row(call, {"impl": "split", "gemm": {"block_m": 64}}, 10.0, 12.5)
+    machine = tables.this_machine(GPU, "sm_90")
+    own = tables.Table(machine, (row,), "0.1.0", "2026-11-24")
+    path = tables.user_path(machine)
+    tables.write(own, path)
+    tables.write(replace(own, rows=()), tables.SHIPPED / "sm_90.json")
+    configs.reload_tables()
+    assert main(["tune", "--show"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"your tables are in {tables.user_folder()}"
+    assert lines[1] == f"cuda:0 {GPU}: 2 tables, then the built-in rule"
+    assert lines[2].startswith(f"  {path}: 1 rows, measured on {GPU}, torch {machine.torch}, ")
+    assert lines[3] == (
+        "    lora_linear_fwd M 2049 to 4096, K 2048, N 1024, r 16, bfloat16, dropout: 10 us "
+        "instead of 12.5 with impl split, gemm (block_m 64)"
+    )
+    assert lines[4].startswith(f"  {tables.SHIPPED / 'sm_90.json'}: 0 rows")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_show_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--show"]) == 0
+    assert "no GPU here, so no table is in force" in capsys.readouterr().out
+
+
+def test_show_without_triton(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backend, "_TRITON_FOUND", False)
+    assert main(["tune", "--show"]) == 0
+    assert "triton is not installed" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", [(), ("--device", "cuda:1")])
+def test_without_cuda(device: tuple[str, ...], refused: Refused) -> None:
+    line = refused("--shapes", "1,2,3,4", *device)
+    assert line.startswith("lora-fast tune: --device: expected a CUDA device to measure on")
+
+
+def test_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    line = refused("--shapes", "1,2,3,4", "--device", "cpu")
+    assert line == "lora-fast tune: --device: the kernels need a CUDA device, got 'cpu'"
+
+
+def test_interpreted_times_do_not_go_into_the_cache(
+    monkeypatch: pytest.MonkeyPatch, refused: Refused, cache: Path
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    line = refused("--shapes", "1,2,3,4", "--device", "cpu")
+    assert "--out: a file is needed with --device cpu" in line
+    assert not cache.exists()
+
+
+def test_an_unknown_device(refused: Refused) -> None:
+    line = refused("--shapes", "1,2,3,4", "--device", "toaster")
+    assert "--device: cannot use 'toaster'" in line
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch, refused: Refused, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend, "_TRITON_FOUND", False)
+    arguments = ("--shapes", "1,2,3,4", "--device", "cpu", "--out", tmp_path / "t.json")
+    assert "pip install triton" in refused(*arguments)
+
+
+@pytest.mark.parametrize("content", ["my notes", json.dumps({"format": 1})])
+def test_out_does_not_overwrite_what_is_no_table(
+    content: str, gpu: torch.device, tmp_path: Path, refused: Refused
+) -> None:
+    target = tmp_path / "notes.txt"
+    target.write_text(content)
+    line = refused("--shapes", "1,2,3,4", "--out", target)
+    assert f"--out: expected a new file or a table of this GPU, torch and triton; {target}" in line
+    assert target.read_text() == content
+
+
+@pytest.mark.parametrize("argument", ["--out", "LORA_FAST_CACHE"])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(
+    argument: str,
+    gpu: torch.device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Refused,
+) -> None:
+    (tmp_path / "file").write_text("")
+    arguments: list[str | Path] = ["--shapes", "1,2,3,4"]
+    if argument == "--out":
+        arguments += ["--out", tmp_path / "file" / "sub" / "t.json"]
+    else:
+        monkeypatch.setenv("LORA_FAST_CACHE", str(tmp_path / "file" / "sub"))
+    assert argument in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((), "--shapes"),
+        (("--shapes", "1,2,3,4", "--model", "x"), "--model"),
+        (("--shapes", "1,2,3,4", "--minutes", "0"), "--minutes"),
+        (("--shapes", "1,2,3,4", "--minutes", "nan"), "--minutes"),
+        (("--shapes", "1,2,3,4", "--dtype", "int8"), "--dtype"),
+        (("--model", "x", "--rows", "0"), "--rows"),
+    ],
+)
+def test_arguments_that_argparse_refuses(
+    arguments: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["tune", *arguments])
+    assert error.value.code == 2
+    assert named in capsys.readouterr().err
