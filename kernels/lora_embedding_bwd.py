@@ -1,7 +1,7 @@
 """Backward of the LoRA embedding: one pass over dY, and a scatter over the rows that were read.
 
-    S = scaling * A^T[index], dS = scaling * dY B, dB = dY^T S     (pass over dY)
-    dA[:, v] = sum of the rows of dS whose index is v              (`segment_sum`)
+S = scaling * A^T[index], dS = scaling * dY B, dB = dY^T S     (pass over dY)
+dA[:, v] = sum of the rows of dS whose index is v              (`segment_sum`)
 """
 
 import torch

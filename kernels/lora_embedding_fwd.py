@@ -1,4 +1,4 @@
-"""Forward of the LoRA embedding: y = W[index] + (scaling * A^T[index]) B^T, gathered in one pass."""
+"""Forward of the LoRA embedding: y = W[index] + (scaling * A^T[index]) B^T in one pass."""
 
 import torch
 import triton

@@ -18,7 +18,7 @@ from lora_fast.kernels.primitives import (
 
 @triton.jit
 def view_offsets(flat, sizes, strides):
-    """Where the elements number `flat`, row-major, of a tensor lie; its innermost axis comes first."""
+    """Offsets of the elements number `flat`, row-major; sizes and strides innermost axis first."""
     offsets = flat * 0
     for axis in tl.static_range(len(sizes) - 1):
         offsets += flat % sizes[axis] * strides[axis]
