@@ -355,7 +355,7 @@ def embedding_plan(device: torch.device, M: int, R: int, dtype: torch.dtype) -> 
     )
     return EmbeddingPlan(
         forward,
-        library_sb=R >= LIBRARY_RANK,
+        library_sb=R > 32,  # a tile of 64 ranks does not fit the shared memory of sm_89
         grad_sb=architecture(device).grad_sb,
         segment_m=64 if thin else 32,
     )

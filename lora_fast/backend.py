@@ -208,13 +208,15 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
 
 def _why_torch_is_as_fast(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     """Say why the fused kernel, which could serve the call, would not pay."""
+    # A compiled graph launches the kernel at no more cost than torch's own.
     if op != "merged_weight" or torch.compiler.is_compiling():
-        return None  # a compiled graph launches the kernel at no more cost than torch's
+        return None
+    weight, *factors = (t for t in tensors if t is not None)
+    if not factors:  # `explain` asks about no weight in particular
+        return None
     from lora_fast.kernels.configs import merged_weight_pays
 
-    if merged_weight_pays(*(t for t in tensors if t is not None)):
-        return None
-    return "a small weight, which torch merges as fast"
+    return None if merged_weight_pays(weight, *factors) else "a small weight, torch is as fast"
 
 
 def _interpreted() -> bool:

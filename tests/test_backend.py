@@ -307,10 +307,11 @@ def test_forced_triton_takes_indices_of_an_embedding_as_torch_does(
 def test_a_small_contiguous_weight_is_left_to_torch() -> None:
     a, b = torch.empty(3, 96), torch.empty(96, 3)
     weight = torch.empty(32, 32, 3, 3)
-    small = "a small weight, which torch merges as fast"
+    small = "a small weight, torch is as fast"
     assert backend._why_torch_is_as_fast("merged_weight", (weight, a, b)) == small
     last = weight.to(memory_format=torch.channels_last)
     assert backend._why_torch_is_as_fast("merged_weight", (last, a, b)) is None
+    assert backend._why_torch_is_as_fast("merged_weight", (weight,)) is None
     assert backend._why_torch_is_as_fast("lora_linear", (weight, a, b)) is None
 
 

@@ -97,7 +97,11 @@ def test_kernels_know_nothing_of_the_rest(name):
     [
         ("reference", set()),
         ("testing", {"reference"}),
-        ("functional", {"autograd", "backend", "checks", "eager", "merging", "reference"}),
+        (
+            "functional",
+            {"autograd", "autograd_embedding", "autograd_weight"}
+            | {"backend", "checks", "eager", "merging", "reference"},
+        ),
         ("merging", {"backend", "checks", "compiled", "ops", "record", "reference", "sharded"}),
         ("compiled", {"ops", "record", "reference"}),
         ("scripting", set()),
