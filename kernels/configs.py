@@ -350,7 +350,7 @@ def embedding_plan(device: torch.device, M: int, R: int, dtype: torch.dtype) -> 
     forward = EmbeddingConfig(
         block_m=32 if not few and (thin or dtype is not torch.float32) else 16,
         block_d=64 if dtype is torch.float32 else 128,
-        chunk_d=128 if few else 1024,
+        chunk_d=128 if few else 512,
         num_warps=4,
     )
     return EmbeddingPlan(

@@ -129,8 +129,9 @@ def segment_sum(
     M, R = rows.shape
     out = torch.zeros((R, num), device=rows.device, dtype=dtype)
     # The sort takes a pass for each byte of a key.
-    keys = index.to(torch.int16 if num <= torch.iinfo(torch.int16).max else torch.int32)
-    keys, order = torch.sort(keys, stable=True)
+    widths = (torch.int16, torch.int32, torch.int64)
+    narrowest = next(width for width in widths if num <= torch.iinfo(width).max)
+    keys, order = torch.sort(index.to(narrowest), stable=True)
     counts = None
     if mean:
         counts = torch.searchsorted(keys, keys, right=True) - torch.searchsorted(keys, keys)

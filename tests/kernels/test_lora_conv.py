@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lora_fast
 import lora_fast as lora
 from lora_fast import functional, ops
 from lora_fast.testing import assert_within_budget, randomize_, saved_bytes
@@ -19,7 +18,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture(autouse=True)
 def triton_backend() -> Iterator[None]:
-    with lora_fast.use_backend("triton"):
+    with lora.use_backend("triton"):
         yield
 
 
@@ -41,7 +40,7 @@ def results(layer: nn.Module, x: Tensor, dy: Tensor, backend: str) -> Tensors:
     """Output and gradients of a layer by a backend."""
     x = x.detach().requires_grad_()
     layer.zero_grad()
-    with lora_fast.use_backend(backend):
+    with lora.use_backend(backend):
         y = layer(x)
         y.backward(dy)
     grads = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
@@ -80,7 +79,7 @@ def test_fp32_adapters_on_a_kernel_of_16_bits(kernel_device: torch.device) -> No
     dw = torch.randn(6, 4, 3, 3, device=kernel_device).half()
 
     def grads(backend: str, *leaves: Tensor) -> tuple[Tensor, ...]:
-        with lora_fast.use_backend(backend):
+        with lora.use_backend(backend):
             merged = functional.merged_weight(*leaves, 0.75)
         return (merged, *torch.autograd.grad(merged, leaves, dw.to(leaves[0].dtype)))
 
@@ -96,7 +95,7 @@ def test_double_backward(kernel_device: torch.device) -> None:
 
     def second(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
         weight, a, b, x = leaves = [t.to(dtype).requires_grad_() for t in drawn]
-        with lora_fast.use_backend(backend):
+        with lora.use_backend(backend):
             y = functional.lora_conv(x, weight, a, b, 0.75)
             first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
@@ -111,7 +110,7 @@ def test_nothing_more_is_kept_for_backward(kernel_device: torch.device) -> None:
     x = torch.randn(2, 4, 6, 6, device=kernel_device)
 
     def kept(backend: str) -> int:
-        with lora_fast.use_backend(backend):
+        with lora.use_backend(backend):
             return saved_bytes(lambda: layer(x), [x, *layer.parameters()])
 
     assert kept("triton") <= kept("reference")
@@ -152,7 +151,7 @@ def test_merging_gives_what_the_kernel_gives(kernel_device: torch.device) -> Non
 
 def test_a_linear_layers_weight_with_blocks_is_torchs(kernel_device: torch.device) -> None:
     layer = randomize_(lora.MergedLinear(4, 6, r=2, enable_lora=[True, False])).to(kernel_device)
-    with lora_fast.use_backend("reference"):
+    with lora.use_backend("reference"):
         expected = layer.effective_weight()
     assert torch.equal(layer.effective_weight(), expected)
 

@@ -1,6 +1,8 @@
 """`lora_embedding` and `lora.Embedding` on the fused kernels: every option, every gradient."""
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import lora_fast
 import lora_fast as lora
 from lora_fast import functional, ops
 from lora_fast.testing import assert_within_budget, randomize_, saved_bytes
@@ -22,7 +23,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture(autouse=True)
 def triton_backend() -> Iterator[None]:
-    with lora_fast.use_backend("triton"):
+    with lora.use_backend("triton"):
         yield
 
 
@@ -41,7 +42,7 @@ def results(
 ) -> Tensors:
     """Output and gradients by a backend."""
     leaves = {name: v.clone().requires_grad_(name in needs) for name, v in t.items()}
-    with lora_fast.use_backend(backend):
+    with lora.use_backend(backend):
         y = functional.lora_embedding(index, *leaves.values(), SCALING, **options)
         if needs:
             y.backward(dy)
@@ -49,9 +50,7 @@ def results(
     return {"y": y.detach(), "table": leaves["weight"].detach()} | dense
 
 
-def check(
-    index: Tensor, t: Tensors, needs: Any = NAMES, found: Tensors | None = None, **options: Any
-) -> None:
+def check(index: Tensor, t: Tensors, needs: Any = NAMES, **options: Any) -> None:
     """Fail unless the kernels are as near to float64 as plain torch."""
     dy = torch.randn(*index.shape, WIDTH, device=index.device).to(t["weight"])
     wide = {name: v.double() for name, v in t.items()}
@@ -118,7 +117,7 @@ def test_double_backward(
         for leaf in leaves[1:] if sparse else leaves:
             leaf.requires_grad_()
         gradient = (dy + v).to(dtype).requires_grad_()
-        with lora_fast.use_backend(backend):
+        with lora.use_backend(backend):
             y = functional.lora_embedding(
                 index, *leaves, SCALING, padding_idx, scale_grad_by_freq=by_freq, sparse=sparse
             )
@@ -156,7 +155,7 @@ def test_the_layer(index: Tensor, kernel_device: torch.device) -> None:
     found = {n: p.grad for n, p in layer.named_parameters()} | {"y": y.detach()}
     assert found.pop("weight") is None
     layer.zero_grad()
-    with lora_fast.use_backend("reference"):
+    with lora.use_backend("reference"):
         eager_y = layer(index)
         eager_y.square().sum().backward()
         eager = {n: p.grad for n, p in layer.named_parameters()} | {"y": eager_y.detach()}
@@ -193,12 +192,29 @@ def test_an_index_out_of_range_is_refused(index: Tensor) -> None:
         functional.lora_embedding(index + 4, *drawn(index.device).values(), SCALING)
 
 
+@pytest.mark.gpu
+def test_a_gpu_asserts_that_indices_are_in_range() -> None:
+    """In a process of its own, which the failed assertion ends."""
+    script = """
+import torch
+from lora_fast import functional
+t = [torch.ones(size, device="cuda") for size in ((7, 9), (2, 7), (9, 2))]
+functional.lora_embedding(torch.tensor([1, 7], device="cuda"), *t, 1.0)
+torch.cuda.synchronize()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    assert "index out of range" in done.stderr + done.stdout
+
+
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("padding_idx", [ROWS, -ROWS - 1])
 def test_a_padding_index_out_of_range_is_refused(
     index: Tensor, padding_idx: int, backend: str
 ) -> None:
-    with lora_fast.use_backend(backend), pytest.raises(ValueError, match="padding_idx must be"):
+    with lora.use_backend(backend), pytest.raises(ValueError, match="padding_idx must be"):
         functional.lora_embedding(index, *drawn(index.device).values(), SCALING, padding_idx)
 
 
