@@ -198,10 +198,7 @@ def lora_embedding(
         if not torch.jit.is_tracing():
             checks.embedding_shapes(input, weight, lora_A, lora_B)
             checks.padding_idx("lora_embedding", padding_idx, weight)
-        # A traced graph can hold no sparse gradient: autograd makes it, outside the graph.
-        in_graph = sparse and torch.compiler.is_compiling()
-        backend = choose("lora_embedding", input, weight, lora_A, lora_B)
-        if backend is Backend.TRITON and not in_graph:
+        if choose("lora_embedding", input, weight, lora_A, lora_B) is Backend.TRITON:
             return autograd_embedding.lora_embedding(
                 input,
                 weight,
