@@ -355,8 +355,8 @@ def embedding_plan(device: torch.device, M: int, R: int, dtype: torch.dtype) -> 
     )
     return EmbeddingPlan(
         forward,
-        # Beyond these ranks the tile of the pass over dY does not fit the shared memory of sm_89.
-        library_sb=R > (16 if dtype is torch.float32 else 32),
+        # Otherwise the tile of the pass over dY does not fit the shared memory of sm_89.
+        library_sb=R > 32 or dtype is torch.float32,
         grad_sb=architecture(device).grad_sb,
         segment_m=64 if thin else 32,
     )
