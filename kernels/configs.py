@@ -343,7 +343,7 @@ def grad_a_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradAConfig
 
 
 @lru_cache(maxsize=4096)
-def embedding_plan(device: torch.device, M: int, R: int, dtype: torch.dtype) -> EmbeddingPlan:
+def embedding_plan(arch: Architecture, M: int, R: int, dtype: torch.dtype) -> EmbeddingPlan:
     """The plan for M tokens: with few of them, narrow chunks, so that all processors have work."""
     few, thin = M <= 2048, R <= 16
     # A product of fp32 keeps its operands in registers.
@@ -355,9 +355,8 @@ def embedding_plan(device: torch.device, M: int, R: int, dtype: torch.dtype) -> 
     )
     return EmbeddingPlan(
         forward,
-        # Otherwise the tile of the pass over dY does not fit the shared memory of sm_89.
-        library_sb=R > 32 or dtype is torch.float32,
-        grad_sb=architecture(device).grad_sb,
+        library_sb=R >= LIBRARY_RANK,
+        grad_sb=grad_sb_config(arch, R, dtype),
         segment_m=64 if thin else 32,
     )
 

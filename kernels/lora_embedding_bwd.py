@@ -7,7 +7,7 @@ dA[:, v] = sum of the rows of dS whose index is v              (`segment_sum`)
 import torch
 from torch import Tensor
 
-from lora_fast.kernels.configs import EmbeddingPlan, embedding_plan
+from lora_fast.kernels.configs import EmbeddingPlan, architecture, embedding_plan
 from lora_fast.kernels.lora_embedding_fwd import gather_columns
 from lora_fast.kernels.lora_linear_bwd import library_grad_sb, lora_grad_sb
 from lora_fast.kernels.primitives import on_device_of
@@ -47,7 +47,7 @@ def lora_embedding_bwd(
     if rows.stride(1) != 1:  # the gradient of a plain sum is one number with strides of zero
         rows = rows.contiguous()
     if plan is None:
-        plan = embedding_plan(dy.device, M, R, dy.dtype)
+        plan = embedding_plan(architecture(dy.device), M, R, dy.dtype)
     dbias: torch.dtype | None = None
     wanted = {"need_ds": need_a, "need_db": need_b, "dbias_dtype": dbias}
     with on_device_of(dy):

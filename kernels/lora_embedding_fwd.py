@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.kernels.configs import EmbeddingPlan, embedding_plan
+from lora_fast.kernels.configs import EmbeddingPlan, architecture, embedding_plan
 from lora_fast.kernels.primitives import (
     block_offsets,
     dot_precision,
@@ -167,7 +167,7 @@ def lora_embedding_fwd(
     y = torch.empty((M, D), device=weight.device, dtype=weight.dtype)
     if y.numel():
         if plan is None:
-            plan = embedding_plan(weight.device, M, R, weight.dtype)
+            plan = embedding_plan(architecture(weight.device), M, R, weight.dtype)
         config = plan.forward
         block_r, r_blocks = rank_blocks(R)
         with on_device_of(weight):
