@@ -175,7 +175,7 @@ def look_up(arch: Architecture, sizes: Sizes, by_freq: bool) -> None:
     adapter = sizes.adapter_dtype or dtype
     lora_a = meta(sizes.rank, num, dtype=adapter)
     lora_b = meta(sizes.width, sizes.rank, dtype=adapter)
-    plan = configs.embedding_plan(arch, sizes.rows, sizes.rank, dtype)
+    plan = configs.embedding_plan(arch, sizes.rows, sizes.width, sizes.rank, dtype)
     dy = lora_embedding_fwd(index, weight, lora_a, lora_b, 1.0, plan=plan)
     lora_embedding_bwd(dy, index, lora_a, lora_b, 1.0, 0, by_freq, True, [True, True], plan=plan)
 

@@ -343,7 +343,7 @@ def grad_a_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradAConfig
 
 
 @lru_cache(maxsize=4096)
-def embedding_plan(arch: Architecture, M: int, R: int, dtype: torch.dtype) -> EmbeddingPlan:
+def embedding_plan(arch: Architecture, M: int, D: int, R: int, dtype: torch.dtype) -> EmbeddingPlan:
     """The plan for M tokens: with few of them, narrow chunks, so that all processors have work."""
     few, thin = M <= 2048, R <= 16
     # A product of fp32 keeps its operands in registers.
@@ -353,10 +353,13 @@ def embedding_plan(arch: Architecture, M: int, R: int, dtype: torch.dtype) -> Em
         chunk_d=128 if few else 512,
         num_warps=4,
     )
+    grad_sb = grad_sb_config(arch, R, dtype)
+    if D % 16:  # rows off the 16-byte grid take registers for their addresses
+        grad_sb = replace(grad_sb, block_n=grad_sb.block_n // 2)
     return EmbeddingPlan(
         forward,
         library_sb=R >= LIBRARY_RANK,
-        grad_sb=grad_sb_config(arch, R, dtype),
+        grad_sb=grad_sb,
         segment_m=64 if thin else 32,
     )
 

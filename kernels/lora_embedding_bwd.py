@@ -47,7 +47,7 @@ def lora_embedding_bwd(
     if rows.stride(1) != 1:  # the gradient of a plain sum is one number with strides of zero
         rows = rows.contiguous()
     if plan is None:
-        plan = embedding_plan(architecture(dy.device), M, R, dy.dtype)
+        plan = embedding_plan(architecture(dy.device), M, D, R, dy.dtype)
     dbias: torch.dtype | None = None
     wanted = {"need_ds": need_a, "need_db": need_b, "dbias_dtype": dbias}
     with on_device_of(dy):

@@ -167,7 +167,7 @@ def lora_embedding_fwd(
     y = torch.empty((M, D), device=weight.device, dtype=weight.dtype)
     if y.numel():
         if plan is None:
-            plan = embedding_plan(architecture(weight.device), M, R, weight.dtype)
+            plan = embedding_plan(architecture(weight.device), M, D, R, weight.dtype)
         config = plan.forward
         block_r, r_blocks = rank_blocks(R)
         with on_device_of(weight):
