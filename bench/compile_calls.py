@@ -15,8 +15,11 @@ from lora_fast.kernels import configs
 from lora_fast.kernels.configs import Architecture
 from lora_fast.kernels.decode_configs import DecodeSplits, decode_config
 from lora_fast.kernels.lora_decode import lora_decode
+from lora_fast.kernels.lora_embedding_bwd import lora_embedding_bwd
+from lora_fast.kernels.lora_embedding_fwd import lora_embedding_fwd
 from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
 from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
+from lora_fast.kernels.merged_weight import merged_weight
 from lora_fast.kernels.primitives import MAX_BLOCK_R
 
 WIDTH = 4096  # features in and out; the kernels see only what divides it
@@ -193,7 +196,47 @@ def decode(arch: Architecture, everything: bool) -> Iterator[Case]:
             yield Case(arch.name, words, call)
 
 
-CALLS: tuple[Cases, ...] = (linear, specialised_linear, decode)
+def look_up(arch: Architecture, sizes: Sizes, by_freq: bool) -> None:
+    """Look tokens up in a table, and differentiate with or without division by frequency."""
+    num, dtype = 50257, sizes.dtype
+    index, weight = meta(sizes.rows, dtype=torch.int64), meta(num, sizes.width, dtype=dtype)
+    adapter = sizes.adapter_dtype or dtype
+    lora_a = meta(sizes.rank, num, dtype=adapter)
+    lora_b = meta(sizes.width, sizes.rank, dtype=adapter)
+    plan = configs.embedding_plan(arch, sizes.rows, sizes.width, sizes.rank, dtype)
+    dy = lora_embedding_fwd(index, weight, lora_a, lora_b, 1.0, plan=plan)
+    lora_embedding_bwd(dy, index, lora_a, lora_b, 1.0, 0, by_freq, True, [True, True], plan=plan)
+
+
+def embedding(arch: Architecture, everything: bool) -> Iterator[Case]:
+    """Yield the cases of the embedding."""
+    for sizes in linear_sizes(everything):
+        for by_freq in (False, True):
+            words = sizes.describe("embedding", *["by frequency"] * by_freq)
+            yield Case(arch.name, words, partial(look_up, sizes=sizes, by_freq=by_freq))
+
+
+def merge_kernel(
+    arch: Architecture, dtype: torch.dtype, rank: int, layout: torch.memory_format
+) -> None:
+    """Form the merged 3 x 3 kernel of a convolution."""
+    channels = 512
+    weight = meta(channels, channels, 3, 3, dtype=dtype).to(memory_format=layout)
+    lora_a, lora_b = meta(rank, 3 * channels, dtype=dtype), meta(3 * channels, rank, dtype=dtype)
+    merged_weight(weight, lora_a, lora_b, 1.0)
+
+
+def convolution(arch: Architecture, everything: bool) -> Iterator[Case]:
+    """Yield the cases of a convolution's weight: contiguous, and with channels last."""
+    sizes = ((BF16, 16), (BF16, 256), (FP16, 16), (FP32, 16), (FP32, 256))
+    for dtype, rank in sizes if everything else sizes[:1]:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            words = f"{str(dtype).removeprefix('torch.')} r={rank} merged weight {layout}"
+            call = partial(merge_kernel, dtype=dtype, rank=rank, layout=layout)
+            yield Case(arch.name, words.replace("torch.", ""), call)
+
+
+CALLS: tuple[Cases, ...] = (linear, specialised_linear, decode, embedding, convolution)
 
 
 def cases(*, everything: bool) -> list[Case]:

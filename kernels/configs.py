@@ -90,6 +90,25 @@ class GradAConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """Tile of the look-up; one program covers `block_m` tokens and `chunk_d` columns."""
+
+    block_m: int
+    block_d: int
+    chunk_d: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    """Tile of the product that is added to a convolution's weight."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
 @dataclass(frozen=True, eq=False)  # told apart by identity: plans are cached, and hashing is slow
 class Architecture:
     """What a chip allows, and the tiles chosen for it.
@@ -215,6 +234,24 @@ class BackwardPlan:
 
 
 Plan = TypeVar("Plan", ForwardPlan, BackwardPlan)
+
+
+@dataclass(frozen=True)
+class EmbeddingPlan:
+    """How a look-up and its backward run. `segment_m`: tokens of one program of the scatter."""
+
+    forward: EmbeddingConfig
+    library_sb: bool
+    grad_sb: GradSBConfig
+    segment_m: int
+
+
+MERGED_WEIGHT = WeightConfig(32, 64, num_warps=4)
+
+# Below this many elements a convolution's weight is formed by torch's addmm. The kernel saves the
+# copy that addmm makes of W first, 4 bytes of traffic an element in 16 bits: 0.3 us of an H100's
+# 3.35 TB/s at 2**18 elements (170 channels of 3 x 3), which no longer pays for a Python launch.
+MERGED_WEIGHT_MIN_NUMEL = 2**18
 
 
 @cache
@@ -379,3 +416,35 @@ def grad_a_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradAConfig
     if dtype is torch.float32:
         return replace(arch.grad_a, block_m=16 if R > WIDE_RANK else 32, block_k=32, num_warps=8)
     return arch.grad_a
+
+
+@lru_cache(maxsize=4096)
+def embedding_plan(arch: Architecture, M: int, D: int, R: int, dtype: torch.dtype) -> EmbeddingPlan:
+    """The plan for M tokens: with few of them, narrow chunks, so that all processors have work."""
+    few, thin = M <= 2048, R <= 16
+    # A product of fp32 keeps its operands in registers.
+    forward = EmbeddingConfig(
+        block_m=32 if not few and (thin or dtype is not torch.float32) else 16,
+        block_d=64 if dtype is torch.float32 else 128,
+        chunk_d=128 if few else 512,
+        num_warps=4,
+    )
+    grad_sb = grad_sb_config(arch, R, dtype)
+    if D % 16:  # rows off the 16-byte grid take registers for their addresses
+        grad_sb = replace(grad_sb, block_n=grad_sb.block_n // 2)
+    return EmbeddingPlan(
+        forward,
+        library_sb=R >= LIBRARY_RANK,
+        grad_sb=grad_sb,
+        segment_m=64 if thin else 32,
+    )
+
+
+def merged_weight_pays(weight: torch.Tensor, *adapters: torch.Tensor) -> bool:
+    """Does the kernel beat torch's way to a merged weight?
+
+    That is one addmm where W is contiguous and all have its dtype; else casts, a dense delta and
+    a sum, which the kernel's one launch beats at any size.
+    """
+    one_gemm = weight.is_contiguous() and all(t.dtype is weight.dtype for t in adapters)
+    return not one_gemm or weight.numel() >= MERGED_WEIGHT_MIN_NUMEL

@@ -35,11 +35,17 @@ class Backend(Enum):
 
 
 _CHOICES = ("auto", Backend.TRITON.value, Backend.REFERENCE.value)
-_OPS = ("lora_linear", "lora_merged_linear", "lora_embedding", "lora_conv", "merge_", "unmerge_")
+_OPS = (
+    *("lora_linear", "lora_merged_linear", "lora_embedding"),
+    *("merged_weight", "merge_", "unmerge_"),
+)
 # Ops that have a fused kernel, and those whose hand-written backward beats autograd's.
-_TRITON_OPS = frozenset({"lora_linear"})
+_TRITON_OPS = frozenset({"lora_linear", "lora_embedding", "merged_weight"})
 _EAGER_OPS = frozenset({"lora_merged_linear"})
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INDEX_DTYPES = (torch.int64, torch.int32)
+# Ops whose input and weight, the first two tensors, must have one dtype.
+_ONE_DTYPE_OPS = frozenset({"lora_linear", "lora_merged_linear"})
 
 
 def _find_triton() -> bool:
@@ -131,6 +137,7 @@ def choose(op: str, *tensors: Tensor | None) -> Backend:
     if special:
         return decided(op, Backend.REFERENCE, special)
     reason = _why_not_triton(op, tensors) if on_gpu else "not a CUDA tensor"
+    reason = reason or _why_torch_is_as_fast(op, tensors)
     if reason is None:
         return decided(op, Backend.TRITON, "plain CUDA tensors")
     return decided(op, Backend.EAGER if op in _EAGER_OPS else Backend.REFERENCE, reason)
@@ -184,17 +191,33 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     assert x is not None
     if not x.is_cuda and not (x.device.type == "cpu" and _interpreted()):
         return f"the input is on {x.device}, the kernels need CUDA (or TRITON_INTERPRET=1)"
-    for t in tensors:
+    looks_up = op == "lora_embedding"
+    if looks_up and x.dtype not in _INDEX_DTYPES:
+        return f"indices of dtype {x.dtype} are not int64 or int32"
+    for t in tensors[1:] if looks_up else tensors:
         if t is not None and t.dtype not in _TRITON_DTYPES:
             return f"dtype {t.dtype} is not fp32, fp16 or bf16"
         if t is not None and t.device != x.device:
             return f"tensors on {x.device} and {t.device}"
         if t is not None and t is not x and t.numel() == 0:
             return f"a parameter of shape {tuple(t.shape)} is empty"
-    weight = tensors[1] if len(tensors) > 1 else None
+    weight = tensors[1] if len(tensors) > 1 and op in _ONE_DTYPE_OPS else None
     if weight is not None and weight.dtype != x.dtype and not autocasts(x.device):
         return f"x is {x.dtype} and weight {weight.dtype}"
     return None if _TRITON_FOUND else "triton is not installed"
+
+
+def _why_torch_is_as_fast(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Say why the fused kernel, which could serve the call, would not pay."""
+    # A compiled graph launches the kernel at no more cost than torch's own.
+    if op != "merged_weight" or torch.compiler.is_compiling():
+        return None
+    weight, *factors = (t for t in tensors if t is not None)
+    if not factors:  # `explain` asks about no weight in particular
+        return None
+    from lora_fast.kernels.configs import merged_weight_pays
+
+    return None if merged_weight_pays(weight, *factors) else "a small weight, torch is as fast"
 
 
 def _interpreted() -> bool:
@@ -252,7 +275,7 @@ def _explain_op(op: str, device: str) -> tuple[str, str]:
         from lora_fast import merging
 
         return merging.explain(device)
-    x = torch.empty(0, device=device)
+    x = torch.empty(0, device=device, dtype=torch.int64 if op == "lora_embedding" else None)
     try:
         backend = choose(op, x)
     except RuntimeError as error:

@@ -120,6 +120,16 @@ def embedding_shapes(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tens
         )
 
 
+def padding_idx(op: str, index: int | None, weight: Tensor) -> None:
+    """Refuse a padding index that is no row of the table; it may count from the end."""
+    num = weight.shape[0]
+    if index is not None and not -num <= index < num:
+        raise ValueError(
+            f"{op}: padding_idx must be within the {num} rows of weight, from {-num} to {num - 1}, "
+            f"got {index}"
+        )
+
+
 def delta_shapes(
     op: str,
     weight: Tensor,

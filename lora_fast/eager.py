@@ -187,8 +187,6 @@ def sparse_columns(
 
 
 class _SparseColumns(torch.autograd.Function):
-    """The gradient is COO with two sparse dimensions: A is (R, num), its columns are touched."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -204,16 +202,28 @@ class _SparseColumns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (input,) = ctx.saved_tensors
-        rank, num = ctx.shape
-        columns, values = input.reshape(-1), grads[0].reshape(-1, rank)
-        if ctx.padding_idx is not None:
-            kept = columns != ctx.padding_idx % num
-            columns, values = columns[kept], values[kept]
-        if ctx.by_freq:
-            values = values / torch.bincount(columns, minlength=num)[columns].unsqueeze(1)
-        rows = torch.arange(rank, device=columns.device).repeat(columns.numel())
-        indices = torch.stack([rows, columns.repeat_interleave(rank)])
-        grad = torch.sparse_coo_tensor(
-            indices, values.reshape(-1), ctx.shape, check_invariants=False
-        )
+        grad = columns_gradient(input, grads[0], ctx.shape, ctx.padding_idx, ctx.by_freq)
         return None, grad, None, None
+
+
+def columns_gradient(
+    input: Tensor,
+    values: Tensor,
+    shape: tuple[int, int],
+    padding_idx: int | None,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    """The sparse gradient of A (R, num) from the gradients of A^T[input], (*input.shape, R).
+
+    COO with two sparse dimensions, not coalesced: A is (R, num), its columns are touched.
+    """
+    rank, num = shape
+    columns, values = input.reshape(-1), values.reshape(-1, rank)
+    if padding_idx is not None:
+        kept = columns != padding_idx % num
+        columns, values = columns[kept], values[kept]
+    if scale_grad_by_freq:
+        values = values / torch.bincount(columns, minlength=num)[columns].unsqueeze(1)
+    rows = torch.arange(rank, device=columns.device).repeat(columns.numel())
+    indices = torch.stack([rows, columns.repeat_interleave(rank)])
+    return torch.sparse_coo_tensor(indices, values.reshape(-1), shape, check_invariants=False)

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_fast import autograd, checks, eager, reference
+from lora_fast import (
+    autograd,
+    autograd_embedding,
+    autograd_weight,
+    checks,
+    eager,
+    reference,
+)
 from lora_fast.backend import Backend, choose
 from lora_fast.merging import merge_, unmerge_
 
@@ -179,7 +186,7 @@ def lora_embedding(
         (*input.shape, D), the dtype of `weight`.
 
     Raises:
-        ValueError: the factors do not fit the weight.
+        ValueError: the factors or `padding_idx` do not fit the weight.
         TypeError: `input` does not hold integers.
         IndexError: an index is out of range.
         RuntimeError: a forced backend cannot serve the call.
@@ -190,7 +197,20 @@ def lora_embedding(
     if isinstance(input, Tensor):
         if not torch.jit.is_tracing():
             checks.embedding_shapes(input, weight, lora_A, lora_B)
-        choose("lora_embedding", input, weight, lora_A, lora_B)
+            checks.padding_idx("lora_embedding", padding_idx, weight)
+        if choose("lora_embedding", input, weight, lora_A, lora_B) is Backend.TRITON:
+            return autograd_embedding.lora_embedding(
+                input,
+                weight,
+                lora_A,
+                lora_B,
+                scaling,
+                padding_idx,
+                max_norm,
+                norm_type,
+                scale_grad_by_freq,
+                sparse,
+            )
         if sparse and lora_A.requires_grad and torch.is_grad_enabled():
             y = torch.nn.functional.embedding(
                 input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
@@ -255,7 +275,8 @@ def lora_conv(
                 f"{tuple(weight.shape)}"
             )
         checks.delta_shapes("lora_conv", weight, lora_A, lora_B, None, None)
-        choose("lora_conv", x, weight, lora_A, lora_B, bias)
+        w = merged_weight(weight, lora_A, lora_B, scaling)
+        return reference.convolution(x, w, bias, stride, padding, dilation, groups)
     return reference.lora_conv(
         x, weight, lora_A, lora_B, scaling, bias, stride, padding, dilation, groups
     )
@@ -327,11 +348,19 @@ def merged_weight(
 
     Raises:
         ValueError: the factors do not fit the weight.
+        RuntimeError: a forced backend cannot serve the call.
+
+    Note:
+        Blocks are served by plain torch, whatever backend is chosen.
     """
     enable = None if enable_lora is None else [bool(e) for e in enable_lora]
     widths = None if out_splits is None else list(out_splits)
-    if isinstance(lora_A, Tensor) and not torch.jit.is_tracing():
-        checks.delta_shapes("merged_weight", weight, lora_A, lora_B, enable, widths)
+    if isinstance(lora_A, Tensor):
+        if not torch.jit.is_tracing():
+            checks.delta_shapes("merged_weight", weight, lora_A, lora_B, enable, widths)
+        one_block = enable is None and isinstance(weight, Tensor)
+        if one_block and choose("merged_weight", weight, lora_A, lora_B) is Backend.TRITON:
+            return autograd_weight.merged_weight(weight, lora_A, lora_B, scaling)
     return reference.merged_weight(
         weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
     )

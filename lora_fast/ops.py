@@ -28,6 +28,20 @@ torch.library.define(
 )
 
 torch.library.define(
+    "lora_fast::lora_embedding_fwd",
+    "(Tensor input, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor",
+)
+torch.library.define(
+    "lora_fast::lora_embedding_bwd",
+    "(Tensor dy, Tensor input, Tensor lora_a, Tensor lora_b, float scaling, int? padding_idx, "
+    "bool scale_grad_by_freq, bool scatter, bool[2] needs) -> (Tensor da, Tensor db)",
+)
+torch.library.define(
+    "lora_fast::merged_weight",
+    "(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor",
+)
+
+torch.library.define(
     "lora_fast::merge_",
     "(Tensor(a!)[] weight, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, Tensor(b!)[] code, "
     "Tensor(c!)[] overflow_index, Tensor(d!)[] overflow_value) -> Tensor",
@@ -83,6 +97,38 @@ def _(
     )
 
 
+@torch.library.register_fake("lora_fast::lora_embedding_fwd")
+def _(input: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    checks.embedding_shapes(input, weight, lora_a, lora_b)
+    return weight.new_empty((*input.shape, weight.shape[1]))
+
+
+@torch.library.register_fake("lora_fast::lora_embedding_bwd")
+def _(
+    dy: Tensor,
+    input: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    padding_idx: int | None,
+    scale_grad_by_freq: bool,
+    scatter: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    r, num = lora_a.shape
+    da_shape = (r, num) if scatter else (input.numel(), r)
+    return (
+        lora_a.new_empty(da_shape if needs[0] else 0),
+        lora_b.new_empty((dy.shape[-1], r) if needs[1] else 0),
+    )
+
+
+@torch.library.register_fake("lora_fast::merged_weight")
+def _(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    checks.delta_shapes("merged_weight", weight, lora_a, lora_b, None, None)
+    return torch.empty_like(weight)
+
+
 @torch.library.register_fake("lora_fast::merge_")
 def _(weight: list[Tensor], *args: Any) -> Tensor:
     return torch.empty(len(weight), dtype=torch.int64)
@@ -118,10 +164,16 @@ def _register_kernel(op: str) -> None:
 
 _register_kernel("lora_linear_fwd")
 _register_kernel("lora_linear_bwd")
+_register_kernel("lora_embedding_fwd")
+_register_kernel("lora_embedding_bwd")
+_register_kernel("merged_weight")
 
 # Bound once: resolving torch.ops.* costs time on every call.
 lora_linear_fwd = torch.ops.lora_fast.lora_linear_fwd.default
 lora_linear_bwd = torch.ops.lora_fast.lora_linear_bwd.default
+lora_embedding_fwd = torch.ops.lora_fast.lora_embedding_fwd.default
+lora_embedding_bwd = torch.ops.lora_fast.lora_embedding_bwd.default
+merged_weight = torch.ops.lora_fast.merged_weight.default
 merge_ = torch.ops.lora_fast.merge_.default
 unmerge_ = torch.ops.lora_fast.unmerge_.default
 

@@ -122,9 +122,22 @@ def lora_conv(
     groups: int = 1,
 ) -> Tensor:
     """Y = conv(X, W + scaling (B A).view(W), bias). Source: loralib/layers.py:301-308."""
-    conv = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
     w = merged_weight(weight, lora_A, lora_B, scaling)
-    return conv(x, w, bias, stride, padding, dilation, groups)
+    return convolution(x, w, bias, stride, padding, dilation, groups)
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | tuple[int, ...],
+    padding: int | str | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """torch's convolution in as many dimensions as the kernel has."""
+    conv = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+    return conv(x, weight, bias, stride, padding, dilation, groups)
 
 
 def merged_delta(

@@ -15,7 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora_fast
 from lora_fast import backend, functional
 
-OPS = ("lora_linear", "lora_merged_linear", "lora_embedding", "lora_conv", "merge_", "unmerge_")
+OPS = (
+    *("lora_linear", "lora_merged_linear", "lora_embedding"),
+    *("merged_weight", "merge_", "unmerge_"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +62,7 @@ CALLS = {
     "lora_linear": call_linear,
     "lora_merged_linear": call_merged,
     "lora_embedding": call_embedding,
-    "lora_conv": call_conv,
+    "merged_weight": call_conv,
 }
 
 
@@ -251,7 +254,7 @@ def test_what_only_torchs_own_code_serves(
 # --------------------------------------------------------------------------- forced and impossible
 
 
-@pytest.mark.parametrize("op", ["lora_merged_linear", "lora_embedding", "lora_conv"])
+@pytest.mark.parametrize("op", ["lora_merged_linear"])
 def test_forced_triton_says_which_op_has_no_kernel(op: str) -> None:
     expected = f"{op}: backend 'triton' was forced but cannot run: {op} has no fused kernel"
     with lora_fast.use_backend("triton"), pytest.raises(RuntimeError) as caught:
@@ -285,6 +288,31 @@ def test_forced_triton_says_what_the_kernels_cannot_take(
     x, weight = change(x, weight)
     with lora_fast.use_backend("triton"), pytest.raises(RuntimeError, match=reason):
         functional.lora_linear(x, weight, a, b, 1.0)
+
+
+def test_forced_triton_takes_indices_of_an_embedding_as_torch_does(
+    kernel_device: torch.device,
+) -> None:
+    t = [torch.randn(size, device=kernel_device) for size in ((6, 4), (2, 6), (4, 2))]
+    index = torch.tensor([1, 0], device=kernel_device)
+    with lora_fast.use_backend("triton"):
+        for dtype in (torch.int64, torch.int32):
+            assert functional.lora_embedding(index.to(dtype), *t, 1.0).shape == (2, 4)
+        with pytest.raises(RuntimeError, match=r"dtype torch\.int8 are not int64 or int32"):
+            functional.lora_embedding(index.to(torch.int8), *t, 1.0)
+        with pytest.raises(RuntimeError, match=r"dtype torch\.float64 is not fp32, fp16 or bf16"):
+            functional.lora_embedding(index, t[0].double(), *t[1:], 1.0)
+
+
+def test_a_small_contiguous_weight_is_left_to_torch() -> None:
+    a, b = torch.empty(3, 96), torch.empty(96, 3)
+    weight = torch.empty(32, 32, 3, 3)
+    small = "a small weight, torch is as fast"
+    assert backend._why_torch_is_as_fast("merged_weight", (weight, a, b)) == small
+    last = weight.to(memory_format=torch.channels_last)
+    assert backend._why_torch_is_as_fast("merged_weight", (last, a, b)) is None
+    assert backend._why_torch_is_as_fast("merged_weight", (weight,)) is None
+    assert backend._why_torch_is_as_fast("lora_linear", (weight, a, b)) is None
 
 
 def test_forced_triton_without_triton(

@@ -100,7 +100,11 @@ def test_kernels_know_nothing_of_the_rest(name):
         ("testing", {"reference"}),
         ("selftest", {"backend", "functional", "reference", "testing"}),
         ("commands", set()),
-        ("functional", {"autograd", "backend", "checks", "eager", "merging", "reference"}),
+        (
+            "functional",
+            {"autograd", "autograd_embedding", "autograd_weight"}
+            | {"backend", "checks", "eager", "merging", "reference"},
+        ),
         ("merging", {"backend", "checks", "compiled", "ops", "record", "reference", "sharded"}),
         ("compiled", {"ops", "record", "reference"}),
         ("scripting", set()),

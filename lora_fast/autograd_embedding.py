@@ -1,0 +1,109 @@
+"""The autograd of the fused embedding.
+
+Saved for backward: the indices, beside A and B. What was looked up in A is gathered again, which
+costs less memory traffic than to keep it.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fast import eager, ops
+
+
+def lora_embedding(
+    input: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Y = W[input] + scaling A^T[input] B^T by the fused kernels.
+
+    The result has the weight's dtype and so has the product, under autocast too.
+    """
+    if max_norm is not None:
+        with torch.no_grad():
+            torch.embedding_renorm_(weight, input.contiguous(), max_norm, norm_type)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, lora_A, lora_B)):
+        if padding_idx is not None:
+            padding_idx %= weight.shape[0]
+        y: Tensor = _LoraEmbedding.apply(
+            *(weight, lora_A, lora_B, input, scaling, padding_idx, scale_grad_by_freq, sparse)
+        )
+    else:
+        y = ops.lora_embedding_fwd(input, weight, lora_A, lora_B, scaling)
+    return y
+
+
+class _LoraEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        input: Tensor,
+        scaling: float,
+        padding_idx: int | None,
+        scale_grad_by_freq: bool,
+        sparse: bool,
+    ) -> Tensor:
+        y: Tensor = ops.lora_embedding_fwd(input, weight, lora_A, lora_B, scaling)
+        ctx.save_for_backward(input, lora_A, lora_B)
+        ctx.num, ctx.scaling, ctx.padding_idx = weight.shape[0], scaling, padding_idx
+        ctx.by_freq, ctx.sparse = scale_grad_by_freq, sparse
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = dys
+        input, lora_A, lora_B = ctx.saved_tensors
+        need_w, need_a, need_b = ctx.needs_input_grad[:3]
+        dw: Tensor | None = None
+        da: Tensor | None = None
+        db: Tensor | None = None
+        if need_w:
+            padding = -1 if ctx.padding_idx is None else ctx.padding_idx
+            dw = torch.ops.aten.embedding_backward(
+                dy, input, ctx.num, padding, ctx.by_freq, ctx.sparse
+            )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            da, db = _differentiable_grads(ctx, dy)
+        elif need_a or need_b:
+            da, db = ops.lora_embedding_bwd(
+                *(dy, input, lora_A, lora_B, ctx.scaling, ctx.padding_idx, ctx.by_freq),
+                *(not ctx.sparse, [need_a, need_b]),
+            )
+        if da is not None and need_a and ctx.sparse:
+            da = eager.columns_gradient(input, da, lora_A.shape, ctx.padding_idx, ctx.by_freq)
+        return (dw, da if need_a else None, db if need_b else None, *([None] * 5))
+
+
+def _differentiable_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """dA (of `sparse` its addends) and dB as ordinary torch code, for `create_graph=True`."""
+    input, lora_A, lora_B = ctx.saved_tensors
+    _, need_a, need_b = ctx.needs_input_grad[:3]
+    rows, index = dy.reshape(-1, dy.shape[-1]), input.reshape(-1)
+    options = {"padding_idx": ctx.padding_idx, "scale_grad_by_freq": ctx.by_freq}
+    da = db = None
+    if need_a:
+        ds = (rows @ lora_B.to(dy.dtype) * ctx.scaling).to(lora_A.dtype)
+        padding = -1 if ctx.padding_idx is None else ctx.padding_idx
+        da = ds
+        if not ctx.sparse:
+            columns = torch.ops.aten.embedding_backward(
+                ds, index, ctx.num, padding, ctx.by_freq, False
+            )
+            da = columns.t()
+    if need_b:
+        s = F.embedding(index, lora_A.to(dy.dtype).t(), **options) * ctx.scaling
+        db = (rows.t() @ s).to(lora_B.dtype)
+    return da, db

@@ -1,0 +1,43 @@
+"""The autograd of the fused merged weight: two thin products of dW' with A and B."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fast import ops
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """W + scaling (B A).view(W) by the fused kernel, in the weight's dtype under autocast too."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, lora_A, lora_B)):
+        merged: Tensor = _MergedWeight.apply(weight, lora_A, lora_B, scaling)
+    else:
+        merged = ops.merged_weight(weight, lora_A, lora_B, scaling)
+    return merged
+
+
+class _MergedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        _, need_a, need_b = ctx.needs_input_grad[:3]
+        ctx.scaling, ctx.shape = scaling, (lora_B.shape[0], lora_A.shape[1])
+        ctx.dtypes = lora_A.dtype, lora_B.dtype
+        ctx.save_for_backward(lora_A if need_b else None, lora_B if need_a else None)
+        merged: Tensor = ops.merged_weight(weight, lora_A, lora_B, scaling)
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Ordinary torch code, so that it has gradients again.
+        (dweight,) = grads
+        lora_A, lora_B = ctx.saved_tensors
+        need_w, need_a, need_b = ctx.needs_input_grad[:3]
+        da = db = None
+        if need_a or need_b:
+            flat = dweight.reshape(ctx.shape)
+        if need_a:
+            da = ((lora_B.to(flat.dtype) * ctx.scaling).t() @ flat).to(ctx.dtypes[0])
+        if need_b:
+            db = (flat @ lora_A.to(flat.dtype).t() * ctx.scaling).to(ctx.dtypes[1])
+        return dweight if need_w else None, da, db, None
