@@ -137,7 +137,7 @@ class LayerRow(Row):
         if peer.endswith("-compiled"):
             if not (lab.is_toy or lab.clock.is_cuda):
                 raise Absent("on a CPU only Linear is compiled, compiling takes long")
-            backend = "aot_eager" if lab.is_toy else "inductor"
+            backend = "eager" if lab.is_toy else "inductor"
             layers = [torch.compile(m, dynamic=False, backend=backend) for m in layers]
         steps = [_step(m, i) for m, i in zip(layers, inputs, strict=True)]
         forced = {REFERENCE: partial(lora_fast.use_backend, "reference")}

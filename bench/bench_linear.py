@@ -94,8 +94,7 @@ class LinearRow(Row):
         layer, x, dy = copies[0]
         with around(peer)():
             self._applies_dropout(peer, layer, x)
-            with implementations.noted() as chosen:
-                self._run(layer, x, dy)
+            chosen = self._choice(layer, x, dy) if peer == OURS else {}
         few = slice(None) if lab.clock.is_cuda else slice(CHECKED_ROWS_ON_CPU)
         return Contestant(
             [partial(self._run, *copy) for copy in copies],
@@ -103,8 +102,13 @@ class LinearRow(Row):
             forward=partial(layer.forward, x) if self.backward else None,
             known=[*layer.trained, *_frozen_tensors(layer), x],
             outputs=None if self.p or peer == FROZEN else lambda: self._named(layer, x, dy, few),
-            told={"chosen": chosen} if peer == OURS and chosen else {},
+            told={"chosen": chosen} if chosen else {},
         )
+
+    def _choice(self, layer: Layer, x: Tensor, dy: Tensor) -> dict[str, str]:
+        with implementations.noted() as chosen:
+            self._run(layer, x, dy)
+        return chosen
 
     def _run(self, layer: Layer, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
         y = layer.forward(x)
@@ -185,9 +189,8 @@ def rows(selection: Selection) -> Iterator[LinearRow]:
 
 
 def _toy(selection: Selection) -> Iterator[LinearRow]:
-    for p in (0.0, 0.1):
-        for backward in (False, True):
-            yield LinearRow(TOY, 9, 4, p, torch.float32, backward)
+    for p, backward in ((0.0, False), (0.0, True), (0.1, True)):
+        yield LinearRow(TOY, 9, 4, p, torch.float32, backward)
     if selection.on_gpu:
         yield LinearRow(TOY, 9, 4, 0.0, torch.bfloat16, True, graph=True)
 

@@ -125,7 +125,7 @@ class ModelRow(Row):
         if peer.endswith("-compiled"):
             if not (lab.is_toy or lab.clock.is_cuda):
                 raise Absent("on a CPU only Linear is compiled, compiling takes long")
-            backend = "aot_eager" if lab.is_toy else "inductor"
+            backend = "eager" if lab.is_toy else "inductor"
             forward = torch.compile(model, dynamic=False, backend=backend)
         step = partial(_step, forward, x, optimizer)
         before = [p.detach().clone() for p in trained]

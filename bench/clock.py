@@ -98,9 +98,7 @@ class Clock:
         loops: dict[str, int] = {}
         for name, candidate in candidates.items():
             with _excused(samples, name):
-                self._once(candidate, 1)  # allocates, compiles
-                loops[name] = max(1, round(self.sample / self._once(candidate, 1)))
-                loops[name] = -(-loops[name] // len(candidate.steps))  # whole turns of the copies
+                loops[name] = self._loops(candidate)
                 samples.seconds[name] = []
         was_enabled = gc.isenabled()
         gc.disable()
@@ -118,6 +116,14 @@ class Clock:
             if was_enabled:
                 gc.enable()
         return samples
+
+    def _loops(self, candidate: Candidate) -> int:
+        """Warm up, and return how many turns through the copies a sample takes."""
+        self._once(candidate, 1)  # allocates, compiles
+        if not self.sample:
+            return 1
+        steps = max(1, round(self.sample / self._once(candidate, 1)))
+        return -(-steps // len(candidate.steps))
 
     def _once(self, candidate: Candidate, loops: int) -> float:
         """Return the seconds of one step, from `loops` turns through the copies."""

@@ -1,5 +1,6 @@
 """From the contest to pytest: results are kept on disk and handed to pytest-benchmark."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,10 @@ class Store:
     ) -> Measured:
         """Return a peer's part of a row, which is measured first if it was not."""
         if self._last is None or self._last[0] != row:
-            result = measure(row, self.lab, peers)
+            with warnings.catch_warnings():
+                # What torch.compile says of loralib is not ours to repair.
+                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+                result = measure(row, self.lab, peers)
             # The single samples go to pytest-benchmark's own file.
             samples = {p: entry.pop("samples", []) for p, entry in result["peers"].items()}
             self.tables.setdefault(row.table, []).append(result)

@@ -34,7 +34,7 @@ class ModelSize:
 
 GPT2_MEDIUM = ModelSize("gpt2-medium", 24, 1024, 16, 16, 4096, 50_257)
 LLAMA_3_8B_BLOCK = ModelSize("llama-3-8b-block", 1, 4096, 32, 8, 14_336, 0)
-TOY_GPT2 = ModelSize("toy-gpt2", 2, 32, 2, 2, 64, 61)
+TOY_GPT2 = ModelSize("toy-gpt2", 1, 32, 2, 2, 64, 61)
 TOY_LLAMA = ModelSize("toy-llama-block", 1, 32, 4, 2, 48, 0)
 
 
