@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import lora_fast
 
 QKV = [True, False, True]
-VOCABULARY = 50_257  # GPT-2's
+VOCABULARY = 50_000
 REFERENCE = f"{OURS}:reference"
 CONVOLUTION_SIDE = 32
 
