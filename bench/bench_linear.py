@@ -85,6 +85,9 @@ class LinearRow(Row):
 
     def build(self, peer: str, lab: Lab) -> Contestant:
         """Return a peer with its layers, one for each copy of the data."""
+        measured_on_cpu = not (lab.is_toy or lab.clock.is_cuda)
+        if peer == "loralib-compiled" and measured_on_cpu and not self._compiled_on_cpu():
+            raise Absent("on a CPU compiled for one shape only, compiling takes long")
         size, K, N = self.dtype.itemsize, self.shape.K, self.shape.N
         moved = (N * K + self.tokens * (K + N)) * size
         copies = [
@@ -104,6 +107,9 @@ class LinearRow(Row):
             outputs=None if self.p or peer == FROZEN else lambda: self._named(layer, x, dy, few),
             told={"chosen": chosen} if chosen else {},
         )
+
+    def _compiled_on_cpu(self) -> bool:
+        return (self.shape.name, self.tokens, self.r) == ("square-1024", 512, 16)
 
     def _choice(self, layer: Layer, x: Tensor, dy: Tensor) -> dict[str, str]:
         with implementations.noted() as chosen:

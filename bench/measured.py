@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contest import Lab, Row, measure
+import torch
+from contest import OURS, Lab, Row, measure
 from results import write_json
 from selection import Selection
 
 
 class Replay:
     """A timer for pytest-benchmark that goes forward by one sample between two readings."""
+
+    __name__ = "CUDA events" if torch.cuda.is_available() else "time.perf_counter"
 
     def __init__(self) -> None:
         self.now, self._samples, self._running = 0.0, iter([0.0]), False
@@ -29,13 +32,24 @@ class Replay:
 
 
 class Measured:
-    """One peer in one row."""
+    """One peer in one row.
+
+    Args:
+        held_to_budget: whether too large an error is a failure, or only told.
+    """
 
     def __init__(
-        self, entry: dict[str, Any], samples: list[float], benchmark: Any, replay: Replay
+        self,
+        entry: dict[str, Any],
+        samples: list[float],
+        benchmark: Any,
+        replay: Replay,
+        *,
+        held_to_budget: bool,
     ) -> None:
         self.entry, self._samples = entry, samples
         self._benchmark, self._replay = benchmark, replay
+        self._held_to_budget = held_to_budget
 
     def check(self) -> None:
         """Hand the samples on, and fail if the peer failed or is wrong."""
@@ -49,8 +63,8 @@ class Measured:
         self._benchmark.extra_info.update(self.entry)
         self._replay.load(self._samples)
         self._benchmark.pedantic(_nothing, rounds=len(self._samples))
-        # Twice what eager PyTorch is off in the same dtype, and a rounding: see error_budget.
-        assert self.entry.get("error", 0.0) <= 1.0, "further from float64 than its budget"
+        if self._held_to_budget:
+            assert self.entry.get("error", 0.0) <= 1.0, "further from float64 than its budget"
 
 
 class Store:
@@ -82,14 +96,17 @@ class Store:
             self._last = (row, samples)
             self._write(row.table)
         entry = self.tables[row.table][-1]["peers"][peer]
-        return Measured(entry, self._last[1][peer], benchmark, replay)
+        # How near others come is theirs; at toy sizes it shows that they were built right.
+        held = self.lab.is_toy or peer.partition(":")[0] == OURS
+        return Measured(entry, self._last[1][peer], benchmark, replay, held_to_budget=held)
 
     def profiled(self, row: Row, peer: str, benchmark: Any) -> Measured:
         """Write a peer's profile in the place of its times."""
         from profiling import profile
 
         folder = self.out or Path("bench-out")
-        return Measured(profile(row, self.lab, peer, folder), [0.0], benchmark, Replay())
+        entry = profile(row, self.lab, peer, folder)
+        return Measured(entry, [0.0], benchmark, Replay(), held_to_budget=False)
 
     def all_facts(self) -> dict[str, Any]:
         """Return the machine's facts and the ceilings measured so far."""

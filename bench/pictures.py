@@ -10,7 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from floor import dense_operations, extra_operations
 from matplotlib.figure import Figure
-from tables import headline, label, layer_name
+from matplotlib.ticker import StrMethodFormatter
+from tables import headline, label, layer_name, ordered
 
 OURS = "lora_fast"
 MIB = 2**20
@@ -23,7 +24,7 @@ def draw(folder: Path, tables: dict[str, Any]) -> list[str]:
 
     The same data give the same bytes.
     """
-    rows = [row for table in tables.values() for row in table["rows"]]
+    rows = [row for _, table in ordered(tables) for row in table["rows"]]
     linear = tables.get("linear", {"rows": [], "machine": {}})
     drawn = {
         "speedup": _speedup(rows),
@@ -35,9 +36,9 @@ def draw(folder: Path, tables: dict[str, Any]) -> list[str]:
         for name, figure in drawn.items():
             if figure is None:
                 continue
-            figure.tight_layout()
-            figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            png, svg = (folder / f"{name}.{kind}" for kind in ("png", "svg"))
+            figure.savefig(png, dpi=120, bbox_inches="tight", metadata={"Software": None})
+            figure.savefig(svg, bbox_inches="tight", metadata={"Date": None})
             plt.close(figure)
     return [name for name, figure in drawn.items() if figure is not None]
 
@@ -73,6 +74,8 @@ def _speedup(rows: Sequence[Row]) -> Figure | None:
             axes.plot(*zip(*points, strict=True), "o", label=label(peer), alpha=0.8)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis(StrMethodFormatter("{x:g}"))
     axes.set_yticks(places, [_name(row) for row in chosen], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("time of the other / time of lora_fast (right of 1: lora_fast is faster)")

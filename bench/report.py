@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folders = arguments.folders or result_folders()
         text = README.read_text(encoding="utf-8")
+        with_section(text, "")  # before anything is written
         if not arguments.check:
             for folder in folders:
                 write_folder(folder)

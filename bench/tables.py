@@ -85,7 +85,10 @@ def full_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for key, name in (("saved_bytes", "saved"), ("peak_bytes", "peak")):
                 if key in entry:
                     line[f"{peer} {name} MiB"] = entry[key] / MIB
-        for key in ("host_us", "error", "tokens/s", "kept B/weight", "peak B/weight"):
+        for peer, entry in row["peers"].items():
+            if "error" in entry:
+                line["error" if peer == OURS else f"{label(peer)} error"] = entry["error"]
+        for key in ("host_us", "tokens/s", "kept B/weight", "peak B/weight"):
             if key in own:
                 line[key.replace("host_us", "host us")] = own[key]
         if "chosen" in own:
@@ -106,7 +109,12 @@ def facts_line(facts: dict[str, Any]) -> str:
     ]
     missing = facts.get("missing", {})
     if missing:
-        parts.append("missing: " + ", ".join(f"{label(p)} ({why})" for p, why in missing.items()))
+        reasons: dict[str, list[str]] = {}
+        for peer, why in missing.items():
+            reasons.setdefault(why, []).append(label(peer))
+        parts.append(
+            "missing: " + "; ".join(f"{', '.join(p)} ({why})" for why, p in reasons.items())
+        )
     return "; ".join(parts)
 
 
