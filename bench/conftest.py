@@ -37,7 +37,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--tokens", help="numbers of rows M, with commas")
     add("--ranks", help="ranks, with commas")
     add("--dtypes", help="dtypes, with commas")
-    add("--peers", help="who takes part beside lora_fast and the frozen layer, with commas")
+    add(
+        "--peers",
+        help="who takes part beside lora_fast and the frozen layer: names or patterns, with commas",
+    )
     add("--lorafusion", metavar="DIR", help="a checkout of LoRAFusion, another peer")
     add("--rounds", type=int, default=31, help="the most rounds of a row")
     add("--budget", type=float, default=1.0, help="seconds for a row, five rounds in any case")

@@ -87,8 +87,11 @@ class Store:
         """Return a peer's part of a row, which is measured first if it was not."""
         if self._last is None or self._last[0] != row:
             with warnings.catch_warnings():
-                # What torch.compile says of loralib is not ours to repair.
+                # What torch.compile says of loralib is not ours to repair; and where times are
+                # taken, no warning of another library costs a row.
                 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+                if not self.lab.is_toy:
+                    warnings.simplefilter("default")
                 result = measure(row, self.lab, peers)
             # The single samples go to pytest-benchmark's own file.
             samples = {p: entry.pop("samples", []) for p, entry in result["peers"].items()}

@@ -1,5 +1,6 @@
 """Which rows a run measures: from toy sizes, which only show that all runs, to everything."""
 
+import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -75,7 +76,7 @@ def parse(
         tuple(_positive("--tokens", text) for text in _split(tokens)),
         tuple(_positive("--ranks", text) for text in _split(ranks)),
         tuple(DTYPES[name] for name in chosen_dtypes),
-        _known("peer", _split(peers), tuple(known_peers)),
+        _matching("peer", _split(peers), tuple(known_peers)),
     )
 
 
@@ -89,6 +90,13 @@ def _known(what: str, names: Sequence[str], known: Iterable[str]) -> tuple[str, 
         if name not in known:
             raise ValueError(f"unknown {what} {name!r}; known are {', '.join(known)}")
     return tuple(names)
+
+
+def _matching(what: str, patterns: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Like `_known`, and a name may have the wildcards of a shell."""
+    found = {pattern: fnmatch.filter(known, pattern) for pattern in patterns}
+    _known(what, [pattern for pattern, names in found.items() if not names], known)
+    return tuple(dict.fromkeys(name for names in found.values() for name in names))
 
 
 def _positive(option: str, text: str) -> int:
