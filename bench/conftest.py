@@ -54,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available() and not config.getoption("--benchmark"):
         # Triton reads it when it is imported: without a GPU, toy kernels run in its interpreter.
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # pytest-xdist's own, which need not be installed.
+    config.addinivalue_line("markers", "xdist_group(name): tests of a group run in one process")
     try:
         config.stash[_STORE] = _store(config)
     except (ValueError, RuntimeError) as error:
@@ -85,14 +87,15 @@ def _store(config: pytest.Config) -> Store:
     lab = Lab(device, level, clock, option("--lorafusion"))
     facts = machine(device)
     absent = missing(lab)
-    partial = selection.narrowed or option("--quick") or config.option.keyword
+    profiling = option("--profile") is not None
+    partial = selection.narrowed or option("--quick") or config.option.keyword or profiling
     default = ROOT / "bench-out" if partial else RESULTS
     out = option("--out") or default / device_name(facts)
     known = {
         p: reason for p, reason in absent.items() if not selection.peers or p in selection.peers
     }
     facts |= {"selection": level, "missing": known}
-    return Store(lab, selection, facts, out if measuring else None)
+    return Store(lab, selection, facts, out if measuring or profiling else None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -125,8 +128,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     rows: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if hasattr(item, "callspec") and "measured" in item.callspec.params:
-            rows.setdefault(item.callspec.params["measured"][0].id, []).append(item)
+        case = item.callspec.params.get("measured") if hasattr(item, "callspec") else None
+        if isinstance(case, tuple):  # and not the mark of a table without rows
+            rows.setdefault(case[0].id, []).append(item)
     if wanted not in rows:
         near = difflib.get_close_matches(wanted, rows, n=5, cutoff=0.0)
         raise pytest.UsageError(f"unknown row {wanted!r}; known are {', '.join(near)} and others")

@@ -107,8 +107,8 @@ class Store:
         """Write a peer's profile in the place of its times."""
         from profiling import profile
 
-        folder = self.out or Path("bench-out")
-        entry = profile(row, self.lab, peer, folder)
+        assert self.out is not None
+        entry = profile(row, self.lab, peer, self.out)
         return Measured(entry, [0.0], benchmark, Replay(), held_to_budget=False)
 
     def all_facts(self) -> dict[str, Any]:
