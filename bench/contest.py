@@ -143,7 +143,7 @@ def measure(row: Row, lab: Lab, peers: Sequence[str]) -> dict[str, Any]:
         entries[peer] = {"failed": explain(error)}
     for peer in samples.seconds:
         entries[peer] |= _times(row, samples, peer)
-        _guarded(entries[peer], lambda p=peer: _extras(lab, contestants[p], candidates[p]))
+        _guarded(entries[peer], lambda p=peer: _extras(row, lab, contestants[p]))
     _add_errors(row, lab, {p: contestants[p] for p in samples.seconds}, entries)
     result: dict[str, Any] = {"id": row.id, "columns": row.columns(), "peers": entries}
     extra = row.extra_seconds(lab)
@@ -186,11 +186,11 @@ def _times(row: Row, samples: Samples, peer: str) -> dict[str, Any]:
     return found | row.summary(seconds)
 
 
-def _extras(lab: Lab, contestant: Contestant, candidate: Candidate) -> dict[str, Any]:
-    """Memory and the host's time; of a graph, the host's time of a replay."""
+def _extras(row: Row, lab: Lab, contestant: Contestant) -> dict[str, Any]:
+    """Memory, and the host's time where it launches every kernel."""
     eager = Candidate(contestant.steps, contestant.around)
     found: dict[str, Any] = {"peak_bytes": lab.clock.peak_bytes(eager)}
-    host = lab.clock.host_seconds(candidate, calls=1 if lab.is_toy else 10)
+    host = None if row.graph else lab.clock.host_seconds(eager, calls=1 if lab.is_toy else 10)
     if host is not None:
         found["host_us"] = host * 1e6
     if contestant.forward is not None:

@@ -1,5 +1,7 @@
 """The peers are what they are called, and a wrong one would be found."""
 
+import sys
+
 import implementations
 import lora_orders
 import peers
@@ -83,3 +85,25 @@ def test_selecting_peers_keeps_ours_and_the_floor():
     chosen = peers.select(["peft"], list(peers.PEERS))
     assert chosen == ["frozen", "peft", "lora_fast"]
     assert peers.select([], ["a", "b"]) == ["a", "b"]
+
+
+FUSION = """
+import torch.nn.functional as F
+
+def fused_linear_lora(x, linear_w, lora_a, lora_b, alpha, seed=None, dropout_p=0.0, linear_bias=0):
+    assert x.dim() == 3
+    y = F.linear(x, linear_w, linear_bias)
+    return y + F.dropout(x, dropout_p) @ lora_a.t() @ lora_b.t() * alpha
+"""
+
+
+def test_lorafusion_from_a_checkout(lab, tmp_path, monkeypatch):
+    module = tmp_path / "lorafusion" / "ops" / "lora_v1.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(FUSION)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    lab.lorafusion = str(tmp_path)
+    assert "lorafusion" not in peers.missing(lab)
+    assert errors(lab, "lorafusion") == [pytest.approx(0.5, abs=0.5)]
+    for name in [name for name in sys.modules if name.startswith("lorafusion")]:
+        del sys.modules[name]
