@@ -1,6 +1,7 @@
 """The products behind the choice of a forward: two questions that only a GPU can answer.
 
-`addmm_` with beta = 1 against `mm`: is the read of C hidden? Triton's GEMM against the vendor's.
+`addmm_` with beta = 1 against `mm`: is the read of C hidden? Triton's GEMM against the vendor's,
+on Hopper also the one in Gluon whose warps divide fetching and multiplying.
 The third, loralib against the byte model, is answered by `model_table.py FOLDER`.
 """
 
@@ -11,11 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 from contest import Absent, Contestant, Lab, Row
-from implementations import triton_gemm
+from implementations import fused_gemm
 from selection import Selection
 from shapes import TOY, Shape, find_shapes
 
-MM, ADDMM, TRITON = "mm", "addmm_", "triton"
+MM, ADDMM, TRITON, SPECIALISED = "mm", "addmm_", "triton", "specialised"
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,17 @@ class GemmRow(Row):
                 steps.append(partial(torch.mm, x, weight.t()))
             elif peer == ADDMM:
                 steps.append(partial(y.addmm_, x, weight.t()))
-            elif not lab.clock.is_cuda and not lab.is_toy:
-                raise Absent("Triton's kernels need a GPU")
             else:
-                steps.append(triton_gemm(x, weight))
+                step = fused_gemm(x, weight, specialised=peer == SPECIALISED)
+                if step is None:
+                    raise Absent("this chip has no kernel whose warps divide the work")
+                steps.append(step)
         return Contestant(steps)
 
 
 def peers(row: Row) -> list[str]:
     """Return who can take part in a row."""
-    return [MM, ADDMM, TRITON]
+    return [MM, ADDMM, TRITON, SPECIALISED]
 
 
 def rows(selection: Selection) -> Iterator[GemmRow]:

@@ -28,7 +28,8 @@ def forced() -> dict[str, Callable[[], AbstractContextManager[None]]]:
     """Return, by the name of a peer, what makes lora_fast run one implementation.
 
     `lora_fast:split` and the like choose the forward and leave dx to the dispatch,
-    `lora_fast:dx_fused` and the like the reverse; `lora_fast:reference` is plain torch.
+    `lora_fast:dx_fused` and the like the reverse; `lora_fast:reference` is plain torch. On Hopper
+    `lora_fast:specialised` takes the products whose warps divide the work, both ways.
     """
     found: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "lora_fast:reference": partial(lora_fast.use_backend, "reference")
@@ -36,21 +37,34 @@ def forced() -> dict[str, Callable[[], AbstractContextManager[None]]]:
     if not _HAS_TRITON:
         return found
     configs = importlib.import_module("lora_fast.kernels.configs")
-    for what, (_, _, _, choices) in _PLANS.items():
+    for what, (_, _, field, choices) in _PLANS.items():
         for name in get_args(getattr(configs, choices)):
             prefix = "" if what == "forward" else f"{what}_"
-            found[f"lora_fast:{prefix}{name}"] = partial(_force, what, name)
+            found[f"lora_fast:{prefix}{name}"] = partial(_force, what, **{field: name})
+    if torch.cuda.is_available():
+        gemm = configs.architecture(torch.device("cuda")).gemm_specialised
+        if gemm is not None:
+            found["lora_fast:specialised"] = partial(_specialised, gemm)
     return found
 
 
 @contextmanager
-def _force(what: str, name: str) -> Iterator[None]:
-    module, function, field, _ = _PLANS[what]
+def _specialised(gemm: Any) -> Iterator[None]:
+    with (
+        _force("forward", impl="split", gemm=gemm),
+        _force("dx", input_grad="fused", gemm=gemm),
+    ):
+        yield
+
+
+@contextmanager
+def _force(what: str, **chosen: Any) -> Iterator[None]:
+    module, function, _, _ = _PLANS[what]
     kernels = importlib.import_module(f"lora_fast.kernels.{module}")
     plan = getattr(kernels, function)
 
     def forced_plan(*args: Any, **kwargs: Any) -> Any:
-        return replace(plan(*args, **kwargs), **{field: name})
+        return replace(plan(*args, **kwargs), **chosen)
 
     setattr(kernels, function, forced_plan)
     try:
@@ -98,10 +112,18 @@ def noted() -> Iterator[dict[str, str]]:
             setattr(kernels, function, plan)
 
 
-def triton_gemm(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
-    """Return the fused kernel's product of x (M, K) and weight (N, K) with a rank of 16 added."""
+def fused_gemm(
+    x: torch.Tensor, weight: torch.Tensor, *, specialised: bool
+) -> Callable[[], object] | None:
+    """Return the fused kernel's product of x (M, K) and weight (N, K) with a rank of 16 added.
+
+    `specialised` takes the tile whose warps divide the work; None where the chip has none.
+    """
     gemm = importlib.import_module("lora_fast.kernels.lora_gemm").lora_gemm
     configs = importlib.import_module("lora_fast.kernels.configs")
-    config = configs.gemm_config(configs.architecture(x.device), x.shape[0], x.dtype)
+    arch = configs.architecture(x.device)
+    config = arch.gemm_specialised if specialised else configs.gemm_config(arch, len(x), x.dtype)
+    if config is None or (specialised and not x.is_cuda):
+        return None
     s, up = x.new_ones(x.shape[0], 16), weight.new_ones(weight.shape[0], 16)
     return lambda: gemm(x, weight, up, t=s, config=config)
