@@ -48,14 +48,14 @@ export -f build
 export python
 : > "$out/stages.txt"
 stage build 180 bash -c build
-stage tests 120 "$python" -P -m pytest -q -p no:cacheprovider --maxfail 30 \
-  tests/csrc tests/kernels tests/test_autograd.py
-stage gpu-tests 60 "$python" -P -m pytest -q -p no:cacheprovider --maxfail 30 -m gpu \
-  --continue-on-collection-errors --ignore tests/csrc --ignore tests/kernels tests
+stage tests 150 "$python" -P -m pytest -q -p no:cacheprovider --maxfail 30 \
+  tests/kernels tests/csrc tests/fused tests/test_autograd.py
 bench questions 40 bench/bench_gemm.py
 bench linear 100 bench/bench_linear.py --budget 0.3 \
   --peers 'loralib,peft,addmm-order,lora-first,lora_fast:*'
 bench merge 40 bench/bench_merge.py --budget 0.3
+stage gpu-tests 60 "$python" -P -m pytest -q -p no:cacheprovider --maxfail 30 -m gpu \
+  --continue-on-collection-errors --ignore tests/csrc --ignore tests/kernels tests
 stage tune 45 "$python" -P -c 'import sys; from lora_fast.cli import main; sys.exit(main())' \
   tune --shapes 8192,4096,4096,16 1,4096,4096,16 --minutes 0.6 --out "$out/tuned.json"
 bench layers 50 bench/bench_layers.py --budget 0.3

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pictures import draw
 from results import RESULTS, ROOT, markdown, read
 from tables import facts_line, full_rows, ordered, readme_rows, summary_rows
 
@@ -35,6 +34,11 @@ def write_folder(folder: Path) -> None:
             f"`error` is in units of the error budget, at most 1.\n\n{markdown(rows)}\n"
         )
         (folder / f"{name}.md").write_text(text)
+    try:
+        from pictures import draw
+    except ImportError as error:  # matplotlib is an extra
+        print(f"no pictures: {error}", file=sys.stderr)
+        return
     draw(folder, tables)
 
 
