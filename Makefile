@@ -35,8 +35,11 @@ demo: $(READY)
 test: $(READY)
 	$(ONE_THREAD) $(PYTEST) $(PYTEST_ARGS)
 
+# All peers in turns, into bench/results/<device>, then the README's numbers from there. A few rows
+# into bench-out/: make bench BENCH_ARGS=--quick
 bench: $(READY)
-	$(BIN)/python bench/bench_layers.py $(BENCH_ARGS)
+	$(PYTEST) bench --benchmark $(BENCH_ARGS)
+	$(BIN)/python bench/report.py
 
 # For a GPU machine that reaches no registry: carry wheels/ there.
 wheels: $(READY)

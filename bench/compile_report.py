@@ -30,7 +30,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
 from compile_calls import Case, cases
-from harness import markdown, write
+from results import markdown, write
 from tqdm import tqdm  # type: ignore[import-untyped]
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia_driver

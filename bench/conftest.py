@@ -1,15 +1,168 @@
-"""`pytest bench --benchmark` measures; without the option the benchmarks are skipped."""
+"""`pytest bench --benchmark` measures; without the option toy sizes show that everything runs.
+
+An item is one peer in one row. The first item of a row measures all of its peers in turns; each
+item then hands its own samples to pytest-benchmark, whose options work as ever.
+"""
+
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from clock import Clock, pin_cpu
+from contest import OURS, Lab
+from measured import Measured, Replay, Store
+from results import RESULTS, device_name, machine
+from selection import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+_STORE = pytest.StashKey[Store]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option."""
-    parser.addoption("--benchmark", action="store_true", help="run the benchmarks")
+    """Add the options."""
+    group = parser.getgroup("bench", "lora_fast's benchmarks")
+    add = group.addoption
+    add("--benchmark", action="store_true", help="measure; without it toy sizes show that all runs")
+    add("--quick", action="store_true", help="a few rows: under two minutes on a CPU")
+    add("--full", action="store_true", help="every combination: hours")
+    add("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default")
+    add("--shapes", help="shape sets or shapes of Linear, with commas")
+    add("--tokens", help="numbers of rows M, with commas")
+    add("--ranks", help="ranks, with commas")
+    add("--dtypes", help="dtypes, with commas")
+    add(
+        "--peers",
+        help="who takes part beside lora_fast and the frozen layer: names or patterns, with commas",
+    )
+    add("--lorafusion", metavar="DIR", help="a checkout of LoRAFusion, another peer")
+    add("--rounds", type=int, default=31, help="the most rounds of a row")
+    add("--budget", type=float, default=1.0, help="seconds for a row, five rounds in any case")
+    add("--threads", type=int, default=2, help="threads on a CPU, bound to as many cores")
+    add("--out", type=Path, metavar="FOLDER", help="where results go")
+    add("--profile", metavar="ROW", help="no times, a profile of every peer in this row")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up the device and what is measured on it."""
+    if not torch.cuda.is_available() and not config.getoption("--benchmark"):
+        # Triton reads it when it is imported: without a GPU, toy kernels run in its interpreter.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    # pytest-xdist's own, which need not be installed.
+    config.addinivalue_line("markers", "xdist_group(name): tests of a group run in one process")
+    try:
+        config.stash[_STORE] = _store(config)
+    except (ValueError, RuntimeError) as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def _store(config: pytest.Config) -> Store:
+    from peers import PEERS, missing  # which imports the kernels
+
+    option = config.getoption
+    measuring = option("--benchmark")
+    if not measuring:
+        # pytest-benchmark reads its option after this.
+        config.option.benchmark_disable = True
+    level = "toy"
+    if measuring:
+        level = "quick" if option("--quick") else "full" if option("--full") else "standard"
+    cuda = torch.cuda.is_available()
+    device = torch.device(option("--device") or ("cuda" if cuda else "cpu"))
+    if device.type == "cuda" and not cuda:
+        raise ValueError(f"--device {device}: there is no GPU here; known is cpu")
+    lists = {name: option(f"--{name}") for name in ("shapes", "tokens", "ranks", "dtypes", "peers")}
+    selection = parse(level, device, **lists, known_peers=[p for p in PEERS if p != OURS])
+    if measuring and device.type == "cpu":
+        pin_cpu(option("--threads"))
+    clock = Clock(device, rounds=option("--rounds"), budget=option("--budget"))
+    if not measuring:
+        clock = Clock(device, rounds=1, budget=0.0, sample=0.0)
+    lab = Lab(device, level, clock, option("--lorafusion"))
+    facts = machine(device)
+    absent = missing(lab)
+    profiling = option("--profile") is not None
+    partial = selection.narrowed or option("--quick") or config.option.keyword or profiling
+    default = ROOT / "bench-out" if partial else RESULTS
+    out = option("--out") or default / device_name(facts)
+    known = {
+        p: reason for p, reason in absent.items() if not selection.peers or p in selection.peers
+    }
+    facts |= {"selection": level, "missing": known}
+    return Store(lab, selection, facts, out if measuring or profiling else None)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make one item for each peer in each row of a benchmark's table."""
+    if "measured" not in metafunc.fixturenames:
+        return
+    from peers import select
+
+    store = metafunc.config.stash[_STORE]
+    module, cases = metafunc.module, []
+    for row in module.rows(store.selection):
+        peers = select(store.selection.peers, module.peers(row))
+        peers = [peer for peer in peers if peer not in store.facts["missing"]]
+        for peer in peers:
+            replay = Replay()
+            marks = [
+                pytest.mark.benchmark(group=f"{row.table} {row.id}", timer=replay),
+                pytest.mark.xdist_group(f"{row.table} {row.id}"),  # all of a row in one process
+            ]
+            cases.append(
+                pytest.param((row, peers, peer, replay), id=f"{row.id}-{peer}", marks=marks)
+            )
+    metafunc.parametrize("measured", cases, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip everything unless asked."""
-    if not config.getoption("--benchmark"):
-        for item in items:
-            item.add_marker(pytest.mark.skip(reason="a benchmark: run it with --benchmark"))
+    """Keep the one row that is to be profiled."""
+    wanted = config.getoption("--profile")
+    if wanted is None:
+        return
+    rows: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        case = item.callspec.params.get("measured") if hasattr(item, "callspec") else None
+        if isinstance(case, tuple):  # and not the mark of a table without rows
+            rows.setdefault(case[0].id, []).append(item)
+    if wanted not in rows:
+        near = difflib.get_close_matches(wanted, rows, n=5, cutoff=0.0)
+        raise pytest.UsageError(f"unknown row {wanted!r}; known are {', '.join(near)} and others")
+    config.hook.pytest_deselected(items=[item for item in items if item not in rows[wanted]])
+    items[:] = rows[wanted]
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest, benchmark: Any) -> Measured:
+    """One peer in one row, measured."""
+    row, peers, peer, replay = request.param
+    store = request.config.stash[_STORE]
+    if request.config.getoption("--profile"):
+        return store.profiled(row, peer, benchmark)
+    return store.measured(row, peers, peer, benchmark, replay)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
+    """Put versions, GPU, driver and commit into pytest-benchmark's JSON."""
+    machine_info["lora_fast"] = config.stash[_STORE].all_facts()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write tables and pictures of what was measured, also after Ctrl-C."""
+    session.config.stash[_STORE].finish()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say who was missing, what failed and where the results are."""
+    store = config.stash[_STORE]
+    if store.out is None or not store.tables:
+        return
+    terminalreporter.section("lora_fast")
+    for line in store.summary():
+        terminalreporter.write_line(line)

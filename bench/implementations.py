@@ -1,0 +1,129 @@
+"""Every way in which lora_fast can run a linear layer, and what its dispatch chose.
+
+The names come from the types of `lora_fast.kernels.configs`, so a new implementation there takes
+part here without being listed.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, get_args
+
+import torch
+
+import lora_fast
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# In which module a plan is asked for, by which name, and which field of it names the choice.
+_PLANS = {
+    "forward": ("lora_linear_fwd", "forward_plan", "impl", "ForwardImpl"),
+    "dx": ("lora_linear_bwd", "backward_plan", "input_grad", "InputGradImpl"),
+}
+
+
+def forced() -> dict[str, Callable[[], AbstractContextManager[None]]]:
+    """Return, by the name of a peer, what makes lora_fast run one implementation.
+
+    `lora_fast:split` and the like choose the forward and leave dx to the dispatch,
+    `lora_fast:dx_fused` and the like the reverse; `lora_fast:reference` is plain torch. On Hopper
+    `lora_fast:specialised` takes the products whose warps divide the work, both ways.
+    """
+    found: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "lora_fast:reference": partial(lora_fast.use_backend, "reference")
+    }
+    if not _HAS_TRITON:
+        return found
+    configs = importlib.import_module("lora_fast.kernels.configs")
+    for what, (_, _, field, choices) in _PLANS.items():
+        for name in get_args(getattr(configs, choices)):
+            prefix = "" if what == "forward" else f"{what}_"
+            found[f"lora_fast:{prefix}{name}"] = partial(_force, what, **{field: name})
+    if torch.cuda.is_available():
+        gemm = configs.architecture(torch.device("cuda")).gemm_specialised
+        if gemm is not None:
+            found["lora_fast:specialised"] = partial(_specialised, gemm)
+    return found
+
+
+@contextmanager
+def _specialised(gemm: Any) -> Iterator[None]:
+    with (
+        _force("forward", impl="split", gemm=gemm),
+        _force("dx", input_grad="fused", gemm=gemm),
+    ):
+        yield
+
+
+@contextmanager
+def _force(what: str, **chosen: Any) -> Iterator[None]:
+    module, function, _, _ = _PLANS[what]
+    kernels = importlib.import_module(f"lora_fast.kernels.{module}")
+    plan = getattr(kernels, function)
+
+    def forced_plan(*args: Any, **kwargs: Any) -> Any:
+        return replace(plan(*args, **kwargs), **chosen)
+
+    setattr(kernels, function, forced_plan)
+    try:
+        with on_kernels():
+            yield
+    finally:
+        setattr(kernels, function, plan)
+
+
+@contextmanager
+def on_kernels() -> Iterator[None]:
+    """Run the fused kernels, which on a CPU takes Triton's interpreter."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with lora_fast.use_backend("triton"):
+        yield
+
+
+@contextmanager
+def noted() -> Iterator[dict[str, str]]:
+    """Note what the dispatch chooses while the body runs: `{"forward": "split", ...}`."""
+    seen: dict[str, str] = {}
+    if not _HAS_TRITON:
+        yield seen
+        return
+    originals = []
+    for what, (module, function, field, _) in _PLANS.items():
+        kernels = importlib.import_module(f"lora_fast.kernels.{module}")
+        plan = getattr(kernels, function)
+
+        def noting(
+            *args: Any, _plan: Any = plan, _what: str = what, _field: str = field, **kwargs: Any
+        ) -> Any:
+            chosen = _plan(*args, **kwargs)
+            seen[_what] = str(getattr(chosen, _field))
+            return chosen
+
+        originals.append((kernels, function, plan))
+        setattr(kernels, function, noting)
+    try:
+        yield seen
+    finally:
+        for kernels, function, plan in originals:
+            setattr(kernels, function, plan)
+
+
+def fused_gemm(
+    x: torch.Tensor, weight: torch.Tensor, *, specialised: bool
+) -> Callable[[], object] | None:
+    """Return the fused kernel's product of x (M, K) and weight (N, K) with a rank of 16 added.
+
+    `specialised` takes the tile whose warps divide the work; None where the chip has none.
+    """
+    gemm = importlib.import_module("lora_fast.kernels.lora_gemm").lora_gemm
+    configs = importlib.import_module("lora_fast.kernels.configs")
+    arch = configs.architecture(x.device)
+    config = arch.gemm_specialised if specialised else configs.gemm_config(arch, len(x), x.dtype)
+    if config is None or (specialised and not x.is_cuda):
+        return None
+    s, up = x.new_ones(x.shape[0], 16), weight.new_ones(weight.shape[0], 16)
+    return lambda: gemm(x, weight, up, t=s, config=config)

@@ -1,0 +1,147 @@
+"""From the contest to pytest: results are kept on disk and handed to pytest-benchmark."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contest import OURS, Lab, Row, measure
+from results import write_json
+from selection import Selection
+
+
+class Replay:
+    """A timer for pytest-benchmark that goes forward by one sample between two readings."""
+
+    __name__ = "CUDA events" if torch.cuda.is_available() else "time.perf_counter"
+
+    def __init__(self) -> None:
+        self.now, self._samples, self._running = 0.0, iter([0.0]), False
+
+    def load(self, samples: list[float]) -> None:
+        """Set what the next readings tell."""
+        self._samples, self._running = iter(samples), False
+
+    def __call__(self) -> float:
+        """Return the time."""
+        if self._running:
+            self.now += next(self._samples)
+        self._running = not self._running
+        return self.now
+
+
+class Measured:
+    """One peer in one row.
+
+    Args:
+        held_to_budget: whether too large an error is a failure, or only told.
+    """
+
+    def __init__(
+        self,
+        entry: dict[str, Any],
+        samples: list[float],
+        benchmark: Any,
+        replay: Replay,
+        *,
+        held_to_budget: bool,
+    ) -> None:
+        self.entry, self._samples = entry, samples
+        self._benchmark, self._replay = benchmark, replay
+        self._held_to_budget = held_to_budget
+
+    def check(self) -> None:
+        """Hand the samples on, and fail if the peer failed or is wrong."""
+        if "absent" in self.entry:
+            pytest.skip(self.entry["absent"])
+        if self.entry.get("failed", "").endswith("out of memory"):
+            pytest.skip(self.entry["failed"])
+        problem = self.entry.get("failed") or self.entry.get("incomplete")
+        if problem:  # told from inside, so that pytest-benchmark knows of it
+            self._benchmark.pedantic(_fail, args=(problem,))
+        self._benchmark.extra_info.update(self.entry)
+        self._replay.load(self._samples)
+        self._benchmark.pedantic(_nothing, rounds=len(self._samples))
+        if self._held_to_budget:
+            assert self.entry.get("error", 0.0) <= 1.0, "further from float64 than its budget"
+
+
+class Store:
+    """All that was measured; every row is on disk as soon as it is there.
+
+    Args:
+        out: where; None to write nothing.
+    """
+
+    def __init__(
+        self, lab: Lab, selection: Selection, facts: dict[str, Any], out: Path | None
+    ) -> None:
+        self.lab, self.selection, self.facts, self.out = lab, selection, facts, out
+        self.tables: dict[str, list[dict[str, Any]]] = {}
+        self._last: tuple[Row, dict[str, list[float]]] | None = None
+
+    def measured(
+        self, row: Row, peers: list[str], peer: str, benchmark: Any, replay: Replay
+    ) -> Measured:
+        """Return a peer's part of a row, which is measured first if it was not."""
+        if self._last is None or self._last[0] != row:
+            with warnings.catch_warnings():
+                # What torch.compile says of loralib is not ours to repair; and where times are
+                # taken, no warning of another library costs a row.
+                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+                if not self.lab.is_toy:
+                    warnings.simplefilter("default")
+                result = measure(row, self.lab, peers)
+            # The single samples go to pytest-benchmark's own file.
+            samples = {p: entry.pop("samples", []) for p, entry in result["peers"].items()}
+            self.tables.setdefault(row.table, []).append(result)
+            self._last = (row, samples)
+            self._write(row.table)
+        entry = self.tables[row.table][-1]["peers"][peer]
+        # How near others come is theirs; at toy sizes it shows that they were built right.
+        held = self.lab.is_toy or peer.partition(":")[0] == OURS
+        return Measured(entry, self._last[1][peer], benchmark, replay, held_to_budget=held)
+
+    def profiled(self, row: Row, peer: str, benchmark: Any) -> Measured:
+        """Write a peer's profile in the place of its times."""
+        from profiling import profile
+
+        assert self.out is not None
+        entry = profile(row, self.lab, peer, self.out)
+        return Measured(entry, [0.0], benchmark, Replay(), held_to_budget=False)
+
+    def all_facts(self) -> dict[str, Any]:
+        """Return the machine's facts and the ceilings measured so far."""
+        return self.facts | self.lab.facts()
+
+    def _write(self, table: str) -> None:
+        if self.out is not None:
+            write_json(self.out, table, self.all_facts(), self.tables[table])
+
+    def finish(self) -> None:
+        """Write the tables and pictures of what was measured."""
+        if self.out is None or not self.tables:
+            return
+        from report import write_folder
+
+        write_folder(self.out)
+
+    def summary(self) -> list[str]:
+        """Return the last lines of the terminal."""
+        lines = [f"{p}: missing, {why}" for p, why in self.facts["missing"].items()]
+        for name, rows in self.tables.items():
+            for row in rows:
+                for peer, entry in row["peers"].items():
+                    problem = entry.get("failed") or entry.get("incomplete")
+                    if problem:
+                        lines.append(f"{name} {row['id']} {peer}: {problem}")
+        return [*lines, f"results: {self.out}"]
+
+
+def _nothing() -> None:
+    pass
+
+
+def _fail(problem: str) -> None:
+    raise AssertionError(problem)

@@ -1,0 +1,129 @@
+"""Results as tables and pictures, and the README's measurements made from them.
+
+    python bench/report.py [--check] [FOLDER...]
+
+Writes every table of each folder as Markdown, its pictures, and the part of the README between its
+two markers. Without folders: all in bench/results. With --check nothing is written, and the exit
+status is 1 if the README differs from the results.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from results import RESULTS, ROOT, markdown, read
+from tables import facts_line, full_rows, ordered, readme_rows, summary_rows
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def write_folder(folder: Path) -> None:
+    """Write the Markdown tables and the pictures of a folder.
+
+    Raises:
+        ValueError: there are no results in it.
+    """
+    tables = read(folder)
+    for name, table in ordered(tables):
+        rows = full_rows(table["rows"])
+        text = (
+            f"{facts_line(table['machine'])}\n\nColumns that end in / are how many times as long "
+            "as lora_fast the others take, above 1 where lora_fast is faster, with quartiles. "
+            f"`error` is in units of the error budget, at most 1.\n\n{markdown(rows)}\n"
+        )
+        (folder / f"{name}.md").write_text(text)
+    try:
+        from pictures import draw
+    except ImportError as error:  # matplotlib is an extra
+        print(f"no pictures: {error}", file=sys.stderr)
+        return
+    draw(folder, tables)
+
+
+def section(folders: Sequence[Path]) -> str:
+    """Return the README's part: for each folder the machine, a summary, a table and pictures.
+
+    Raises:
+        ValueError: a folder has no results.
+    """
+    parts = []
+    for folder in folders:
+        tables = read(folder)
+        names = [name for name, _ in ordered(tables)]
+        facts = tables[names[0]]["machine"]
+        where = _relative(folder)
+        links = ", ".join(f"[{name}]({where}/{name}.md)" for name in names)
+        rows = [row for _, table in ordered(tables) for row in table["rows"]]
+        parts += [
+            f"### {folder.name}",
+            f"{facts_line(facts)}. All rows: {links}.",
+            markdown(summary_rows(tables)),
+            "Rank 16, the most rows of each shape; a column that ends in / is how many times as "
+            "long as lora_fast the other takes:",
+            markdown(readme_rows(rows)),
+        ]
+        if (folder / "speedup.svg").is_file():
+            parts.append(f"![Speed-up by shape against each peer]({where}/speedup.svg)")
+    return "\n\n".join(parts)
+
+
+def _relative(folder: Path) -> str:
+    folder = folder.resolve()
+    return folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else str(folder)
+
+
+def with_section(text: str, generated: str) -> str:
+    """Return a README with its generated part replaced.
+
+    Raises:
+        ValueError: the markers are not there, once each.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the README needs the markers {BEGIN} and {END}, once and in this order")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{generated}\n\n{END}{rest.split(END)[1]}"
+
+
+def result_folders() -> list[Path]:
+    """Return the folders of bench/results that hold measurements."""
+    found = []
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        try:
+            read(folder)
+        except ValueError:
+            continue
+        found.append(folder)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write everything; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
+    parser.add_argument("--check", action="store_true", help="compare the README, write nothing")
+    arguments = parser.parse_args(argv)
+    try:
+        folders = arguments.folders or result_folders()
+        text = README.read_text(encoding="utf-8")
+        with_section(text, "")  # before anything is written
+        if not arguments.check:
+            for folder in folders:
+                write_folder(folder)
+        new = with_section(text, section(folders))
+    except ValueError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    if arguments.check:
+        if new != text:
+            print(
+                "the README differs from the results: run python bench/report.py", file=sys.stderr
+            )
+        return int(new != text)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Results on disk: which machine they belong to, as JSON, and as Markdown tables."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Describe the machine, the versions and the commit that a measurement belongs to."""
+    facts: dict[str, Any] = {}
+    if device.type == "cuda":
+        from clock import nvidia_smi
+
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
+        facts["driver"] = next(iter(nvidia_smi("driver_version")), "unknown")
+    facts |= {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    for package in ("torch", "triton", "loralib", "peft"):
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "missing"
+    facts |= {
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+        "commit": _commit(),
+    }
+    return facts
+
+
+def device_name(facts: dict[str, Any]) -> str:
+    """Return the folder of a machine's results: `nvidia-h200`, `xeon-2-cores`."""
+    if "gpu" in facts:
+        return _slug(facts["gpu"])
+    name = re.sub(r"\(R\)|\(TM\)|\(.*?\)|@.*|\b(Intel|AMD|CPU|Processor)\b", " ", facts["cpu"])
+    return f"{_slug(name) or 'cpu'}-{facts['cores']}-cores"
+
+
+def _slug(text: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9.]+", text.lower()))
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return ""
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    # What was measured is this commit only if the sources are as they are in it.
+    sources = ("lora_fast", "kernels", "csrc", "bench/*.py")
+    return f"{commit} with changes" if git("status", "--porcelain", "--", *sources) else commit
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(
+        (part.strip() for part in line.split(":", 1)) for line in text.splitlines() if ":" in line
+    )
+    # Virtual machines hide the name; family and model still tell the generation.
+    numbers = f"family {fields.get('cpu family')} model {fields.get('model')}"
+    return f"{fields.get('model name', 'unknown')} ({numbers})"
+
+
+def write(folder: Path, name: str, facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Write flat `rows` as JSON and as a Markdown table, headed by the machine."""
+    write_json(folder, name, facts, rows)
+    head = ", ".join(f"{key} {value}" for key, value in facts.items())
+    (folder / f"{name}.md").write_text(f"{head}\n\n{markdown(rows)}\n")
+
+
+def write_json(
+    folder: Path, name: str, facts: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> None:
+    """Write rows as `name.json`, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{name}.json.part"
+    part.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+    part.replace(folder / f"{name}.json")
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return every table of a folder of results, by name.
+
+    Raises:
+        ValueError: there is no such folder, or no results in it; the message lists those known.
+    """
+    tables = {}
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from None
+        if isinstance(found, dict) and all("peers" in row for row in found.get("rows", [{}])):
+            tables[path.stem] = found
+    if not tables:
+        known = sorted(str(path.parent) for path in RESULTS.glob("*/*.json"))
+        listed = ", ".join(dict.fromkeys(known)) or "none"
+        raise ValueError(f"no results in folder {str(folder)!r}; known are {listed}")
+    return tables
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Return `rows` as a Markdown table; numbers get three significant digits."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join(number(row.get(column, "")) for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def number(value: object) -> str:
+    """Return a cell: three significant digits, without an exponent below a million."""
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:.3g}"
+    return short if "e" not in short or not 1e-4 < abs(value) < 1e6 else f"{value:.0f}"

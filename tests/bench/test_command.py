@@ -1,0 +1,97 @@
+"""The command `pytest bench --benchmark`: results, Ctrl-C, a profile, one line for bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# The smallest rows that are measured, on one thread: this is about what is written.
+SMALL = ("--quick", "--rounds", "1", "--budget", "0", "--threads", "1", "--device", "cpu")
+pytestmark = pytest.mark.slow
+
+
+def command(*arguments: str | Path) -> list[str]:
+    start = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    options = ("bench", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+    return [sys.executable, "-P", "-c", start, *options, *map(str, arguments)]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, text=True, capture_output=True, timeout=300, check=False
+    )
+
+
+def test_ctrl_c_writes_what_was_measured(tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command("--benchmark", *SMALL, "-k", "Conv2d", "--out", out),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 200
+    while not (out / "layers.json").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode == 2, text
+    assert "KeyboardInterrupt" in text
+    (row,) = json.loads((out / "layers.json").read_text())["rows"]
+    assert row["columns"]["layer"] == "Conv2d"
+    assert (out / "layers.md").exists()
+    assert (out / "speedup.png").exists()
+    assert f"results: {out}" in text
+
+
+def test_results_and_pytest_benchmarks_own_json(tmp_path):
+    own = tmp_path / "own.json"
+    done = run(
+        "--benchmark", *SMALL, "-k", "Conv2d and layers", "--out", tmp_path, "--benchmark-json", own
+    )
+    assert done.returncode == 0, done.stdout
+    table = json.loads((tmp_path / "layers.json").read_text())
+    facts, (row,) = table["machine"], table["rows"]
+    assert {"cpu", "torch", "loralib", "python", "commit", "date", "threads"} <= set(facts)
+    assert facts["missing"]["lorafusion"] == "no --lorafusion DIR was given"
+    ours = row["peers"]["lora_fast"]
+    assert {"us", "ratio", "saved_bytes", "peak_bytes", "error"} <= set(ours)
+    found = json.loads(own.read_text())
+    names = {bench["name"].rpartition("-")[2].rstrip("]"): bench for bench in found["benchmarks"]}
+    assert set(names) == {"frozen", "loralib", "lora_fast", "lora_fast:reference"}
+    assert {bench["group"] for bench in names.values()} == {f"layers {row['id']}"}
+    assert names["lora_fast"]["stats"]["median"] * 1e6 == pytest.approx(ours["us"])
+    assert found["machine_info"]["lora_fast"]["commit"] == facts["commit"]
+
+
+def test_profile_of_one_row(tmp_path):
+    name = "MergedLinear-16-M6-r4-p0-float32-fwd+bwd"
+    done = run("--profile", name, "--out", tmp_path, "-k", "lora_fast and not reference")
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
+    table = (tmp_path / f"profile-{name}-lora_fast.md").read_text()
+    assert "aten::addmm" in table or "aten::mm" in table
+    assert json.loads((tmp_path / f"profile-{name}-lora_fast.json").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shapes", "llama-9"), "unknown shape set 'llama-9'; known are square"),
+        (("--profile", "Linear"), "unknown row 'Linear'; known are"),
+    ],
+)
+def test_bad_options_are_one_line(options, message):
+    done = run("--benchmark", *SMALL, *options)
+    assert done.returncode == 4
+    (line,) = [part for part in (done.stdout + done.stderr).splitlines() if "unknown" in part]
+    assert line.startswith(f"ERROR: {message}")

@@ -1,0 +1,65 @@
+"""`compare.py`: what counts as slower."""
+
+from typing import Any
+
+import compare
+import pytest
+
+
+def row(name: str, ratio: list[float], **more: Any) -> dict[str, Any]:
+    ours = more.get("ours", {"us": 1.0})
+    return {"id": name, "columns": {}, "peers": {"frozen": {"ratio": ratio}, "lora_fast": ours}}
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "word"),
+    [
+        ([0.90, 0.88, 0.92], [0.90, 0.88, 0.92], "same"),
+        ([0.90, 0.88, 0.92], [0.86, 0.84, 0.89], "same"),  # the spreads overlap
+        ([0.90, 0.88, 0.92], [0.86, 0.85, 0.87], "same"),  # apart, but within the slack
+        ([0.90, 0.88, 0.92], [0.80, 0.78, 0.82], "SLOWER"),
+        ([0.90, 0.88, 0.92], [1.00, 0.98, 1.02], "faster"),
+        ([0.90], [0.80], "SLOWER"),  # without a spread
+    ],
+)
+def test_verdict(then, now, word):
+    line = compare.verdict(row("a", then), row("a", now), slack=0.03)
+    assert line["verdict"] == word
+    assert line["against"] == "frozen"
+
+
+def test_a_row_that_fails_now_got_slower():
+    failed = row("a", [0.9], ours={"failed": "out of memory"})
+    assert compare.verdict(row("a", [0.9]), failed, 0.03)["verdict"] == "SLOWER"
+    assert compare.verdict(failed, failed, 0.03)["verdict"] == "same"
+
+
+def test_loralib_is_the_yardstick_where_there_is_no_frozen_layer():
+    old, new = ({"id": "a", "peers": {"loralib": {"ratio": [r]}}} for r in (3.0, 2.0))
+    assert compare.verdict(old, new, 0.03)["against"] == "loralib"
+    assert compare.verdict({"id": "a", "peers": {}}, new, 0.03) is None
+
+
+def test_exit_status(save, capsys):
+    old = save("old", row("a", [0.9, 0.88, 0.92]), row("b", [2.0, 1.9, 2.1]))
+    slower = save("slower", row("a", [0.7, 0.68, 0.72]), row("c", [1.0]))
+    assert compare.main([str(old), str(old)]) == 0
+    assert "2 rows compared, 0 slower, 0 faster" in capsys.readouterr().out
+    assert compare.main([str(old), str(slower)]) == 1
+    assert "1 rows compared, 1 slower" in capsys.readouterr().out
+    assert compare.main([str(slower), str(old)]) == 0
+
+
+def test_bad_folders_are_one_line(save, capsys, tmp_path):
+    good = save("good", row("a", [0.9]))
+    other = save("other", row("z", [0.9]))
+    assert compare.main([str(good), str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "nowhere" in error
+    assert "bench/results" in error  # what is known
+    assert compare.main([str(good), str(other)]) == 2
+    assert "no row in common" in capsys.readouterr().err
+    (good / "linear.json").write_text("{")
+    assert compare.main([str(good), str(other)]) == 2
+    assert "is no JSON" in capsys.readouterr().err

@@ -1,0 +1,155 @@
+"""A row goes on when a peer fails; what was measured is kept."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from contest import Absent, Contestant, measure
+from measured import Measured, Replay, Store
+from selection import Selection
+
+
+def out_of_memory() -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+
+def quick() -> Contestant:
+    return Contestant([lambda: torch.zeros(1000)])
+
+
+def outputs(value: float) -> Contestant:
+    y = torch.tensor([1.0, value])
+    return Contestant([lambda: y], outputs=lambda: {"y": y})
+
+
+def test_out_of_memory_is_told_and_the_row_goes_on(fake_row, lab):
+    def absent() -> Contestant:
+        raise Absent("has no such layer")
+
+    builders = {
+        "builds too much": out_of_memory,
+        "runs too much": lambda: Contestant([out_of_memory]),
+        "absent": absent,
+        "broken": lambda: Contestant([lambda: 1 // 0]),
+        "frozen": quick,
+        "lora_fast": quick,
+    }
+    found = measure(fake_row("a", builders), lab, list(builders))["peers"]
+    assert found["builds too much"] == {"failed": "out of memory"}
+    assert found["runs too much"] == {"failed": "out of memory"}
+    assert found["absent"] == {"absent": "has no such layer"}
+    assert found["broken"]["failed"].startswith("ZeroDivisionError")
+    for peer in ("frozen", "lora_fast"):
+        assert found[peer]["us_low"] <= found[peer]["us"] <= found[peer]["us_high"]
+        assert len(found[peer]["samples"]) == 5
+        assert found[peer]["peak_bytes"] == 4000
+    assert found["lora_fast"]["ratio"] == [1.0, 1.0, 1.0]
+
+
+def test_a_step_that_fails_later_costs_only_its_own_peer(fake_row, lab):
+    calls = iter(range(100))
+
+    def third_time_unlucky() -> None:
+        if next(calls) == 2:
+            raise RuntimeError("lost")
+
+    builders = {"late": lambda: Contestant([third_time_unlucky]), "lora_fast": quick}
+    found = measure(fake_row("a", builders), lab, list(builders))["peers"]
+    assert found["late"] == {"failed": "RuntimeError: lost"}
+    assert len(found["lora_fast"]["samples"]) == 5
+
+
+def test_efficiency_is_the_ideal_over_the_time(fake_row, lab):
+    builders = {"frozen": quick, "lora_fast": quick}
+    row = measure(fake_row("a", builders, extra=1e-6), lab, list(builders))
+    assert row["ideal_us"] == pytest.approx(row["peers"]["frozen"]["us"] + 1.0)
+    ours = row["peers"]["lora_fast"]
+    assert ours["efficiency"] == pytest.approx(row["ideal_us"] / ours["us"])
+
+
+@pytest.mark.parametrize(
+    ("value", "right"), [(2.0, True), (2.04, False), (float("nan"), False), (float("inf"), False)]
+)
+def test_error_is_in_units_of_the_budget(fake_row, lab, value, right):
+    oracle = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    builders = {"lora_fast": lambda: outputs(value)}
+    row = fake_row("a", builders, oracle=({"y": oracle.float()}, {"y": oracle}))
+    error = measure(row, lab, ["lora_fast"])["peers"]["lora_fast"]["error"]
+    assert (error <= 1.0) is right
+
+
+class Benchmark:
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.rounds = 0
+
+    def pedantic(self, target: Any, args: Any = (), rounds: int = 1) -> None:
+        target(*args)
+        self.rounds = rounds
+
+
+def check(entry: dict[str, Any], *, held: bool = True) -> Benchmark:
+    benchmark = Benchmark()
+    Measured(entry, [1.0, 2.0], benchmark, Replay(), held_to_budget=held).check()
+    return benchmark
+
+
+def test_items_pass_skip_and_fail():
+    assert check({"us": 1.0, "error": 0.9}).rounds == 2
+    assert check({"us": 1.0, "error": 1.1}, held=False).extra_info["error"] == 1.1
+    with pytest.raises(AssertionError, match="budget"):
+        check({"us": 1.0, "error": 1.1})
+    with pytest.raises(AssertionError, match="budget"):
+        check({"us": 1.0, "error": float("nan")})
+    with pytest.raises(AssertionError, match="ValueError: x"):
+        check({"failed": "ValueError: x"})
+    with pytest.raises(AssertionError, match="half"):
+        check({"us": 1.0, "incomplete": "half"})
+    with pytest.raises(pytest.skip.Exception, match="memory"):
+        check({"failed": "out of memory"})
+    with pytest.raises(pytest.skip.Exception, match="no dropout"):
+        check({"absent": "no dropout"})
+
+
+def test_the_timer_replays_the_samples():
+    replay = Replay()
+    replay.load([0.5, 0.25])
+    times = [replay() for _ in range(4)]
+    assert [times[1] - times[0], times[3] - times[2]] == [0.5, 0.25]
+
+
+def test_what_was_measured_before_ctrl_c_is_on_disk(fake_row, lab, tmp_path):
+    def interrupted() -> Contestant:
+        raise KeyboardInterrupt
+
+    store = Store(lab, Selection(), {"cpu": "a cpu", "missing": {}}, tmp_path)
+    builders = {"loralib": quick, "lora_fast": quick}
+    whole = fake_row("first", builders)
+    for peer in builders:
+        store.measured(whole, list(builders), peer, Benchmark(), Replay())
+    with pytest.raises(KeyboardInterrupt):
+        broken = fake_row("second", {"lora_fast": interrupted})
+        store.measured(broken, ["lora_fast"], "lora_fast", Benchmark(), Replay())
+    store.finish()
+    (row,) = json.loads((tmp_path / "fake.json").read_text())["rows"]
+    assert row["id"] == "first"
+    assert "samples" not in row["peers"]["lora_fast"]
+    assert "| Fake | first |" in (tmp_path / "fake.md").read_text()
+    assert (tmp_path / "speedup.svg").exists()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_ratios_that_ci_demands(monkeypatch, capsys, lab):
+    import guard
+
+    ratios = iter([0.5, 0.6, 0.9])
+    monkeypatch.setattr(guard, "measured_ratio", lambda row, peer, lab: next(ratios))
+    assert guard.held(guard.GUARDS[0], lab) == (0.9, 3)  # the best of three, as noise only slows
+    monkeypatch.setattr(guard, "measured_ratio", lambda row, peer, lab: 0.84)
+    assert guard.held(guard.GUARDS[0], lab) == (0.84, 3)
+    monkeypatch.setattr(guard, "pin_cpu", lambda threads: None)
+    assert guard.main() == 1
+    assert capsys.readouterr().out.count("TOO SLOW") == 7
+    monkeypatch.setattr(guard, "measured_ratio", lambda row, peer, lab: 9.0)
+    assert guard.main() == 0

@@ -1,0 +1,109 @@
+"""The peers are what they are called, and a wrong one would be found."""
+
+import sys
+
+import implementations
+import lora_orders
+import peers
+import pytest
+import torch
+from bench_linear import LinearRow
+from contest import OURS, measure
+from shapes import TOY
+
+import lora_fast
+
+ROW = LinearRow(TOY, 9, 4, 0.0, torch.float32, True)
+FORCED = [p for p in peers.PEERS if p.startswith(f"{OURS}:") and p != f"{OURS}:reference"]
+
+
+def errors(lab, *names: str) -> list[float]:
+    found = measure(ROW, lab, names)["peers"]
+    return [found[name]["error"] for name in names]
+
+
+def test_a_wrong_peer_is_over_its_budget(lab, monkeypatch):
+    right = errors(lab, "addmm-order", "lora-first", "loralib")
+    assert max(right) <= 1.0
+
+    def wrong(x, weight, bias, a, b, scaling):
+        return lora_orders.addmm_order(x, weight, bias, a, b, scaling * 1.02)
+
+    layer = lambda weights, lab: peers.in_order(wrong, weights, lab)  # noqa: E731
+    monkeypatch.setitem(peers.PEERS, "addmm-order", layer)
+    (off,) = errors(lab, "addmm-order")
+    assert off > 10.0
+
+
+def test_a_wrong_gradient_is_over_its_budget(lab, monkeypatch):
+    def backward(ctx, dy):
+        dx, weight, bias, da, db, s = right(ctx, dy)
+        return dx, weight, bias, da * 1.02, db, s
+
+    right = lora_orders._LoraFirst.backward
+    monkeypatch.setattr(lora_orders._LoraFirst, "backward", staticmethod(backward))
+    (off,) = errors(lab, "lora-first")
+    assert off > 10.0
+
+
+def test_a_peer_without_dropout_is_not_compared_with_those_that_have_it(lab, monkeypatch):
+    row = LinearRow(TOY, 9, 4, 0.1, torch.float32, True)
+    build = peers.PEERS["loralib"]
+
+    def without(weights, lab):
+        layer = build(weights, lab)
+        layer.forward.eval()
+        return layer
+
+    monkeypatch.setitem(peers.PEERS, "loralib", without)
+    found = measure(row, lab, ["frozen", "addmm-order", "loralib"])["peers"]
+    assert found["addmm-order"] == {"absent": "written without dropout"}
+    assert found["loralib"] == {"absent": "applies no dropout"}
+    assert "us" in found["frozen"]
+
+
+@pytest.mark.parametrize("peer", FORCED)
+def test_a_forced_implementation_runs(lab, peer):
+    contestant = ROW.build(peer, lab)
+    with contestant.around(), implementations.noted() as seen:
+        contestant.steps[0]()
+    kind, _, name = peer.removeprefix(f"{OURS}:").rpartition("dx_")
+    assert (seen["dx" if kind == "" and "dx_" in peer else "forward"]) == name
+    assert lora_fast.backend.get_backend() == "auto"  # and all is as before
+
+
+def test_missing_peers_have_a_reason(lab, tmp_path, monkeypatch):
+    lab.lorafusion = str(tmp_path)
+    found = peers.missing(lab)
+    assert "can't be imported" in found["lorafusion"]
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert peers.missing(lab)["peft"] == "peft is not installed"
+    assert set(found) <= set(peers.PEERS)
+
+
+def test_selecting_peers_keeps_ours_and_the_floor():
+    chosen = peers.select(["peft"], list(peers.PEERS))
+    assert chosen == ["frozen", "peft", "lora_fast"]
+    assert peers.select([], ["a", "b"]) == ["a", "b"]
+
+
+FUSION = """
+import torch.nn.functional as F
+
+def fused_linear_lora(x, linear_w, lora_a, lora_b, alpha, seed=None, dropout_p=0.0, linear_bias=0):
+    assert x.dim() == 3
+    y = F.linear(x, linear_w, linear_bias)
+    return y + F.dropout(x, dropout_p) @ lora_a.t() @ lora_b.t() * alpha
+"""
+
+
+def test_lorafusion_from_a_checkout(lab, tmp_path, monkeypatch):
+    module = tmp_path / "lorafusion" / "ops" / "lora_v1.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(FUSION)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    lab.lorafusion = str(tmp_path)
+    assert "lorafusion" not in peers.missing(lab)
+    assert errors(lab, "lorafusion") == [pytest.approx(0.5, abs=0.5)]
+    for name in [name for name in sys.modules if name.startswith("lorafusion")]:
+        del sys.modules[name]

@@ -1,0 +1,124 @@
+"""`report.py`: tables and pictures come from results, and the README's numbers are theirs."""
+
+import re
+from typing import Any
+
+import pytest
+import report
+import tables
+from results import number, read
+
+
+def row(name: str, **columns: Any) -> dict[str, Any]:
+    shown = {"layer": "Linear", "shape": name, "M": 512, "K": 64, "N": 48, "r": 16, "dropout": 0.0}
+    shown |= {"dtype": "float32", "pass": "fwd+bwd", "mode": "eager"}
+    ours = {"us": 2000.0, "us_low": 1900.0, "us_high": 2100.0, "ratio": [1.0, 1.0, 1.0]}
+    ours |= {"efficiency": 0.91, "saved_bytes": 2**20, "peak_bytes": 2**21, "error": 0.4}
+    peers = {
+        "frozen": {"us": 1800.0, "ratio": [0.9, 0.88, 0.93]},
+        "loralib": {"us": 2500.0, "ratio": [1.25, 1.2, 1.31], "saved_bytes": 2**22},
+        "peft": {"failed": "out of memory"},
+        "lora-first": {"absent": "written without dropout"},
+        "lora_fast": ours,
+        "lora_fast:split": {"us": 2200.0, "ratio": [1.1, 1.0, 1.2]},
+    }
+    return {"id": name, "columns": shown | columns, "peers": peers, "ideal_us": 1820.0}
+
+
+CEILINGS = {"float32 TFLOP/s": 1.5, "copy GB/s": 20.0, "missing": {"lorafusion": "no checkout"}}
+
+
+@pytest.fixture
+def folder(save):
+    return save("machine", row("a"), row("b", M=16), row("b"), row("c", r=4), **CEILINGS)
+
+
+def test_the_readme_shows_the_results():
+    assert report.main(["--check"]) == 0, "run python bench/report.py"
+
+
+def test_no_number_is_typed_outside_of_the_markers():
+    text = report.README.read_text(encoding="utf-8")
+    before, rest = text.split(report.BEGIN)
+    typed = before[before.index("## Measured") :] + rest.split(report.END)[1]
+    assert not re.search(r"\d\s*(ms|us|%|MiB|GB|times|x\b)", typed)
+
+
+def test_a_changed_result_is_noticed(folder, monkeypatch, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# a\n\n{report.BEGIN}\n{report.END}\n\nafter\n")
+    monkeypatch.setattr(report, "README", readme)
+    assert report.main([str(folder)]) == 0
+    assert report.main(["--check", str(folder)]) == 0
+    results = folder / "linear.json"
+    results.write_text(results.read_text().replace("1.25", "1.26"))
+    assert report.main(["--check", str(folder)]) == 1
+    assert "differs" in capsys.readouterr().err
+
+
+def test_twice_is_as_once(folder, monkeypatch, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# a\n\n{report.BEGIN}\n{report.END}\n\nafter\n")
+    monkeypatch.setattr(report, "README", readme)
+    report.main([str(folder)])
+    once = {path.name: path.read_bytes() for path in (readme, *folder.iterdir())}
+    assert readme.read_text().startswith("# a\n")
+    assert readme.read_text().endswith("\n\nafter\n")
+    report.main([str(folder)])
+    assert once == {path.name: path.read_bytes() for path in (readme, *folder.iterdir())}
+    pictures = {"speedup", "efficiency", "roofline", "memory"}
+    assert {f"{p}.{kind}" for p in pictures for kind in ("png", "svg")} <= set(once)
+    assert once["speedup.png"].startswith(b"\x89PNG")
+
+
+def test_the_folder_table_has_everything(folder):
+    line = tables.full_rows(read(folder)["linear"]["rows"])[0]
+    assert line["lora_fast ms"] == 2.0
+    assert line["frozen layer /"] == "0.90 (0.88-0.93)"
+    assert line["loralib /"] == "1.25 (1.20-1.31)"
+    assert line["PEFT /"] == "out of memory"
+    assert line["lora_fast:split /"] == "1.10 (1.00-1.20)"
+    assert (line["efficiency"], line["error"]) == (0.91, 0.4)
+    assert (line["lora_fast saved MiB"], line["loralib saved MiB"]) == (1.0, 4.0)
+    assert "LoRA-first order /" not in line  # absent everywhere: no empty column
+
+
+def test_the_readme_shows_rank_16_and_the_most_rows(folder):
+    lines = tables.readme_rows(read(folder)["linear"]["rows"])
+    assert [(line["layer"], line["rows"]) for line in lines] == [
+        ("Linear 48 x 64 (a)", 512),
+        ("Linear 48 x 64 (b)", 512),
+    ]
+    assert lines[0]["loralib /"] == "1.25"
+    assert "lora_fast:split /" not in lines[0]
+
+
+def test_missing_peers_are_named(folder):
+    line = tables.facts_line(read(folder)["linear"]["machine"])
+    assert "missing: LoRAFusion (no checkout)" in line
+
+
+def test_summary_covers_all_rows(folder):
+    (line,) = tables.summary_rows(read(folder))
+    assert line["rows measured"] == 4
+    assert line["median"] == "1.25"
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"), [(1234.5, "1234"), (0.01234, "0.0123"), (0.0, "0"), (1.0, "1"), ("x", "x")]
+)
+def test_numbers(value, cell):
+    assert number(value) == cell
+
+
+def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, folder):
+    assert report.main([str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "known are" in error
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    monkeypatch.setattr(report, "README", readme)
+    assert report.main([str(folder)]) == 2
+    assert report.BEGIN in capsys.readouterr().err
+    assert readme.read_text() == "no markers"

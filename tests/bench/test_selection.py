@@ -1,0 +1,70 @@
+"""What is measured, and one line for what is unknown."""
+
+import pytest
+import selection
+import torch
+from shapes import SHAPE_SETS, find_shapes
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shapes": "llama-3-9b"}, "unknown shape set 'llama-3-9b'; known are square, gpt2-medium"),
+        ({"peers": "loralib,unsloth"}, "unknown peer 'unsloth'; known are frozen, loralib"),
+        ({"dtypes": "int8"}, "unknown dtype 'int8'; known are float32"),
+        ({"tokens": "8,0"}, "--tokens takes whole numbers from 1 on with commas, got '0'"),
+        ({"ranks": "four"}, "--ranks takes whole numbers"),
+    ],
+)
+def test_unknown_names_are_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        selection.parse("quick", CPU, known_peers=("frozen", "loralib"), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_each_size_once():
+    every = find_shapes(SHAPE_SETS)
+    sizes = [(shape.K, shape.N, shape.bias) for shape in every]
+    assert len(set(sizes)) == len(sizes)
+    assert {(8192, 8192, False), (28672, 8192, False), (4096, 14336, False)} <= set(sizes)
+    assert find_shapes(["llama-3-8b.kv"])[0].N == 1024
+
+
+def rows(level: str, device: torch.device, **options: str) -> list:
+    import bench_layers
+    import bench_linear
+    import bench_merge
+    import bench_models
+
+    chosen = selection.parse(level, device, **options)
+    modules = (bench_linear, bench_layers, bench_merge, bench_models)
+    return [row for module in modules for row in module.rows(chosen)]
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_rows_are_distinct_and_levels_grow(device):
+    sizes = []
+    for level in ("toy", "quick", "standard", "full"):
+        names = [(row.table, row.id) for row in rows(level, device)]
+        assert len(set(names)) == len(names)
+        sizes.append(len(names))
+    assert sizes[1] < sizes[2] < sizes[3]
+
+
+def test_the_full_gpu_selection_is_the_whole_list():
+    found = [row for row in rows("full", CUDA) if row.table == "linear"]
+    assert {row.tokens for row in found} == {1, 16, 512, 2048, 8192}
+    assert {row.r for row in found} == {4, 8, 16, 64, 128}
+    assert {row.p for row in found} == {0.0, 0.1}
+    assert {row.graph for row in found} == {row.backward for row in found} == {False, True}
+    assert {row.dtype for row in found} == {torch.bfloat16, torch.float16, torch.float32}
+
+
+def test_options_narrow_and_replace():
+    found = rows("quick", CPU, shapes="gpt2-medium.c_fc", tokens="7", ranks="2,3")
+    assert {(row.shape.name, row.tokens, row.r) for row in found} == {
+        ("gpt2-medium.c_fc", 7, 2),
+        ("gpt2-medium.c_fc", 7, 3),
+    }
