@@ -36,7 +36,7 @@ class Backend(Enum):
 _CHOICES = ("auto", Backend.TRITON.value, Backend.REFERENCE.value)
 _OPS = ("lora_linear", "lora_merged_linear", "lora_embedding", "lora_conv", "merge_", "unmerge_")
 # Ops that have a fused kernel, and those whose hand-written backward beats autograd's.
-_TRITON_OPS = frozenset({"lora_linear"})
+_TRITON_OPS = frozenset({"lora_linear", "lora_merged_linear"})
 _EAGER_OPS = frozenset({"lora_merged_linear"})
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
