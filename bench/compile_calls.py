@@ -23,6 +23,7 @@ from lora_fast.kernels.merged_weight import merged_weight
 from lora_fast.kernels.primitives import MAX_BLOCK_R
 
 WIDTH = 4096  # features in and out; the kernels see only what divides it
+EDGES = (0, 2064, 3072, 4096)  # of a merged layer's blocks; tiles cross one of them
 DEFAULT_ARCHS = ("sm_80", "sm_90")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -64,19 +65,29 @@ class Sizes:
     rank: int
     width: int = WIDTH
     adapter_dtype: torch.dtype | None = None
+    edges: tuple[int, ...] | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Return the rank of all blocks together."""
+        return self.rank if self.edges is None else self.rank * len(self.edges) // 2
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return x, the weight, A and B."""
         n = k = self.width
         adapter = self.adapter_dtype or self.dtype
         x, weight = meta(self.rows, k, dtype=self.dtype), meta(n, k, dtype=self.dtype)
-        return x, weight, meta(self.rank, k, dtype=adapter), meta(n, self.rank, dtype=adapter)
+        rows_b = n if self.edges is None else sum(self.edges[1::2]) - sum(self.edges[::2])
+        lora_a, lora_b = meta(self.ranks, k, dtype=adapter), meta(rows_b, self.rank, dtype=adapter)
+        return x, weight, lora_a, lora_b
 
     def describe(self, *more: str) -> str:
         """Return them in a few words."""
         words = [] if self.width == WIDTH else [f"N=K={self.width}"]
         if self.adapter_dtype is not None:
             words.append(f"{str(self.adapter_dtype).removeprefix('torch.')} adapter")
+        if self.edges is not None:
+            words.append(f"{len(self.edges) // 2} blocks")
         return describe(self.dtype, self.rows, self.rank, *words, *more)
 
 
@@ -91,11 +102,11 @@ def linear_forward(
     x, weight, lora_a, lora_b = sizes.tensors()
     p, seed = (0.1, meta(1, dtype=torch.int64)) if dropout else (0.0, None)
     n, k = weight.shape
-    plan = configs.forward_plan(arch, sizes.rows, n, k, sizes.rank, sizes.dtype, dropout)
+    plan = configs.forward_plan(arch, sizes.rows, n, k, sizes.ranks, sizes.dtype, dropout)
     default = configs.gemm_config(arch, sizes.rows, sizes.dtype, one_pass=impl == "one_pass")
     bias = meta(n, dtype=sizes.dtype)
     lora_linear_fwd(
-        *(x, weight, bias, lora_a, lora_b, 1.0, p, seed),
+        *(x, weight, bias, lora_a, lora_b, 1.0, p, seed, sizes.edges),
         plan=replace(plan, impl=impl, gemm=gemm or default),
     )
 
@@ -110,13 +121,13 @@ def linear_backward(
     """Make one backward call of the linear layer that needs every gradient."""
     x, weight, lora_a, lora_b = sizes.tensors()
     n, k = weight.shape
-    s = meta(sizes.rows, sizes.rank, dtype=sizes.dtype)
+    s = meta(sizes.rows, sizes.ranks, dtype=sizes.dtype)
     mask = meta(sizes.rows, -(-k // 8), dtype=torch.uint8) if dropout else None
     plan = configs.backward_plan(arch, sizes.rows, n, k, sizes.rank, sizes.dtype)
     plan = replace(plan, input_grad=input_grad, library_sb=False, gemm=gemm or plan.gemm)
     lora_linear_bwd(
         *(meta(sizes.rows, n, dtype=sizes.dtype), x, weight, lora_a, lora_b, s, mask),
-        *(1.0, 0.1 if dropout else 0.0, [True] * 5, sizes.dtype),
+        *(1.0, 0.1 if dropout else 0.0, [True] * 5, sizes.dtype, sizes.edges),
         plan=plan,
     )
 
@@ -124,13 +135,17 @@ def linear_backward(
 def linear_sizes(everything: bool) -> list[Sizes]:
     """Return the sizes at which the linear layer's kernels differ."""
     if not everything:
-        return [Sizes(BF16, rows, 16) for rows in (16, 8192)]
+        small, large = (Sizes(BF16, rows, 16) for rows in (16, 8192))
+        return [small, large, replace(large, edges=EDGES)]
     ranks = ((BF16, 16), (BF16, 64), (BF16, 256), (FP32, 16), (FP32, 256))
     # The tiles for few rows, and for many.
     found = [Sizes(dtype, rows, rank) for dtype, rank in ranks for rows in (16, 8192)]
     found.append(Sizes(FP16, 8192, 16))  # bf16's code with other instructions
     found.append(Sizes(BF16, 8192, 16, adapter_dtype=FP32))
     found.append(Sizes(BF16, 8192, 16, width=4093))  # no descriptors, nothing divides
+    found += [Sizes(BF16, rows, rank, edges=EDGES) for rows in (16, 8192) for rank in (16, 64)]
+    found.append(Sizes(FP32, 8192, 16, edges=EDGES))
+    found.append(Sizes(BF16, 8192, 16, edges=(0, 2057, 3072, 4096)))  # off every grid
     return found
 
 
@@ -141,7 +156,7 @@ def linear(arch: Architecture, everything: bool) -> Iterator[Case]:
     for sizes in linear_sizes(everything):
         for dropout in (False, True):
             for impl in forwards:
-                if impl == "one_pass" and (dropout or sizes.rank > MAX_BLOCK_R):
+                if impl == "one_pass" and (dropout or sizes.ranks > MAX_BLOCK_R):
                     continue
                 call = partial(linear_forward, sizes=sizes, impl=impl, dropout=dropout)
                 words = sizes.describe("forward", impl, *["dropout"] * dropout)

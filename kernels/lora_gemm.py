@@ -10,10 +10,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_fast.kernels.column_blocks import Blocks
 from lora_fast.kernels.configs import GemmConfig, processor_count
 from lora_fast.kernels.dropout import apply_keep, load_keep
 from lora_fast.kernels.launch import prepared
+from lora_fast.kernels.lora_update import add_update
 from lora_fast.kernels.primitives import (
+    MAX_BLOCK_R,
     block_offsets,
     descriptor_fits,
     dot_precision,
@@ -38,41 +41,13 @@ def round_rank_tile(acc_t, t_ptr, start_m, M, R, multiplier, is_writer):
 
 @triton.jit
 def split_columns(acc, PARTS: tl.constexpr):
-    """The tile as a tuple of one or two parts, so that an epilogue needs half the registers."""
+    """The tile as a tuple of 1, 2, 4, ... parts, so that an epilogue needs fewer registers."""
     if PARTS == 1:
         return (acc,)
     else:
         halves = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
-        return tl.split(tl.permute(halves, (0, 2, 1)))
-
-
-@triton.jit
-def add_update(
-    acc,
-    t,
-    t_ptr,
-    up_ptr,
-    up_strides,
-    offs_m,
-    offs_n,
-    sizes,
-    BLOCK_R: tl.constexpr,
-    R_BLOCKS: tl.constexpr,
-    ONE_PASS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`acc + t U^T` for one tile: t is at hand in one pass, else it is read from [M, R]."""
-    M, N, R = sizes
-    for block in tl.static_range(R_BLOCKS):
-        offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-        mask_r = offs_r[None, :] < R
-        if not ONE_PASS:
-            t_ptrs = tile_ptrs(t_ptr, (R, 1), offs_m, offs_r)
-            t = tl.load(t_ptrs, mask=(offs_m[:, None] < M) & mask_r, other=0.0)
-        up_ptrs = tile_ptrs(up_ptr, up_strides, offs_n, offs_r)
-        up = tl.load(up_ptrs, mask=(offs_n[:, None] < N) & mask_r, other=0.0)
-        acc = mma(t, tl.trans(up.to(t_ptr.dtype.element_ty)), acc, PRECISION)
-    return acc
+        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+        return split_columns(left, PARTS // 2) + split_columns(right, PARTS // 2)
 
 
 @triton.jit
@@ -88,6 +63,7 @@ def finish_tile(
     start_m,
     start_n,
     sizes,
+    blocks,
     BLOCK_R: tl.constexpr,
     R_BLOCKS: tl.constexpr,
     ONE_PASS: tl.constexpr,
@@ -102,7 +78,7 @@ def finish_tile(
     if keep_ptr is not None:
         base = tl.zeros_like(acc)
     out = add_update(
-        *(base, t, t_ptr, up_ptr, up_strides, offs_m, offs_n, sizes),
+        *(base, t, t_ptr, up_ptr, up_strides, offs_m, offs_n, start_n, sizes, blocks),
         *(BLOCK_R, R_BLOCKS, ONE_PASS, PRECISION),
     )
     if keep_ptr is not None:
@@ -133,6 +109,7 @@ def lora_gemm_kernel(
     down_strides,
     bias_ptr,
     keep_ptr,
+    blocks,
     M,
     N,
     K,
@@ -153,7 +130,8 @@ def lora_gemm_kernel(
 
     Grid: (cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N),).
     x: [M, K], w: [N, K], up: [N, R], down: [R, K], any strides.  y: [M, N], t: [M, R],
-    bias: [N], keep: [M, ceil(N / 8)] bytes, contiguous.
+    bias: [N], keep: [M, ceil(N / 8)] bytes, contiguous.  With blocks, up: [columns of all
+    blocks, R // number of blocks].
     Accumulates in fp32 and rounds y once, at the store.
     """
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -189,7 +167,7 @@ def lora_gemm_kernel(
     for part in tl.static_range(PARTS):
         finish_tile(
             *(parts[part], t, y_ptr, t_ptr, up_ptr, up_strides, bias_ptr, keep_ptr, start_m),
-            *(start_n + part * (BLOCK_N // PARTS), (M, N, R)),
+            *(start_n + part * (BLOCK_N // PARTS), (M, N, R), blocks),
             *(BLOCK_R, R_BLOCKS, ONE_PASS, PRECISION, False),
         )
 
@@ -206,6 +184,7 @@ def lora_gemm_tma_kernel(
     down_desc,
     bias_ptr,
     keep_ptr,
+    blocks,
     M,
     N,
     K,
@@ -250,7 +229,7 @@ def lora_gemm_tma_kernel(
         for part in tl.static_range(PARTS):
             finish_tile(
                 *(parts[part], t, y_desc, t_ptr, up_ptr, up_strides, bias_ptr, keep_ptr, start_m),
-                *(start_n + part * (BLOCK_N // PARTS), (M, N, R)),
+                *(start_n + part * (BLOCK_N // PARTS), (M, N, R), blocks),
                 *(BLOCK_R, R_BLOCKS, ONE_PASS, PRECISION, True),
             )
 
@@ -266,17 +245,21 @@ def lora_gemm(
     multiplier: float = 1.0,
     bias: Tensor | None = None,
     keep: Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the product for x (M, K), w (N, K), up (N, R), and either t (M, R) or down (R, K).
 
+    With blocks, up has a row for each of their columns and R is the sum of their ranks.
     Returns y (M, N) and t (M, R), contiguous, in x's dtype. With `down`, t is computed in the
-    same pass, which takes a rank of at most one block.
+    same pass, which takes an R of at most one block of the rank.
     """
-    (M, K), (N, R) = x.shape, up.shape
-    block_r, r_blocks = rank_blocks(R)
+    (M, K), N = x.shape, w.shape[0]
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     one_pass = t is None
-    if config.specialised and not one_pass and tma_operands_fit(x, w, y, down):
+    R = down.shape[0] if one_pass else t.shape[1]
+    block_r, r_blocks = rank_blocks(R if one_pass else up.shape[1])
+    plain = blocks is None and not one_pass
+    if config.specialised and plain and tma_operands_fit(x, w, y, down):
         from lora_fast.kernels.lora_gemm_hopper import lora_gemm_hopper  # Gluon, for it alone
 
         lora_gemm_hopper(x, w, up, t, y, config=config, bias=bias, keep=keep)
@@ -285,6 +268,9 @@ def lora_gemm(
         config = config.without_tma()
     if one_pass:
         t = torch.empty((M, R), device=x.device, dtype=x.dtype)
+    parts = config.parts
+    if blocks is not None or (keep is not None and R > MAX_BLOCK_R):
+        parts = max(parts, config.block_n // 64)  # so that registers hold a part twice
     constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -292,7 +278,7 @@ def lora_gemm(
         "BLOCK_R": block_r,
         "R_BLOCKS": r_blocks,
         "GROUP_M": config.group_m,
-        "PARTS": config.parts,
+        "PARTS": parts,
         "ONE_PASS": one_pass,
         "PRECISION": dot_precision(x.dtype),
         "num_warps": config.num_warps,
@@ -307,10 +293,10 @@ def lora_gemm(
         lora_gemm_tma_kernel[(min(tiles, processor_count(x.device)),)](
             describe(x, [config.block_m, config.block_k]),
             describe(w.t() if w_is_kn else w, block_w),
-            describe(y, [config.block_m, config.block_n // config.parts]),
+            describe(y, [config.block_m, config.block_n // parts]),
             *(t, up, up.stride()),
             None if down is None else describe(down, [block_r, config.block_k]),
-            *(bias, keep, *sizes),
+            *(bias, keep, blocks, *sizes),
             W_IS_KN=w_is_kn,
             **constants,
         )
@@ -318,7 +304,7 @@ def lora_gemm(
     lora_gemm_kernel[(tiles,)](
         *(x, x.stride(), w, w.stride(), y, t, up, up.stride()),
         *(down, (0, 0) if down is None else down.stride()),
-        *(bias, keep, *sizes),
+        *(bias, keep, blocks, *sizes),
         EVEN_K=K % config.block_k == 0,
         **constants,
     )

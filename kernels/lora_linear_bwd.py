@@ -7,21 +7,19 @@
 S and dS carry the whole factor scaling / (1 - dropout_p), so `keep` is 0 or 1 everywhere.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.kernels.configs import (
-    BackwardPlan,
-    GradAConfig,
-    GradSBConfig,
-    architecture,
-    backward_plan,
-)
+from lora_fast.kernels.column_blocks import Blocks, column_blocks
+from lora_fast.kernels.configs import BackwardPlan, GradAConfig, architecture, backward_plan
 from lora_fast.kernels.dropout import apply_keep, keep_scale, load_keep
 from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.lora_gemm import lora_gemm
+from lora_fast.kernels.lora_grad_sb import library_grad_sb, lora_grad_sb
 from lora_fast.kernels.primitives import (
     block_offsets,
     chunk_length,
@@ -32,67 +30,6 @@ from lora_fast.kernels.primitives import (
     tile_ptrs,
 )
 from lora_fast.kernels.reduce_partials import reduce_partials
-
-
-@prepared
-@triton.jit
-def lora_grad_sb_kernel(
-    dy_ptr,
-    dy_strides,
-    b_ptr,
-    b_strides,
-    s_ptr,
-    ds_ptr,
-    db_ptr,
-    dbias_ptr,
-    M,
-    N,
-    R,
-    factor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Each program reads [BLOCK_M, CHUNK_N] of dy once and writes fp32 partial sums.
-
-    Grid: (cdiv(M, BLOCK_M), cdiv(N, CHUNK_N), cdiv(R, BLOCK_R)).
-    dy: [M, N], b: [N, R], any strides.  s: [M, R].
-    Partials: ds [column chunks, M, R], db [row blocks, N, R], dbias [row blocks, N]; those whose
-    pointer is None are not computed. A fixed order of sums: no atomics.
-    """
-    pid_m, chunk = tl.program_id(0), tl.program_id(1)
-    offs_m = block_offsets(pid_m, BLOCK_M)
-    offs_r = block_offsets(tl.program_id(2), BLOCK_R)
-    mask_m, mask_r = offs_m < M, offs_r[None, :] < R
-    acc_ds = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    if db_ptr is not None:
-        s_ptrs = tile_ptrs(s_ptr, (R, 1), offs_m, offs_r)
-        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r, other=0.0)
-
-    for start_n in range(chunk * CHUNK_N, min(N, (chunk + 1) * CHUNK_N), BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
-        mask_n = offs_n < N
-        dy_ptrs = tile_ptrs(dy_ptr, dy_strides, offs_m, offs_n)
-        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-        if ds_ptr is not None:
-            b_ptrs = tile_ptrs(b_ptr, b_strides, offs_n, offs_r)
-            b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r, other=0.0).to(dy.dtype)
-            acc_ds = mma(dy, b, acc_ds, PRECISION)
-        row = pid_m.to(tl.int64) * N + offs_n
-        if db_ptr is not None:
-            # The transposed product: dy stays in the layout that the other product reads.
-            db = mma(tl.trans(s), dy, tl.zeros((BLOCK_R, BLOCK_N), tl.float32), PRECISION)
-            db_ptrs = tile_ptrs(db_ptr, (1, R), offs_r, row)
-            tl.store(db_ptrs, db, mask=mask_n[None, :] & (offs_r[:, None] < R))
-        if dbias_ptr is not None:
-            dbias = tl.sum(dy.to(tl.float32), axis=0)
-            tl.store(dbias_ptr + row, dbias, mask=mask_n & (tl.program_id(2) == 0))
-
-    if ds_ptr is not None:
-        ds_ptrs = tile_ptrs(ds_ptr, (R, 1), chunk.to(tl.int64) * M + offs_m, offs_r)
-        tl.store(ds_ptrs, acc_ds * factor, mask=mask_m[:, None] & mask_r)
 
 
 @prepared
@@ -156,68 +93,6 @@ def lora_grad_a_kernel(
         tl.store(tile_ptrs(da_ptr, (K, 1), row, offs_k), acc, mask=mask_r & mask_k)
 
 
-def lora_grad_sb(
-    dy: Tensor,
-    lora_b: Tensor,
-    s: Tensor | None,
-    factor: float,
-    *,
-    config: GradSBConfig,
-    need_ds: bool,
-    need_db: bool,
-    dbias_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dS (M, R) = factor * dY B, dB (N, R) = dY^T S and dbias (N,); None where not asked."""
-    (M, N), R = dy.shape, lora_b.shape[1]
-    block_r, r_blocks = rank_blocks(R)
-    row_blocks = triton.cdiv(M, config.block_m)
-    chunk_n = chunk_length(N, config.chunk_n)
-    chunks = triton.cdiv(N, chunk_n)
-
-    def pair(wanted: bool, dtype: torch.dtype | None, splits: int, *shape: int):
-        if not wanted:
-            return None, None
-        partial = torch.empty((splits, *shape), device=dy.device, dtype=torch.float32)
-        return partial, torch.empty(shape, device=dy.device, dtype=dtype)
-
-    ds = pair(need_ds, dy.dtype, chunks, M, R)
-    db = pair(need_db, lora_b.dtype, row_blocks, N, R)
-    dbias = pair(dbias_dtype is not None, dbias_dtype, row_blocks, N)
-    lora_grad_sb_kernel[(row_blocks, chunks, r_blocks)](
-        *(dy, dy.stride(), lora_b, lora_b.stride(), s, ds[0], db[0], dbias[0]),
-        *(M, N, R, factor),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        CHUNK_N=chunk_n,
-        BLOCK_R=block_r,
-        PRECISION=dot_precision(dy.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    reduce_partials(*(both for both in (ds, db, dbias) if both[0] is not None))
-    return ds[1], db[1], dbias[1]
-
-
-def library_grad_sb(
-    dy: Tensor,
-    lora_b: Tensor,
-    s: Tensor | None,
-    factor: float,
-    *,
-    need_ds: bool,
-    need_db: bool,
-    dbias_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The results of `lora_grad_sb` from vendor GEMMs, which are better at large ranks."""
-    ds = db = None
-    if need_ds:  # the factor before the rounding: the product alone may pass fp16's range
-        ds = torch.addmm(dy.new_empty(()), dy, lora_b.to(dy.dtype), beta=0, alpha=factor)
-    if need_db:
-        db = (dy.t() @ s).to(lora_b.dtype)
-    dbias = None if dbias_dtype is None else dy.sum(0, dtype=torch.float32).to(dbias_dtype)
-    return ds, db, dbias
-
-
 def lora_grad_a(
     x: Tensor | None,
     ds: Tensor,
@@ -266,20 +141,22 @@ def lora_linear_bwd(
     dropout_p: float,
     needs: list[bool],
     bias_dtype: torch.dtype,
+    edges: Sequence[int] | None = None,
     *,
     plan: BackwardPlan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `lora_linear_fwd` for dy (..., N); `needs` is for x, weight, bias, A and B.
 
+    edges as there.
     x (..., K) is read for the gradients of A and the weight, weight (N, K) for x's, s (M, R) for
     B's; mask as the forward returned it, None without dropout.
 
-    Returns dx (..., K), dW (N, K), dbias (N,), dA (R, K), dB (N, R), contiguous, in the dtype of
-    what they belong to; a gradient that is not needed is empty, of shape (0,).
+    Returns dx (..., K), dW (N, K), dbias (N,), and dA and dB like A and B, contiguous, in the dtype
+    of what they belong to; a gradient that is not needed is empty, of shape (0,).
     Note: fp32 accumulation in a fixed order: the same bits every run.
     """
     need_dx, need_dw, need_dbias, need_da, need_db = needs
-    N, (R, K) = dy.shape[-1], lora_a.shape
+    N, K = dy.shape[-1], lora_a.shape[1]
     dy_rows = dy.reshape(-1, N)
     M = dy_rows.shape[0]
     if M == 0:
@@ -287,11 +164,12 @@ def lora_linear_bwd(
     if dy_rows.stride(1) != 1:  # the gradient of a plain sum is one number with strides of zero
         dy_rows = dy_rows.contiguous()
     if plan is None:
-        plan = backward_plan(architecture(dy.device), M, N, K, R, dy.dtype, mask is not None)
+        sizes = (M, N, K, lora_b.shape[1])
+        plan = backward_plan(architecture(dy.device), *sizes, dy.dtype, mask is not None)
     rows = x.reshape(-1, K) if x is not None else None
     with on_device_of(dy):
         ds, db, dbias = rank_grads(
-            *(dy_rows, lora_b, s, scaling * keep_scale(dropout_p), plan),
+            *(dy_rows, lora_b, s, scaling * keep_scale(dropout_p), column_blocks(edges, N), plan),
             need_ds=need_dx or need_da,
             need_db=need_db,
             dbias_dtype=bias_dtype if need_dbias else None,
@@ -311,8 +189,8 @@ def empty_batch_grads(
     dy: Tensor, lora_a: Tensor, lora_b: Tensor, needs: list[bool], bias_dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """The gradients of a call with no rows: zeros, and an empty dx."""
-    N, (R, K) = dy.shape[-1], lora_a.shape
-    shapes = ((*dy.shape[:-1], K), (N, K), (N,), (R, K), (N, R))
+    N, K = dy.shape[-1], lora_a.shape[1]
+    shapes = ((*dy.shape[:-1], K), (N, K), (N,), lora_a.shape, lora_b.shape)
     dtypes = (dy.dtype, dy.dtype, bias_dtype, lora_a.dtype, lora_b.dtype)
     return tuple(
         torch.zeros(shape if need else 0, device=dy.device, dtype=dtype if need else dy.dtype)
@@ -325,6 +203,7 @@ def rank_grads(
     lora_b: Tensor,
     s: Tensor | None,
     factor: float,
+    blocks: Blocks | None,
     plan: BackwardPlan,
     *,
     need_ds: bool,
@@ -336,8 +215,8 @@ def rank_grads(
         return None, None, None
     needs = {"need_ds": need_ds, "need_db": need_db, "dbias_dtype": dbias_dtype}
     if plan.library_sb:
-        return library_grad_sb(dy, lora_b, s, factor, **needs)
-    return lora_grad_sb(dy, lora_b, s, factor, config=plan.grad_sb, **needs)
+        return library_grad_sb(dy, lora_b, s, factor, blocks, **needs)
+    return lora_grad_sb(dy, lora_b, s, factor, blocks, config=plan.grad_sb, **needs)
 
 
 def input_grads(

@@ -1,10 +1,13 @@
 """Forward of the LoRA linear layer: y = x W^T + scaling * ((x * D) A^T) B^T + bias."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.kernels.column_blocks import Blocks, column_blocks, gaps, whole_or
 from lora_fast.kernels.configs import ForwardPlan, ShrinkConfig, architecture, forward_plan
 from lora_fast.kernels.dropout import (
     apply_keep,
@@ -17,6 +20,7 @@ from lora_fast.kernels.dropout import (
 from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.lora_decode import lora_decode
 from lora_fast.kernels.lora_gemm import lora_gemm
+from lora_fast.kernels.lora_update import add_update
 from lora_fast.kernels.primitives import (
     MAX_SIZE,
     block_offsets,
@@ -42,6 +46,7 @@ def lora_shrink_kernel(
     b_strides,
     bias_ptr,
     y_ptr,
+    blocks,
     M,
     N,
     K,
@@ -61,6 +66,7 @@ def lora_shrink_kernel(
     stores them: keep [M, ceil(K / 8)] bytes. With y, the program goes on to write its rows of
     y = s b^T + bias, which takes a rank of one block.
     x: [M, K], a: [R, K], b: [N, R], any strides.  s: [M, R], y: [M, N], bias: [N], contiguous.
+    With blocks, b: [columns of all blocks, R // number of blocks].
     Accumulates in fp32; s is rounded once, and y is built from the rounded s.
     """
     offs_m = block_offsets(tl.program_id(0), BLOCK_M)
@@ -93,9 +99,10 @@ def lora_shrink_kernel(
         for start_n in range(0, N, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
             mask_n = offs_n < N
-            b_ptrs = tile_ptrs(b_ptr, b_strides, offs_n, offs_r)
-            b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0).to(s.dtype)
-            y = mma(s, tl.trans(b), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+            y = add_update(
+                *(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), s, s_ptr, b_ptr, b_strides),
+                *(offs_m, offs_n, start_n, (M, N, R), blocks, BLOCK_R, 1, True, PRECISION),
+            )
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
             y_ptrs = tile_ptrs(y_ptr, (N, 1), offs_m, offs_n)
@@ -110,27 +117,27 @@ def lora_shrink(
     config: ShrinkConfig,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    expand: tuple[Tensor, Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One pass over x (M, K): s (M, R), the packed keep mask, and s b^T + bias for (b, bias).
+    expand: tuple[Tensor, Tensor | None, Tensor] | None = None,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One pass over x (M, K): s (M, R) and the packed keep mask, which is None without a seed.
 
-    s carries the whole factor scaling / (1 - dropout_p). The mask is None without a seed, the
-    last result None without `expand`.
+    s carries the whole factor scaling / (1 - dropout_p). With `expand`, which is (b, bias, y), the
+    pass writes s b^T + bias into y (M, N).
     """
     (M, K), R = x.shape, lora_a.shape[0]
     block_r, r_blocks = rank_blocks(R)
-    b, bias = expand if expand is not None else (None, None)
-    N = 0 if b is None else b.shape[0]
+    b, bias, y = (None, None, None) if expand is None else expand
+    N = 0 if y is None else y.shape[1]
     s = torch.empty((M, R), device=x.device, dtype=x.dtype)
-    keep = y = None
+    keep = None
     if seed is not None:
         keep = torch.empty((M, packed_width(K)), device=x.device, dtype=torch.uint8)
         scaling *= keep_scale(dropout_p)
-    if b is not None:
-        y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     lora_shrink_kernel[(triton.cdiv(M, config.block_m), r_blocks)](
         *(x, x.stride(), lora_a, lora_a.stride(), s, keep, seed),
         *(b, (0, 0) if b is None else b.stride(), bias, y),
+        None if y is None else blocks,
         *(M, N, K, R, scaling, keep_threshold(dropout_p)),
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
@@ -140,7 +147,7 @@ def lora_shrink(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return s, keep, y
+    return s, keep
 
 
 def lora_linear_fwd(
@@ -152,6 +159,7 @@ def lora_linear_fwd(
     scaling: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    edges: Sequence[int] | None = None,
     *,
     plan: ForwardPlan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,6 +167,9 @@ def lora_linear_fwd(
 
     x (..., K), weight (N, K) and x share a dtype, any strides; lora_a (R, K), lora_b (N, R) and
     bias (N,) of any floating dtype. With a seed (one int64 on the device) D is a dropout mask.
+    With edges, the first and last + 1 column of each of G blocks in ascending order, block g alone
+    gets the update of rows g R / G to (g + 1) R / G of lora_a and of its rows of lora_b, which is
+    (columns of all blocks, R / G).
 
     Returns y (..., N), S (M, R) with every factor applied, and the packed mask
     (M, ceil(K / 8)) uint8 or, without dropout, (0,); all contiguous.
@@ -180,11 +191,14 @@ def lora_linear_fwd(
         return x.new_empty(shape), x.new_empty((0, R)), mask
     if bias is not None:
         bias = bias.contiguous()
+    blocks = column_blocks(edges, N)
     if plan is None:
         plan = forward_plan(architecture(x.device), M, N, K, R, x.dtype, seed is not None)
     with on_device_of(x):
         if plan.impl == "decode":
-            y, s = lora_decode(rows, weight, bias, lora_a, lora_b, scaling, config=plan.decode)
+            y, s = lora_decode(
+                *(rows, weight, bias, lora_a, lora_b, scaling), config=plan.decode, blocks=blocks
+            )
             return y.view(shape), s, no_mask
         if plan.impl == "one_pass":
             y, s = lora_gemm(
@@ -192,30 +206,43 @@ def lora_linear_fwd(
                 down=lora_a,
                 multiplier=scaling,
                 bias=bias,
+                blocks=blocks,
                 config=plan.gemm,
             )
             return y.view(shape), s, no_mask
-        fits_block = rank_blocks(R)[1] == 1
-        expand = (lora_b, bias) if plan.impl == "lora_first" and fits_block else None
-        s, keep, y = lora_shrink(
+        y = None
+        if plan.impl == "lora_first" and rank_blocks(R)[1] == 1:
+            y = torch.empty((M, N), device=x.device, dtype=x.dtype)
+        s, keep = lora_shrink(
             *(rows, lora_a, scaling),
             config=plan.shrink,
             dropout_p=dropout_p,
             seed=seed,
-            expand=expand,
+            expand=None if y is None else (lora_b, bias, y),
+            blocks=blocks,
         )
         if plan.impl == "split":
-            y, _ = lora_gemm(rows, weight, lora_b, t=s, bias=bias, config=plan.gemm)
+            options = {"bias": bias, "blocks": blocks, "config": plan.gemm}
+            y, _ = lora_gemm(rows, weight, lora_b, t=s, **options)
         else:
-            y = lora_first(rows, weight, lora_b, bias, s, y)
+            if y is None:
+                y = lora_expand(s, lora_b, bias, N, blocks)
+            y.addmm_(rows, weight.t())
     return y.view(shape), s, no_mask if keep is None else keep
 
 
-def lora_first(
-    rows: Tensor, weight: Tensor, lora_b: Tensor, bias: Tensor | None, s: Tensor, y: Tensor | None
+def lora_expand(
+    s: Tensor, lora_b: Tensor, bias: Tensor | None, features: int, blocks: Blocks | None
 ) -> Tensor:
-    """Let the vendor GEMM accumulate x W^T onto y0 = s b^T + bias, which large ranks build here."""
-    if y is None:
-        up = lora_b.to(rows.dtype).t()
-        y = s @ up if bias is None else torch.addmm(bias.to(rows.dtype), s, up)
-    return y.addmm_(rows, weight.t())
+    """y0 = s b^T + bias (M, features) by vendor GEMMs, for ranks that no program holds at once."""
+    y = torch.empty((s.shape[0], features), device=s.device, dtype=s.dtype)
+    blocks = whole_or(blocks, features)
+    for (first, end, row), s_block in zip(blocks, s.split(lora_b.shape[1], 1), strict=True):
+        up, out = lora_b[row : row + end - first].to(s.dtype).t(), y[:, first:end]
+        if bias is None:
+            torch.mm(s_block, up, out=out)
+        else:
+            torch.addmm(bias[first:end].to(s.dtype), s_block, up, out=out)
+    for first, end, _ in gaps(blocks, features):
+        y[:, first:end] = 0.0 if bias is None else bias[first:end]
+    return y

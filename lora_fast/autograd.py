@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import ops
+from lora_fast.eager import Blocks
 
 _SEED_END = 2**63 - 1
 
@@ -33,12 +35,17 @@ def lora_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = False,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """Y = X W^T + scaling (dropout(X) A^T) B^T + bias by the fused kernels.
 
-    Under autocast x and weight are cast as torch's linear casts them; A, B and bias keep their
-    dtype, and the kernels convert what they read.
+    With blocks, the first and last + 1 output column of each, it is `lora_merged_linear`. Under
+    autocast x and weight are cast as torch's linear casts them; A, B and bias keep their dtype,
+    and the kernels convert what they read.
     """
+    if blocks == ():
+        return F.linear(x, weight, bias)
+    edges = None if blocks is None else [edge for block in blocks for edge in block]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -46,9 +53,9 @@ def lora_linear(
     seed = draw_seed(x.device) if p > 0.0 else None
     inputs = (x, weight, bias, lora_A, lora_B)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        y: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, seed, scaling, p)
+        y: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, seed, scaling, p, edges)
     else:
-        y = ops.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, p, seed)[0]
+        y = ops.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, p, seed, edges)[0]
     return y
 
 
@@ -64,11 +71,14 @@ class _LoraLinear(torch.autograd.Function):
         seed: Tensor | None,
         scaling: float,
         dropout_p: float,
+        edges: list[int] | None,
     ) -> Tensor:
         y: Tensor
-        y, s, mask = ops.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        y, s, mask = ops.lora_linear_fwd(
+            x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, edges
+        )
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
-        ctx.scaling, ctx.dropout_p = scaling, dropout_p
+        ctx.scaling, ctx.dropout_p, ctx.edges = scaling, dropout_p, edges
         ctx.bias_dtype = bias.dtype if bias is not None else y.dtype
         ctx.save_for_backward(
             x if need_w or need_a else None,
@@ -91,10 +101,10 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 grads = ops.lora_linear_bwd(
                     *(dy, x, weight, lora_A, lora_B, s, mask),
-                    *(ctx.scaling, ctx.dropout_p, needs, ctx.bias_dtype),
+                    *(ctx.scaling, ctx.dropout_p, needs, ctx.bias_dtype, ctx.edges),
                 )
         kept = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return (*kept, None, None, None)
+        return (*kept, None, None, None, None)
 
 
 def _dtypes_of_the_forward(device: torch.device) -> AbstractContextManager[object]:
@@ -123,7 +133,10 @@ def _differentiable_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
         drop = unpack_mask(mask, a.shape[1]).to(dy.dtype) * keep_scale(ctx.dropout_p)
     dropped = rows if rows is None or drop is None else rows * drop
-    ds = flat @ b * ctx.scaling
+    edges = [0, flat.shape[1]] if ctx.edges is None else ctx.edges
+    columns = [flat[:, lo:hi] for lo, hi in zip(edges[::2], edges[1::2], strict=True)]
+    factors = b.split([block.shape[1] for block in columns])
+    ds = torch.cat([dy @ b for dy, b in zip(columns, factors, strict=True)], 1) * ctx.scaling
     dx = dw = dbias = da = db = None
     if need_x:
         delta = ds @ a
@@ -140,5 +153,6 @@ def _differentiable_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         # Where neither x nor A needs a gradient none flows through S, and the saved one serves;
         # the mask, which only their gradients read, was not kept.
         u = s if dropped is None or not (need_x or need_a) else dropped @ a.t() * ctx.scaling
-        db = (flat.t() @ u).to(lora_B.dtype)
+        ranks = u.split(b.shape[1], 1)
+        db = torch.cat([dy.t() @ u for dy, u in zip(columns, ranks, strict=True)]).to(lora_B.dtype)
     return dx, dw, dbias, da, db

@@ -40,7 +40,7 @@ _OPS = (
     *("merged_weight", "merge_", "unmerge_"),
 )
 # Ops that have a fused kernel, and those whose hand-written backward beats autograd's.
-_TRITON_OPS = frozenset({"lora_linear", "lora_embedding", "merged_weight"})
+_TRITON_OPS = frozenset({"lora_linear", "lora_merged_linear", "lora_embedding", "merged_weight"})
 _EAGER_OPS = frozenset({"lora_merged_linear"})
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int64, torch.int32)
@@ -154,7 +154,7 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     """Say why only ordinary differentiable torch code can serve the call, if so."""
     x = tensors[0]
     # The fused operators trace as one node each and cast by themselves under autocast.
-    fusable = op in _TRITON_OPS and x is not None and (x.is_cuda or _selected == "triton")
+    fusable = x is not None and (x.is_cuda or _selected == "triton")
     if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not fusable):
         return "traced by torch.compile or torch.export"
     for t in tensors:
@@ -185,8 +185,6 @@ def _in_functorch_transform(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
-    if op not in _TRITON_OPS:
-        return f"{op} has no fused kernel"
     x = tensors[0]
     assert x is not None
     if not x.is_cuda and not (x.device.type == "cpu" and _interpreted()):

@@ -104,6 +104,22 @@ def splits(
     return list(out_splits)
 
 
+def edge_splits(edges: Sequence[int], out_features: int) -> tuple[list[bool], list[int]]:
+    """`enable_lora` and `out_splits` of blocks given by their first and last + 1 columns."""
+    enable_lora, widths, column = [], [], 0
+    for first, end in zip(edges[::2], edges[1::2], strict=True):
+        if first != column:
+            enable_lora.append(False)
+            widths.append(first - column)
+        enable_lora.append(True)
+        widths.append(end - first)
+        column = end
+    if column != out_features:
+        enable_lora.append(False)
+        widths.append(out_features - column)
+    return enable_lora, widths
+
+
 def embedding_shapes(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """Refuse tensors that do not fit `lora_embedding`."""
     num, dim = _matrix("lora_embedding", weight)

@@ -137,8 +137,12 @@ def lora_merged_linear(
             checks.dropout_p("lora_merged_linear", dropout_p)
             checks.merged_linear_shapes(x, weight, lora_A, lora_B, bias, enable, widths)
         backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias)
-        if backend is Backend.EAGER:
+        if backend is not Backend.REFERENCE:
             blocks = enabled_blocks(weight.shape[0], enable, widths)
+            if backend is Backend.TRITON:
+                return autograd.lora_linear(
+                    x, weight, lora_A, lora_B, scaling, bias, dropout_p, training, blocks
+                )
             p = dropout_p if training else 0.0
             lora_A, lora_B = reference.like(lora_A, x), reference.like(lora_B, x)
             return eager.low_rank_linear(x, weight, lora_A, lora_B, scaling, bias, p, blocks)

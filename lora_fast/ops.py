@@ -18,12 +18,12 @@ from lora_fast import checks
 torch.library.define(
     "lora_fast::lora_linear_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, "
-    "float dropout_p, Tensor? seed) -> (Tensor y, Tensor s, Tensor mask)",
+    "float dropout_p, Tensor? seed, int[]? edges=None) -> (Tensor y, Tensor s, Tensor mask)",
 )
 torch.library.define(
     "lora_fast::lora_linear_bwd",
     "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? s, Tensor? mask, "
-    "float scaling, float dropout_p, bool[5] needs, ScalarType bias_dtype) "
+    "float scaling, float dropout_p, bool[5] needs, ScalarType bias_dtype, int[]? edges=None) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor da, Tensor db)",
 )
 
@@ -63,8 +63,13 @@ def _(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    edges: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.linear_shapes(x, weight, lora_a, lora_b, bias)
+    if edges is None:
+        checks.linear_shapes(x, weight, lora_a, lora_b, bias)
+    else:
+        splits = checks.edge_splits(edges, weight.shape[0])
+        checks.merged_linear_shapes(x, weight, lora_a, lora_b, bias, *splits)
     rows = math.prod(x.shape[:-1])
     mask_shape = (0,) if seed is None else (rows, (x.shape[-1] + 7) // 8)
     return (
@@ -87,9 +92,10 @@ def _(
     dropout_p: float,
     needs: list[bool],
     bias_dtype: torch.dtype,
+    edges: list[int] | None = None,
 ) -> tuple[Tensor, ...]:
-    n, (r, k) = dy.shape[-1], lora_a.shape
-    shapes = ((*dy.shape[:-1], k), (n, k), (n,), (r, k), (n, r))
+    n, k = dy.shape[-1], lora_a.shape[1]
+    shapes = ((*dy.shape[:-1], k), (n, k), (n,), lora_a.shape, lora_b.shape)
     dtypes = (dy.dtype, dy.dtype, bias_dtype, lora_a.dtype, lora_b.dtype)
     return tuple(
         dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)

@@ -109,6 +109,56 @@ def test_backward(
     assert_fake_agrees(ops.lora_linear_bwd, args)
 
 
+EDGES = [[0, 2, 5, 7], [1, 3, 3, 4], [2, 7], [0, 7]]  # of 7 columns
+
+
+def merged_args(
+    device: torch.device, op: str, edges: list[int], rows: int = 5, p: float = 0.0
+) -> Args:
+    """Arguments of a linear op for an adapter of rank R on each of the blocks."""
+    args = list((fwd_args if op == "lora_linear_fwd" else bwd_args)(device, (rows, K), p=p))
+    blocks, columns = len(edges) // 2, sum(edges[1::2]) - sum(edges[::2])
+    at = 3  # lora_a, in both
+    args[at] = torch.randn(blocks * R, K, device=device)
+    args[at + 1] = torch.randn(columns, R, device=device)
+    if op == "lora_linear_bwd":
+        args[5] = torch.randn(rows, blocks * R, device=device)
+    return (*args, edges)
+
+
+@pytest.mark.parametrize("rows", [5, 0])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("edges", EDGES, ids=str)
+@pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_bwd"])
+def test_blocks_of_columns(
+    kernel_device: torch.device, op: str, edges: list[int], p: float, rows: int
+) -> None:
+    args = merged_args(kernel_device, op, edges, rows, p)
+    assert_fake_agrees(getattr(ops, op), args)
+    if rows and edges is EDGES[0]:
+        torch.library.opcheck(getattr(ops, op), args, test_utils=CHECKS)
+        dynamic = "test_aot_dispatch_dynamic"
+        torch.library.opcheck(getattr(ops, op), args, test_utils=dynamic)
+
+
+@pytest.mark.parametrize(
+    ("edges", "message"),
+    [
+        ([0, 2, 5, 8], "sum to out_features=7, got [2, 3, 3, -1]"),
+        ([0, 4, 2, 7], "got [4, -2, 5]"),
+        ([0, 3, 5, 7], "lora_B must be (5, r)"),
+        ([0, 2, 2, 3, 5, 6], "lora_A must be (3 * 3, 19)"),
+    ],
+)
+def test_the_fake_refuses_blocks_that_do_not_fit(
+    kernel_device: torch.device, edges: list[int], message: str
+) -> None:
+    args = merged_args(kernel_device, "lora_linear_fwd", EDGES[0])
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=re.escape(message)):
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args[:-1]]
+        ops.lora_linear_fwd(*fakes, edges)
+
+
 NEEDS = list(itertools.product([True, False], repeat=5))
 
 

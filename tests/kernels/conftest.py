@@ -23,6 +23,7 @@ class Inputs:
     lora_b: Tensor
     dy: Tensor
     scaling: float = 0.75
+    edges: list[int] | None = None
 
     def wide(self) -> "Inputs":
         """The same in float64."""
@@ -34,7 +35,14 @@ class Inputs:
         x = self.x if keep is None else self.x * keep.to(self.x.dtype)
         y = torch.nn.functional.linear(self.x, self.weight, self.bias)
         a, b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
-        return y + (x @ a.t() @ b.t()) * self.scaling
+        if self.edges is None:
+            return y + (x @ a.t() @ b.t()) * self.scaling
+        blocks = list(zip(self.edges[::2], self.edges[1::2], strict=True))
+        rows, columns = b.split([end - first for first, end in blocks]), y.shape[-1]
+        for (first, end), a_g, b_g in zip(blocks, a.split(b.shape[1]), rows, strict=True):
+            update = (x @ a_g.t() @ b_g.t()) * self.scaling
+            y = y + torch.nn.functional.pad(update, (first, columns - end))
+        return y
 
     def gradients(self, keep: Tensor | None = None) -> dict[str, Tensor]:
         """Autograd's gradients of all arguments."""
@@ -49,23 +57,27 @@ class Inputs:
 
 @pytest.fixture
 def make_inputs(kernel_device: torch.device) -> Any:
-    """Make the arguments for M rows, N and K features and rank R."""
+    """Make the arguments for M rows, N and K features and rank R, of each block between edges."""
 
     def make(
         m: int, n: int, k: int, r: int, dtype: torch.dtype = torch.float32, *,
         bias: bool = True, adapter_dtype: torch.dtype | None = None,
+        edges: list[int] | None = None,
     ) -> Inputs:  # fmt: skip
         def random(*shape: int, scale: float, dtype: torch.dtype = dtype) -> Tensor:
             return (torch.randn(shape, device=kernel_device) * scale).to(dtype)
 
         adapter = adapter_dtype or dtype
+        groups = 1 if edges is None else len(edges) // 2
+        adapted = n if edges is None else sum(edges[1::2]) - sum(edges[::2])
         return Inputs(
             x=random(m, k, scale=1.0),
             weight=random(n, k, scale=k**-0.5),
             bias=random(n, scale=1.0) if bias else None,
-            lora_a=random(r, k, scale=k**-0.5, dtype=adapter),
-            lora_b=random(n, r, scale=r**-0.5, dtype=adapter),
+            lora_a=random(groups * r, k, scale=k**-0.5, dtype=adapter),
+            lora_b=random(adapted, r, scale=r**-0.5, dtype=adapter),
             dy=random(m, n, scale=1.0),
+            edges=edges,
         )
 
     return make

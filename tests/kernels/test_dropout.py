@@ -28,7 +28,7 @@ def draw(kernel_device: torch.device) -> Any:
 
     def drawn(p: float, seed: int, m: int = M, k: int = K) -> Tensor:
         x = torch.zeros(m, k, device=kernel_device)
-        _, packed, _ = lora_linear_fwd.lora_shrink(
+        _, packed = lora_linear_fwd.lora_shrink(
             *(x, torch.zeros(1, k, device=kernel_device), 1.0),
             config=ShrinkConfig(64, 512, 16, num_warps=4, num_stages=2),
             dropout_p=p,
