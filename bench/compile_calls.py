@@ -131,6 +131,7 @@ def linear_sizes(everything: bool) -> list[Sizes]:
     found.append(Sizes(FP16, 8192, 16))  # bf16's code with other instructions
     found.append(Sizes(BF16, 8192, 16, adapter_dtype=FP32))
     found.append(Sizes(BF16, 8192, 16, width=4093))  # no descriptors, nothing divides
+    found.append(Sizes(BF16, 1, 1, width=1))  # sizes and strides of one are constants to Triton
     return found
 
 
