@@ -146,6 +146,7 @@ def linear_sizes(everything: bool) -> list[Sizes]:
     found += [Sizes(BF16, rows, rank, edges=EDGES) for rows in (16, 8192) for rank in (16, 64)]
     found.append(Sizes(FP32, 8192, 16, edges=EDGES))
     found.append(Sizes(BF16, 8192, 16, edges=(0, 2057, 3072, 4096)))  # off every grid
+    found.append(Sizes(BF16, 1, 1, width=1))  # sizes and strides of one are constants to Triton
     return found
 
 

@@ -38,7 +38,7 @@ def test_ranks(rank: int, make_problem: Any) -> None:
 
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(1, 1, 1), (17, 1, 1), (17, 1, 7), (17, 7, 1), (7, 130, 257), (257, 7, 130), (130, 257, 7)],
+    [(1, 1, 1), (17, 1, 1), (17, 1, 7), (17, 7, 1), (7, 130, 257), (257, 7, 1), (130, 257, 7)],
 )
 def test_odd_sizes(m: int, n: int, k: int, make_problem: Any) -> None:
     make_problem((m, k), n, 2).check(NAMES, 0.25)
