@@ -424,15 +424,16 @@ def grad_a_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradAConfig
 def embedding_plan(arch: Architecture, M: int, D: int, R: int, dtype: torch.dtype) -> EmbeddingPlan:
     """The plan for M tokens: with few of them, narrow chunks, so that all processors have work."""
     few, thin = M <= 2048, R <= 16
-    # A product of fp32 keeps its operands in registers.
+    # A product of fp32 keeps its operands in registers, rows off the 16-byte grid their addresses.
+    odd, fp32 = D % 16 != 0, dtype is torch.float32
     forward = EmbeddingConfig(
-        block_m=32 if not few and (thin or dtype is not torch.float32) else 16,
-        block_d=64 if dtype is torch.float32 else 128,
+        block_m=32 if not few and (thin or not fp32) else 16,
+        block_d=64 if fp32 or odd else 128,
         chunk_d=128 if few else 512,
         num_warps=4,
     )
     grad_sb = grad_sb_config(arch, R, dtype)
-    if D % 16:  # rows off the 16-byte grid take registers for their addresses
+    if odd:
         grad_sb = replace(grad_sb, block_n=grad_sb.block_n // 2)
     return EmbeddingPlan(
         forward,
