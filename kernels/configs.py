@@ -208,7 +208,7 @@ ARCHITECTURES = {
     )
 }
 
-SMALL_M = 16  # decode: few rows, bound by the read of the weight and by the launch
+SMALL_M = 16  # rows up to which a product is bound by the read of the weight
 ONE_PASS_MAX_N = 3072  # beyond it, x A^T per column tile costs more than a second read of x
 WIDE_RANK = 32  # ranks beyond it take blocks of 64, which need other tiles
 LIBRARY_RANK = 64  # from this rank on two vendor GEMMs over dY beat one pass (kernels are thin)
