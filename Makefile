@@ -38,8 +38,8 @@ test: $(READY)
 # All peers in turns, into bench/results/<device>, then the README's numbers from there. A few rows
 # into bench-out/: make bench BENCH_ARGS=--quick
 bench: $(READY)
-	$(PYTEST) bench --benchmark $(BENCH_ARGS)
-	$(BIN)/python bench/report.py
+	@$(PYTEST) bench --benchmark $(BENCH_ARGS); status=$$?; \
+	  $(BIN)/python bench/report.py && exit $$status
 
 # For a GPU machine that reaches no registry: carry wheels/ there.
 wheels: $(READY)

@@ -57,6 +57,13 @@ def lab() -> Lab:
 
 
 @pytest.fixture
+def kernel_lab(kernel_device: torch.device) -> Lab:
+    """Where Triton's kernels run."""
+    clock = Clock(kernel_device, rounds=1, budget=0.0, sample=0.0)
+    return Lab(kernel_device, "toy", clock)
+
+
+@pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
     """Write rows as a folder of results and return it."""
     from results import write_json

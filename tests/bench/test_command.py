@@ -75,7 +75,8 @@ def test_results_and_pytest_benchmarks_own_json(tmp_path):
 
 def test_profile_of_one_row(tmp_path):
     name = "MergedLinear-16-M6-r4-p0-float32-fwd+bwd"
-    done = run("--profile", name, "--out", tmp_path, "-k", "lora_fast and not reference")
+    only = ("--device", "cpu", "-k", "lora_fast and not reference")
+    done = run("--profile", name, "--out", tmp_path, *only)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout
     table = (tmp_path / f"profile-{name}-lora_fast.md").read_text()
