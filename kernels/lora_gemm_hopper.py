@@ -320,7 +320,7 @@ def lora_gemm_hopper(
     An `up` of another dtype, and a rank whose rows are no multiple of 16 bytes, are copied first.
 
     Raises:
-        ValueError: the GPU is no Hopper, the dtype has not 16 bits, or the tile does not divide.
+        ValueError: the GPU is no Hopper, the dtype has not 16 bits, or the tile is for other warps.
     """
     (M, K), (N, R) = x.shape, up.shape
     check_hopper(x, config)

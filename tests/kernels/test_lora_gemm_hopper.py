@@ -14,7 +14,8 @@ from lora_fast.testing import assert_within_budget
 
 pytest.importorskip("triton")
 
-from hopper_model import Descriptor, Kernel, Pointer
+from hopper_machine import Descriptor, Pointer
+from hopper_model import Kernel
 
 from lora_fast.kernels import lora_gemm_hopper, primitives
 from lora_fast.kernels.configs import ARCHITECTURES, architecture, backward_plan, forward_plan
