@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lora_fast.kernels import configs
+from lora_fast.kernels import configs, plans
 from lora_fast.kernels.configs import Architecture
 from lora_fast.kernels.decode_configs import DecodeSplits, decode_config
 from lora_fast.kernels.lora_decode import lora_decode
@@ -94,7 +94,7 @@ class Sizes:
 def linear_forward(
     arch: Architecture,
     sizes: Sizes,
-    impl: configs.ForwardImpl,
+    impl: plans.ForwardImpl,
     dropout: bool,
     gemm: configs.GemmConfig | None = None,
 ) -> None:
@@ -102,7 +102,7 @@ def linear_forward(
     x, weight, lora_a, lora_b = sizes.tensors()
     p, seed = (0.1, meta(1, dtype=torch.int64)) if dropout else (0.0, None)
     n, k = weight.shape
-    plan = configs.forward_plan(arch, sizes.rows, n, k, sizes.ranks, sizes.dtype, dropout)
+    plan = plans.forward_plan(arch, sizes.rows, n, k, sizes.ranks, sizes.dtype, dropout)
     default = configs.gemm_config(arch, sizes.rows, sizes.dtype, one_pass=impl == "one_pass")
     bias = meta(n, dtype=sizes.dtype)
     lora_linear_fwd(
@@ -114,7 +114,7 @@ def linear_forward(
 def linear_backward(
     arch: Architecture,
     sizes: Sizes,
-    input_grad: configs.InputGradImpl,
+    input_grad: plans.InputGradImpl,
     dropout: bool,
     gemm: configs.GemmConfig | None = None,
 ) -> None:
@@ -123,7 +123,7 @@ def linear_backward(
     n, k = weight.shape
     s = meta(sizes.rows, sizes.ranks, dtype=sizes.dtype)
     mask = meta(sizes.rows, -(-k // 8), dtype=torch.uint8) if dropout else None
-    plan = configs.backward_plan(arch, sizes.rows, n, k, sizes.rank, sizes.dtype)
+    plan = plans.backward_plan(arch, sizes.rows, n, k, sizes.rank, sizes.dtype)
     plan = replace(plan, input_grad=input_grad, library_sb=False, gemm=gemm or plan.gemm)
     lora_linear_bwd(
         *(meta(sizes.rows, n, dtype=sizes.dtype), x, weight, lora_a, lora_b, s, mask),
@@ -152,8 +152,8 @@ def linear_sizes(everything: bool) -> list[Sizes]:
 
 def linear(arch: Architecture, everything: bool) -> Iterator[Case]:
     """Yield the cases of the linear layer: each implementation, with and without dropout."""
-    forwards: tuple[configs.ForwardImpl, ...] = ("one_pass", "split", "lora_first")
-    backwards: tuple[configs.InputGradImpl, ...] = ("fused", "lora_first")
+    forwards: tuple[plans.ForwardImpl, ...] = ("one_pass", "split", "lora_first")
+    backwards: tuple[plans.InputGradImpl, ...] = ("fused", "lora_first")
     for sizes in linear_sizes(everything):
         for dropout in (False, True):
             for impl in forwards:
@@ -219,7 +219,7 @@ def look_up(arch: Architecture, sizes: Sizes, by_freq: bool) -> None:
     adapter = sizes.adapter_dtype or dtype
     lora_a = meta(sizes.rank, num, dtype=adapter)
     lora_b = meta(sizes.width, sizes.rank, dtype=adapter)
-    plan = configs.embedding_plan(arch, sizes.rows, sizes.width, sizes.rank, dtype)
+    plan = plans.embedding_plan(arch, sizes.rows, sizes.width, sizes.rank, dtype)
     dy = lora_embedding_fwd(index, weight, lora_a, lora_b, 1.0, plan=plan)
     lora_embedding_bwd(dy, index, lora_a, lora_b, 1.0, 0, by_freq, True, [True, True], plan=plan)
 

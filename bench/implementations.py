@@ -1,6 +1,6 @@
 """Every way in which lora_fast can run a linear layer, and what its dispatch chose.
 
-The names come from the types of `lora_fast.kernels.configs`, so a new implementation there takes
+The names come from the types of `lora_fast.kernels.plans`, so a new implementation there takes
 part here without being listed.
 """
 
@@ -36,12 +36,13 @@ def forced() -> dict[str, Callable[[], AbstractContextManager[None]]]:
     }
     if not _HAS_TRITON:
         return found
-    configs = importlib.import_module("lora_fast.kernels.configs")
+    plans = importlib.import_module("lora_fast.kernels.plans")
     for what, (_, _, field, choices) in _PLANS.items():
-        for name in get_args(getattr(configs, choices)):
+        for name in get_args(getattr(plans, choices)):
             prefix = "" if what == "forward" else f"{what}_"
             found[f"lora_fast:{prefix}{name}"] = partial(_force, what, **{field: name})
     if torch.cuda.is_available():
+        configs = importlib.import_module("lora_fast.kernels.configs")
         gemm = configs.architecture(torch.device("cuda")).gemm_specialised
         if gemm is not None:
             found["lora_fast:specialised"] = partial(_specialised, gemm)

@@ -12,16 +12,13 @@ import torch
 
 from lora_fast.kernels.configs import (
     Architecture,
-    BackwardPlan,
-    ForwardImpl,
-    ForwardPlan,
     GemmConfig,
     GradAConfig,
     GradSBConfig,
     ShrinkConfig,
-    why_not,
 )
 from lora_fast.kernels.decode_configs import DecodeConfig
+from lora_fast.kernels.plans import BackwardPlan, ForwardImpl, ForwardPlan, why_not
 from lora_fast.kernels.primitives import rank_blocks
 from lora_fast.kernels.tables import Call
 

@@ -7,9 +7,10 @@ dA[:, v] = sum of the rows of dS whose index is v              (`segment_sum`)
 import torch
 from torch import Tensor
 
-from lora_fast.kernels.configs import EmbeddingPlan, architecture, embedding_plan
+from lora_fast.kernels.configs import architecture
 from lora_fast.kernels.lora_embedding_fwd import gather_columns
 from lora_fast.kernels.lora_linear_bwd import library_grad_sb, lora_grad_sb
+from lora_fast.kernels.plans import EmbeddingPlan, embedding_plan
 from lora_fast.kernels.primitives import on_device_of
 from lora_fast.kernels.segment_sum import segment_sum
 

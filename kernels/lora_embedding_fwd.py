@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.kernels.configs import EmbeddingPlan, architecture, embedding_plan
+from lora_fast.kernels.configs import architecture
+from lora_fast.kernels.plans import EmbeddingPlan, embedding_plan
 from lora_fast.kernels.primitives import (
     block_offsets,
     dot_precision,

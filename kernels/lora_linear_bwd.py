@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.kernels.column_blocks import Blocks, column_blocks
-from lora_fast.kernels.configs import BackwardPlan, GradAConfig, architecture, backward_plan
+from lora_fast.kernels.configs import GradAConfig, architecture
 from lora_fast.kernels.dropout import apply_keep, keep_scale, load_keep
 from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.lora_grad_sb import library_grad_sb, lora_grad_sb
+from lora_fast.kernels.plans import BackwardPlan, backward_plan
 from lora_fast.kernels.primitives import (
     block_offsets,
     chunk_length,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.kernels.column_blocks import Blocks, column_blocks, gaps, whole_or
-from lora_fast.kernels.configs import ForwardPlan, ShrinkConfig, architecture, forward_plan
+from lora_fast.kernels.configs import ShrinkConfig, architecture
 from lora_fast.kernels.dropout import (
     apply_keep,
     draw_keep_bits,
@@ -21,6 +21,7 @@ from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.lora_decode import lora_decode
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.lora_update import add_update
+from lora_fast.kernels.plans import ForwardPlan, forward_plan
 from lora_fast.kernels.primitives import (
     MAX_SIZE,
     block_offsets,

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.kernels.configs import MERGED_WEIGHT, WeightConfig
+from lora_fast.kernels.configs import WeightConfig
+from lora_fast.kernels.plans import MERGED_WEIGHT
 from lora_fast.kernels.primitives import (
     block_offsets,
     dot_precision,

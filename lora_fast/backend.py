@@ -213,7 +213,7 @@ def _why_torch_is_as_fast(op: str, tensors: tuple[Tensor | None, ...]) -> str | 
     weight, *factors = (t for t in tensors if t is not None)
     if not factors:  # `explain` asks about no weight in particular
         return None
-    from lora_fast.kernels.configs import merged_weight_pays
+    from lora_fast.kernels.plans import merged_weight_pays
 
     return None if merged_weight_pays(weight, *factors) else "a small weight, torch is as fast"
 

@@ -40,12 +40,12 @@ class Job:
     @cached_property
     def rule(self) -> Any:
         """The plan that serves the call where nothing was measured."""
-        from lora_fast.kernels import configs
+        from lora_fast.kernels import plans
 
         m, k, n, r = self.shape
         if self.backward:
-            return configs.backward_rule(self.arch, m, n, k, r, self.dtype)
-        return configs.forward_rule(self.arch, m, n, k, r, self.dtype, self.dropout)
+            return plans.backward_rule(self.arch, m, n, k, r, self.dtype)
+        return plans.forward_rule(self.arch, m, n, k, r, self.dtype, self.dropout)
 
     @cached_property
     def steps(self) -> list[list[dict[str, Any]]]:
@@ -63,7 +63,7 @@ class Problem:
     """A call with tensors. Its rule's forward has run: the same mask and S serve every plan."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
-        from lora_fast.kernels import configs
+        from lora_fast.kernels import plans
 
         self.job = job
         m, k, n, r = job.shape
@@ -79,7 +79,7 @@ class Problem:
         self.p = DROPOUT_P if job.dropout else 0.0
         self.seed = torch.tensor([1], device=device) if job.dropout else None
         self.rows = torch.linspace(0, m - 1, min(m, _CHECKED_ROWS), device=device).long()
-        rule = configs.forward_rule(job.arch, m, n, k, r, job.dtype, job.dropout)
+        rule = plans.forward_rule(job.arch, m, n, k, r, job.dtype, job.dropout)
         _, self.s, self.mask = self.forward(rule)
 
     def forward(self, plan: Any) -> tuple[Tensor, Tensor, Tensor]:

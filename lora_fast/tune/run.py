@@ -154,7 +154,7 @@ class _Target:
 
     def write(self, found: search.Found) -> str:
         """Write the rows, beside those of calls that were not measured now; say so."""
-        from lora_fast.kernels import configs, tables
+        from lora_fast.kernels import plans, tables
 
         measured = {job.call for job in found.jobs}
         kept = {row.call: row for row in self.before if row.call not in measured}
@@ -164,7 +164,7 @@ class _Target:
         today = date.today().isoformat()
         table = tables.Table(self.machine, rows, lora_fast.__version__, today)
         tables.write(table, self.path)
-        configs.reload_tables()
+        plans.reload_tables()
         return f"written: {self.path}, {len(rows)} rows"
 
 
@@ -190,7 +190,7 @@ def _reset() -> int:
     if not paths:
         print(f"nothing to delete in {tables.user_folder()}")
     if backend.has_triton():
-        from lora_fast.kernels import configs
+        from lora_fast.kernels import plans
 
-        configs.reload_tables()
+        plans.reload_tables()
     return 0

@@ -12,17 +12,11 @@ from lora_fast.testing import assert_within_budget
 pytest.importorskip("triton")
 
 from lora_fast.kernels.column_blocks import column_blocks, gaps, whole_or
-from lora_fast.kernels.configs import (
-    BackwardPlan,
-    ForwardPlan,
-    GemmConfig,
-    GradAConfig,
-    GradSBConfig,
-    ShrinkConfig,
-)
+from lora_fast.kernels.configs import GemmConfig, GradAConfig, GradSBConfig, ShrinkConfig
 from lora_fast.kernels.dropout import keep_scale, unpack_mask
 from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
 from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
+from lora_fast.kernels.plans import BackwardPlan, ForwardPlan
 
 # Tiles small enough to interpret, and smaller than most inputs here.
 GEMMS = {

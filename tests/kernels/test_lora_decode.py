@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from lora_fast.kernels import counters
-from lora_fast.kernels.configs import ARCHITECTURES, forward_plan
+from lora_fast.kernels.configs import ARCHITECTURES
 from lora_fast.kernels.decode_configs import (
     TILES,
     DecodeConfig,
@@ -24,6 +24,7 @@ from lora_fast.kernels.decode_configs import (
 from lora_fast.kernels.lora_decode import lora_decode
 from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
 from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
+from lora_fast.kernels.plans import forward_plan
 
 # The interpreter has no bf16 arithmetic, so it upcasts; a GPU runs the real thing.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

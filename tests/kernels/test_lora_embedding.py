@@ -12,9 +12,10 @@ from lora_fast.testing import assert_within_budget
 
 pytest.importorskip("triton")
 
-from lora_fast.kernels.configs import EmbeddingConfig, EmbeddingPlan, GradSBConfig
+from lora_fast.kernels.configs import EmbeddingConfig, GradSBConfig
 from lora_fast.kernels.lora_embedding_bwd import lora_embedding_bwd
 from lora_fast.kernels.lora_embedding_fwd import lora_embedding_fwd
+from lora_fast.kernels.plans import EmbeddingPlan
 
 # Tiles small enough to interpret, and smaller than most inputs here.
 KERNEL = EmbeddingPlan(

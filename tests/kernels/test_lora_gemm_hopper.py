@@ -18,10 +18,11 @@ from hopper_machine import Descriptor, Pointer
 from hopper_model import Kernel
 
 from lora_fast.kernels import lora_gemm_hopper, primitives
-from lora_fast.kernels.configs import ARCHITECTURES, architecture, backward_plan, forward_plan
+from lora_fast.kernels.configs import ARCHITECTURES, architecture
 from lora_fast.kernels.dropout import packed_width, unpack_mask
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.lora_gemm_hopper import rank_operand
+from lora_fast.kernels.plans import backward_plan, forward_plan
 from lora_fast.kernels.primitives import descriptor_fits
 
 SPECIALISED = ARCHITECTURES["sm_90"].gemm_specialised

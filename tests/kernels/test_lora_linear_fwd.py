@@ -8,9 +8,10 @@ from lora_fast.testing import assert_within_budget
 
 pytest.importorskip("triton")
 
-from lora_fast.kernels.configs import ForwardPlan, GemmConfig, ShrinkConfig
+from lora_fast.kernels.configs import GemmConfig, ShrinkConfig
 from lora_fast.kernels.dropout import keep_scale, unpack_mask
 from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
+from lora_fast.kernels.plans import ForwardPlan
 
 # Tiles small enough to interpret, and smaller than most inputs here.
 GEMMS = {

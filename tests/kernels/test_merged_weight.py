@@ -10,8 +10,9 @@ from lora_fast.testing import assert_within_budget
 
 pytest.importorskip("triton")
 
-from lora_fast.kernels.configs import WeightConfig, merged_weight_pays
+from lora_fast.kernels.configs import WeightConfig
 from lora_fast.kernels.merged_weight import joined_axes, merged_weight
+from lora_fast.kernels.plans import merged_weight_pays
 
 CONFIG = WeightConfig(16, 32, num_warps=4)
 SCALING = 0.75

@@ -19,17 +19,11 @@ import triton
 import triton.language as tl
 
 from lora_fast.kernels import dropout, lora_gemm, reduce_partials
-from lora_fast.kernels.configs import (
-    BackwardPlan,
-    ForwardPlan,
-    GemmConfig,
-    GradAConfig,
-    GradSBConfig,
-    ShrinkConfig,
-)
+from lora_fast.kernels.configs import GemmConfig, GradAConfig, GradSBConfig, ShrinkConfig
 from lora_fast.kernels.dropout import keep_scale, unpack_mask
 from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
 from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
+from lora_fast.kernels.plans import BackwardPlan, ForwardPlan
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="breaks kernels in the interpreter"),

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from lora_fast.kernels import lora_embedding_fwd, merged_weight, segment_sum
-from lora_fast.kernels.configs import EmbeddingConfig, EmbeddingPlan, GradSBConfig, WeightConfig
+from lora_fast.kernels.configs import EmbeddingConfig, GradSBConfig, WeightConfig
 from lora_fast.kernels.lora_embedding_bwd import lora_embedding_bwd
+from lora_fast.kernels.plans import EmbeddingPlan
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="breaks kernels in the interpreter"),

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from lora_fast.kernels.configs import ARCHITECTURES, backward_plan, forward_plan
+from lora_fast.kernels.configs import ARCHITECTURES
+from lora_fast.kernels.plans import backward_plan, forward_plan
 from lora_fast.kernels.primitives import MAX_BLOCK_R
 
 HALF = (torch.float16, torch.bfloat16)

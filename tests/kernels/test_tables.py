@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lora_fast.kernels import configs, tables
+from lora_fast.kernels import configs, plans, tables
 from lora_fast.kernels.candidates import candidates
 from lora_fast.kernels.tables import Call, Row, Table
 
@@ -29,9 +29,9 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Empty folders in place of the user's and the package's own tables."""
     monkeypatch.setenv("LORA_FAST_CACHE", str(tmp_path / "user"))
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
-    configs.reload_tables()
+    plans.reload_tables()
     yield
-    configs.reload_tables()
+    plans.reload_tables()
 
 
 def table(plan: Any, call: Call = CALL, **machine: str) -> Table:
@@ -44,16 +44,16 @@ def put(found: Table, *, shipped: str | None = None) -> Path:
     here = tables.this_machine(GPU, "sm_90")
     path = tables.SHIPPED / shipped if shipped else tables.user_path(here)
     tables.write(found, path)
-    configs.reload_tables()
+    plans.reload_tables()
     return path
 
 
 def plan(dropout: bool = False, arch: configs.Architecture = ARCH, **sizes: int) -> Any:
     m, n, k, r, dtype = SIZES
-    return configs.forward_plan(arch, sizes.get("M", m), n, k, sizes.get("R", r), dtype, dropout)
+    return plans.forward_plan(arch, sizes.get("M", m), n, k, sizes.get("R", r), dtype, dropout)
 
 
-RULE = configs.forward_rule(ARCH, *SIZES, False)
+RULE = plans.forward_rule(ARCH, *SIZES, False)
 # Something that the rule does not choose, so that its effect shows.
 OTHER = "split"
 
@@ -72,7 +72,7 @@ def test_the_users_table_wins_over_the_shipped_ones_and_those_over_the_rule() ->
     path = put(table({"impl": OTHER}))
     assert plan() == replace(RULE, impl=OTHER)
     path.unlink()
-    configs.reload_tables()
+    plans.reload_tables()
     assert plan().impl == RULE.impl
 
 
@@ -92,7 +92,7 @@ def test_a_shipped_table_serves_other_versions_the_users_does_not(
     assert plan().impl == OTHER
     other = table({"impl": "one_pass"}, triton="1.0")
     tables.write(other, tables.user_path(other.machine))
-    configs.reload_tables()
+    plans.reload_tables()
     assert plan().impl == OTHER
     assert not caplog.records  # a table of another version is in a file of its own, and stays
 
@@ -102,7 +102,7 @@ def test_rows_of_another_call_change_nothing() -> None:
     assert plan(R=8).impl == RULE.impl
     assert plan(dropout=True).impl == RULE.impl
     assert plan(M=4097).impl == RULE.impl
-    assert configs.backward_plan(ARCH, *SIZES) == configs.backward_rule(ARCH, *SIZES)
+    assert plans.backward_plan(ARCH, *SIZES) == plans.backward_rule(ARCH, *SIZES)
 
 
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (2, 2), (3, 4), (4095, 4096), (4097, 8192)])
@@ -115,10 +115,10 @@ def test_rows_up_to_a_power_of_two_share_a_choice(rows: int, bucket: int) -> Non
 
 def test_the_backward_has_rows_with_and_without_dropout() -> None:
     call = Call.of("lora_linear_bwd", *SIZES, True)
-    rule = configs.backward_rule(ARCH, *SIZES)
+    rule = plans.backward_rule(ARCH, *SIZES)
     put(table({"library_sb": True, "gemm": TILE}, call))
-    assert configs.backward_plan(ARCH, *SIZES) == rule
-    measured = configs.backward_plan(ARCH, *SIZES, True)
+    assert plans.backward_plan(ARCH, *SIZES) == rule
+    measured = plans.backward_plan(ARCH, *SIZES, True)
     assert (measured.library_sb, rule.library_sb) == (True, False)
     assert measured.gemm == replace(rule.gemm, **TILE)
 
@@ -289,7 +289,7 @@ def test_a_broken_table_does_not_hide_the_shipped_one() -> None:
     put(table({"impl": OTHER}), shipped="sm_90.json")
     path = put(table({"impl": OTHER}))
     path.write_text("{")
-    configs.reload_tables()
+    plans.reload_tables()
     assert plan().impl == OTHER
 
 
@@ -345,8 +345,8 @@ def test_every_candidate_is_a_valid_row_for_the_call(
 ) -> None:
     chip = configs.ARCHITECTURES[arch]
     rules: dict[str, Callable[..., Any]] = {
-        "lora_linear_fwd": lambda *a: configs.forward_rule(*a, True),
-        "lora_linear_bwd": configs.backward_rule,
+        "lora_linear_fwd": lambda *a: plans.forward_rule(*a, True),
+        "lora_linear_bwd": plans.backward_rule,
     }
     for op, rule_of in rules.items():
         call = Call.of(op, rows, 4096, 4096, 128, dtype, True)
@@ -360,25 +360,25 @@ def test_every_candidate_is_a_valid_row_for_the_call(
             assert found not in seen
             seen.add(found)
             assert tables.changed(rule, data) == found != rule
-            assert configs.why_not(chip, found, call) is None
+            assert plans.why_not(chip, found, call) is None
             assert found.gemm.tma is False or chip.gemm.tma
 
 
 def test_one_pass_is_a_candidate_where_it_can_serve() -> None:
     def impls(R: int, dropout: bool) -> set[str]:
         call = Call.of("lora_linear_fwd", 64, 4096, 4096, R, torch.bfloat16, dropout)
-        rule = configs.forward_rule(ARCH, 64, 4096, 4096, R, torch.bfloat16, dropout)
+        rule = plans.forward_rule(ARCH, 64, 4096, 4096, R, torch.bfloat16, dropout)
         found = candidates(ARCH, call, rule)[0]
         return {rule.impl, *(change["impl"] for change in found)}
 
-    assert impls(16, False) == set(get_args(configs.ForwardImpl))
+    assert impls(16, False) == set(get_args(plans.ForwardImpl))
     assert impls(16, True) == impls(65, False) == {"split", "lora_first"}
 
 
 def test_specialised_warps_are_a_candidate_on_hopper_alone() -> None:
     def offered(arch: configs.Architecture, dtype: torch.dtype) -> bool:
         call = Call.of("lora_linear_fwd", *SIZES[:4], dtype, False)
-        rule = configs.forward_rule(arch, *SIZES[:4], dtype, False)
+        rule = plans.forward_rule(arch, *SIZES[:4], dtype, False)
         ways = candidates(arch, call, rule)[0]
         return any("gemm" in way and way["gemm"].specialised for way in ways)
 
@@ -417,9 +417,9 @@ def test_what_ships_is_valid(path: Path) -> None:
     for row in found.rows:
         op, *sizes, dtype, dropout = row.call
         rule: Any = (
-            configs.forward_rule(chip, *sizes, getattr(torch, dtype), dropout)
+            plans.forward_rule(chip, *sizes, getattr(torch, dtype), dropout)
             if op == "lora_linear_fwd"
-            else configs.backward_rule(chip, *sizes, getattr(torch, dtype))
+            else plans.backward_rule(chip, *sizes, getattr(torch, dtype))
         )
-        assert configs.why_not(chip, tables.changed(rule, row.plan), row.call) is None
+        assert plans.why_not(chip, tables.changed(rule, row.plan), row.call) is None
         assert row.us < row.rule_us

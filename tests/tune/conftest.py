@@ -20,9 +20,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def _forget() -> None:
     if backend.has_triton():
-        from lora_fast.kernels import configs
+        from lora_fast.kernels import plans
 
-        configs.reload_tables()
+        plans.reload_tables()
 
 
 @pytest.fixture

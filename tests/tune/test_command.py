@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from lora_fast import backend
 from lora_fast.cli import main
-from lora_fast.kernels import candidates, configs, tables
+from lora_fast.kernels import candidates, configs, plans, tables
 from lora_fast.tune import problems, search
 from lora_fast.tune.problems import Job
 
@@ -25,7 +25,7 @@ needs_kernels = pytest.mark.skipif(
 GPU = "NVIDIA Imaginary 9000"
 ARCH = replace(configs.ARCHITECTURES["sm_90"], gpu=GPU)
 # What serves these calls where nothing was measured.
-RULED = str(configs.forward_rule(ARCH, 5, 24, 16, 2, torch.float32, False).impl)
+RULED = str(plans.forward_rule(ARCH, 5, 24, 16, 2, torch.float32, False).impl)
 Refused = Callable[..., str]
 
 
@@ -86,7 +86,7 @@ def gpu(quick: None, monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 
 def chosen(M: int = 5, R: int = 2) -> str:
-    plan: Any = configs.forward_plan(ARCH, M, 24, 16, R, torch.float32, False)
+    plan: Any = plans.forward_plan(ARCH, M, 24, 16, R, torch.float32, False)
     return str(plan.impl)
 
 
@@ -233,7 +233,7 @@ def test_show_prints_the_tables_and_their_rows(
     path = tables.user_path(machine)
     tables.write(own, path)
     tables.write(replace(own, rows=()), tables.SHIPPED / "sm_90.json")
-    configs.reload_tables()
+    plans.reload_tables()
     assert main(["tune", "--show"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"your tables are in {tables.user_folder()}"
