@@ -234,7 +234,7 @@ def _value(hint: Any, value: Any, name: str, before: Any) -> Any:
         raise ValueError(f"{name} must be of type {hint.__name__}, got {value!r}")
     elif hint is int and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    elif (name.startswith("block_") or name == "num_warps") and value & (value - 1):
+    elif name.startswith(("block_", "row_", "num_warps")) and value & (value - 1):
         raise ValueError(f"{name} must be a power of two, got {value}")
     return value
 

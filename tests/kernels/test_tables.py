@@ -263,6 +263,10 @@ BROKEN = {
         with_row(plan={"gemm": {"block_m": 96}}),
         "block_m must be a power of two, got 96",
     ),
+    "a row of no power of two": (
+        with_row(plan={"decode": {"row_bytes": 384}}),
+        "row_bytes must be a power of two, got 384",
+    ),
     "no stages": (with_row(plan={"gemm": {"num_stages": 0}}), "num_stages must be at least 1"),
     "a flag of a number": (with_row(plan={"gemm": {"tma": 1}}), "tma must be of type bool, got 1"),
 }
