@@ -14,7 +14,7 @@ from floor import Ceilings
 from selection import Level
 from torch import Tensor
 
-from lora_fast.testing import error_budget, saved_bytes
+from lora_fast.testing import budget_used, saved_bytes
 
 OURS = "lora_fast"
 Outputs = dict[str, Tensor]
@@ -218,18 +218,11 @@ def _add_errors(
 
 
 def _error(contestant: Contestant, eager: Outputs, oracle: Outputs) -> float:
-    """Return the largest error of any result as a multiple of its budget; at most 1 is right."""
+    """Return the largest error of any result as a part of its budget; at most 1 is right."""
     assert contestant.outputs is not None
     with contestant.around():
         found = contestant.outputs()
-    worst = 0.0
-    for name, wide in oracle.items():
-        largest, rms = error_budget(eager[name], wide)
-        off = (found[name].double() - wide).abs()
-        shares = (float(off.max()) / largest, float(off.square().mean().sqrt()) / rms)
-        # Not max(): a NaN must stay one.
-        worst = next((s for s in shares if not s <= worst), worst)
-    return worst
+    return max(budget_used(found[name], eager[name], wide) for name, wide in oracle.items())
 
 
 def _guarded(entry: dict[str, Any], more: Callable[[], dict[str, Any]]) -> None:
