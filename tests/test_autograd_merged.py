@@ -91,11 +91,14 @@ def test_any_number_of_dimensions(kernel_device: torch.device, shape: tuple[int,
         torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_a_layer_with_no_enabled_block_is_the_frozen_one(kernel_device: torch.device) -> None:
+def test_without_an_enabled_block_it_is_the_frozen_layer(kernel_device: torch.device) -> None:
     shapes = ((5, 8), (6, 8), (0, 8), (0, 2), (6,))
     x, weight, a, b, bias = (torch.randn(s, device=kernel_device) for s in shapes)
     blocks = {"enable_lora": [False, False], "out_splits": [2, 4]}
-    y = lora.functional.lora_merged_linear(x, weight, a, b, 1.0, bias, **blocks)
+    with pytest.raises(RuntimeError, match="is empty"):
+        lora.functional.lora_merged_linear(x, weight, a, b, 1.0, bias, **blocks)
+    with lora.use_backend("auto"):
+        y = lora.functional.lora_merged_linear(x, weight, a, b, 1.0, bias, **blocks)
     assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
 
 
