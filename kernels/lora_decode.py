@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.kernels.column_blocks import Blocks, whole_or
 from lora_fast.kernels.configs import architecture, processor_count
 from lora_fast.kernels.counters import zeroed_counters
 from lora_fast.kernels.decode_configs import (
@@ -32,9 +33,6 @@ from lora_fast.kernels.primitives import (
     tile_ptrs,
 )
 from lora_fast.kernels.slice_product import leave_partial
-
-# Of a block of columns that has an update: first column, last + 1, first row in lora_b.
-Blocks = tuple[tuple[int, int, int], ...]
 
 
 @triton.jit
@@ -318,7 +316,7 @@ def lora_decode(
     Raises: ValueError beyond 64 rows or a rank of 64.
     """
     (M, K), N, R, device = x.shape, weight.shape[0], lora_a.shape[0], x.device
-    blocks = ((0, N, 0),) if blocks is None else blocks
+    blocks = whole_or(blocks, N)
     todo = work(
         *(M, N, K, R, x.dtype, lora_a.dtype, weight.stride(1) == 1, device, len(blocks)),
         *(config, splits, dot_precision(x.dtype)),
