@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.kernels.configs import architecture
+from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.plans import EmbeddingPlan, embedding_plan
 from lora_fast.kernels.primitives import (
     block_offsets,
@@ -25,6 +26,7 @@ def gather_scaled(a_ptr, a_strides, index, mask, offs_r, R, scaling, DTYPE: tl.c
     return (a.to(DTYPE).to(tl.float32) * scaling).to(DTYPE)
 
 
+@prepared
 @triton.jit
 def gather_columns_kernel(
     index_ptr,
@@ -53,6 +55,7 @@ def gather_columns_kernel(
 
 
 # Outside debug mode Triton drops device_assert, and a wrong index would read foreign memory.
+@prepared
 @triton.jit(debug=True)
 def lora_embedding_fwd_kernel(
     index_ptr,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.kernels.configs import WeightConfig
+from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.plans import MERGED_WEIGHT
 from lora_fast.kernels.primitives import (
     block_offsets,
@@ -27,6 +28,7 @@ def view_offsets(flat, sizes, strides):
     return offsets + flat * strides[len(sizes) - 1]
 
 
+@prepared
 @triton.jit
 def merged_weight_kernel(
     w_ptr,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.primitives import block_offsets, rank_blocks, tile_ptrs
 
 CARRIES = tl.constexpr(32)  # how many blocks' sums one step adds to a long run
@@ -28,6 +29,7 @@ def load_rows(rows_ptr, order_ptr, offs, mask, offs_r, R):
     return tl.load(row_ptrs, mask=mask[:, None] & (offs_r < R)[None, :], other=0.0).to(tl.float32)
 
 
+@prepared
 @triton.jit
 def segment_carry_kernel(
     keys_ptr, order_ptr, rows_ptr, carry_ptr, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
@@ -51,6 +53,7 @@ def segment_carry_kernel(
             tl.store(out_ptrs, tl.sum(rows, axis=0), mask=offs_r < R)
 
 
+@prepared
 @triton.jit
 def segment_sum_kernel(
     keys_ptr,
