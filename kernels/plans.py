@@ -194,8 +194,8 @@ def embedding_plan(arch: Architecture, M: int, D: int, R: int, dtype: torch.dtyp
     # A product of fp32 keeps its operands in registers, rows off the 16-byte grid their addresses.
     odd, fp32 = D % 16 != 0, dtype is torch.float32
     forward = EmbeddingConfig(
-        block_m=32 if not few and (thin or not fp32) else 16,
-        block_d=64 if fp32 or odd else 128,
+        block_m=16 if few or odd or (fp32 and not thin) else 32,
+        block_d=64 if fp32 else 128,
         chunk_d=128 if few else 512,
         num_warps=4,
     )
@@ -204,7 +204,7 @@ def embedding_plan(arch: Architecture, M: int, D: int, R: int, dtype: torch.dtyp
         grad_sb = replace(grad_sb, block_n=grad_sb.block_n // 2)
     return EmbeddingPlan(
         forward,
-        library_sb=R >= LIBRARY_RANK,
+        library_sb=R >= LIBRARY_RANK or fp32,  # without dbias the tile of fp32 spills on sm_80
         grad_sb=grad_sb,
         segment_m=64 if thin else 32,
     )
