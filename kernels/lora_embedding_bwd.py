@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_fast.kernels.configs import EmbeddingPlan, architecture, embedding_plan
 from lora_fast.kernels.lora_embedding_fwd import gather_columns
-from lora_fast.kernels.lora_linear_bwd import library_grad_sb, lora_grad_sb
+from lora_fast.kernels.lora_grad_sb import library_grad_sb, lora_grad_sb
 from lora_fast.kernels.primitives import on_device_of
 from lora_fast.kernels.segment_sum import segment_sum
 
@@ -53,9 +53,9 @@ def lora_embedding_bwd(
     with on_device_of(dy):
         s = gather_columns(index, lora_a, scaling, dy.dtype) if need_b else None
         if plan.library_sb:
-            ds, db, _ = library_grad_sb(rows, lora_b, s, scaling, **wanted)
+            ds, db, _ = library_grad_sb(rows, lora_b, s, scaling, None, **wanted)
         else:
-            ds, db, _ = lora_grad_sb(rows, lora_b, s, scaling, config=plan.grad_sb, **wanted)
+            ds, db, _ = lora_grad_sb(rows, lora_b, s, scaling, None, config=plan.grad_sb, **wanted)
         da = None
         if need_a and scatter:
             da = segment_sum(
