@@ -25,6 +25,7 @@ from lora_fast.kernels.primitives import MAX_BLOCK_R
 WIDTH = 4096  # features in and out; the kernels see only what divides it
 EDGES = (0, 2064, 3072, 4096)  # of a merged layer's blocks; tiles cross one of them
 DEFAULT_ARCHS = ("sm_80", "sm_90")
+ONE_ARCH = "sm_90"  # for what changes the code by a few instructions, on every chip alike
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -132,7 +133,7 @@ def linear_backward(
     )
 
 
-def linear_sizes(everything: bool) -> list[Sizes]:
+def linear_sizes(arch: Architecture, everything: bool) -> list[Sizes]:
     """Return the sizes at which the linear layer's kernels differ."""
     if not everything:
         small, large = (Sizes(BF16, rows, 16) for rows in (16, 8192))
@@ -140,13 +141,15 @@ def linear_sizes(everything: bool) -> list[Sizes]:
     ranks = ((BF16, 16), (BF16, 64), (BF16, 256), (FP32, 16), (FP32, 256))
     # The tiles for few rows, and for many.
     found = [Sizes(dtype, rows, rank) for dtype, rank in ranks for rows in (16, 8192)]
-    found.append(Sizes(FP16, 8192, 16))  # bf16's code with other instructions
-    found.append(Sizes(BF16, 8192, 16, adapter_dtype=FP32))
-    found.append(Sizes(BF16, 8192, 16, width=4093))  # no descriptors, nothing divides
     found += [Sizes(BF16, rows, rank, edges=EDGES) for rows in (16, 8192) for rank in (16, 64)]
     found.append(Sizes(FP32, 8192, 16, edges=EDGES))
-    found.append(Sizes(BF16, 8192, 16, edges=(0, 2057, 3072, 4096)))  # off every grid
-    found.append(Sizes(BF16, 1, 1, width=1))  # sizes and strides of one are constants to Triton
+    if arch.gemm.tma:
+        found.append(Sizes(BF16, 8192, 16, width=4093))  # no descriptors, nothing divides
+    if arch.name == ONE_ARCH:
+        found.append(Sizes(FP16, 8192, 16))  # bf16's code with other instructions
+        found.append(Sizes(BF16, 8192, 16, adapter_dtype=FP32))
+        found.append(Sizes(BF16, 8192, 16, edges=(0, 2057, 3072, 4096)))  # off every grid
+        found.append(Sizes(BF16, 1, 1, width=1))  # sizes of one are constants to Triton
     return found
 
 
@@ -154,7 +157,7 @@ def linear(arch: Architecture, everything: bool) -> Iterator[Case]:
     """Yield the cases of the linear layer: each implementation, with and without dropout."""
     forwards: tuple[plans.ForwardImpl, ...] = ("one_pass", "split", "lora_first")
     backwards: tuple[plans.InputGradImpl, ...] = ("fused", "lora_first")
-    for sizes in linear_sizes(everything):
+    for sizes in linear_sizes(arch, everything):
         for dropout in (False, True):
             for impl in forwards:
                 if impl == "one_pass" and (dropout or sizes.ranks > MAX_BLOCK_R):
@@ -226,7 +229,7 @@ def look_up(arch: Architecture, sizes: Sizes, by_freq: bool) -> None:
 
 def embedding(arch: Architecture, everything: bool) -> Iterator[Case]:
     """Yield the cases of the embedding."""
-    for sizes in linear_sizes(everything):
+    for sizes in linear_sizes(arch, everything):
         for by_freq in (False, True):
             words = sizes.describe("embedding", *["by frequency"] * by_freq)
             yield Case(arch.name, words, partial(look_up, sizes=sizes, by_freq=by_freq))
