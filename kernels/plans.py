@@ -204,7 +204,8 @@ def embedding_plan(arch: Architecture, M: int, D: int, R: int, dtype: torch.dtyp
         grad_sb = replace(grad_sb, block_n=grad_sb.block_n // 2)
     return EmbeddingPlan(
         forward,
-        library_sb=R >= LIBRARY_RANK or fp32,  # without dbias the tile of fp32 spills on sm_80
+        # Without dbias the tile spills there: for wide ranks on sm_100, for fp32 on sm_80.
+        library_sb=R > WIDE_RANK or fp32,
         grad_sb=grad_sb,
         segment_m=64 if thin else 32,
     )
