@@ -119,16 +119,21 @@ def linear_backward(
     dropout: bool,
     gemm: configs.GemmConfig | None = None,
 ) -> None:
-    """Make one backward call of the linear layer that needs every gradient."""
+    """Make one backward call of the linear layer: all gradients, or those of the usual layer.
+
+    That is one whose weight and bias are frozen; it is the one whose dx goes to the vendor.
+    """
     x, weight, lora_a, lora_b = sizes.tensors()
     n, k = weight.shape
     s = meta(sizes.rows, sizes.ranks, dtype=sizes.dtype)
     mask = meta(sizes.rows, -(-k // 8), dtype=torch.uint8) if dropout else None
     plan = plans.backward_plan(arch, sizes.rows, n, k, sizes.rank, sizes.dtype)
     plan = replace(plan, input_grad=input_grad, library_sb=False, gemm=gemm or plan.gemm)
+    trained = input_grad == "fused"
+    needs = [True, trained, trained, True, True]  # x, weight, bias, A, B
     lora_linear_bwd(
         *(meta(sizes.rows, n, dtype=sizes.dtype), x, weight, lora_a, lora_b, s, mask),
-        *(1.0, 0.1 if dropout else 0.0, [True] * 5, sizes.dtype, sizes.edges),
+        *(1.0, 0.1 if dropout else 0.0, needs, sizes.dtype, sizes.edges),
         plan=plan,
     )
 

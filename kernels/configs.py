@@ -243,9 +243,12 @@ def grad_sb_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradSBConf
     """Tile of the pass over dY."""
     base = arch.grad_sb
     if dtype is torch.float32:
-        part = 4 if R > WIDE_RANK else 2
-        return replace(base, block_m=base.block_m // part, block_n=base.block_n // part)
-    return replace(base, block_m=base.block_m // 2) if R > WIDE_RANK else base
+        if R > WIDE_RANK:
+            return replace(base, block_m=base.block_m // 4, block_n=base.block_n // 4)
+        return replace(base, block_m=base.block_m // 2, block_n=base.block_n // 2, num_stages=2)
+    if R > WIDE_RANK:
+        return replace(base, block_m=base.block_m // 2, block_n=base.block_n // 2)
+    return base
 
 
 def grad_a_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradAConfig:
