@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The smallest rows that are measured, on one thread: this is about what is written.
 SMALL = ("--quick", "--rounds", "1", "--budget", "0", "--threads", "1", "--device", "cpu")
+# pytest-benchmark measures nothing in a process that takes itself for one of pytest-xdist's.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
 pytestmark = pytest.mark.slow
 
 
@@ -24,7 +26,13 @@ def command(*arguments: str | Path) -> list[str]:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), cwd=ROOT, text=True, capture_output=True, timeout=300, check=False
+        command(*arguments),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
     )
 
 
