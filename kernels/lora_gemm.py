@@ -4,6 +4,8 @@ Forward: t = S, U = lora_B. One pass: t comes out of the same loop, t = multipli
 D = lora_A. Backward: x = dY, W = weight^T, t = dS, U = lora_A^T and `keep` is the dropout mask.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -268,21 +270,15 @@ def lora_gemm(
         config = config.without_tma()
     if one_pass:
         t = torch.empty((M, R), device=x.device, dtype=x.dtype)
-    parts = config.parts
     if blocks is not None or (keep is not None and R > MAX_BLOCK_R):
-        parts = max(parts, config.block_n // 64)  # so that registers hold a part twice
+        # So that registers hold a part of the tile twice.
+        config = replace(config, parts=max(config.parts, config.block_n // 64))
     constants = {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        **gemm_constants(config),
         "BLOCK_R": block_r,
         "R_BLOCKS": r_blocks,
-        "GROUP_M": config.group_m,
-        "PARTS": parts,
         "ONE_PASS": one_pass,
         "PRECISION": dot_precision(x.dtype),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
     }
     sizes = (M, N, K, R, multiplier)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
@@ -293,7 +289,7 @@ def lora_gemm(
         lora_gemm_tma_kernel[(min(tiles, processor_count(x.device)),)](
             describe(x, [config.block_m, config.block_k]),
             describe(w.t() if w_is_kn else w, block_w),
-            describe(y, [config.block_m, config.block_n // parts]),
+            describe(y, [config.block_m, config.block_n // config.parts]),
             *(t, up, up.stride()),
             None if down is None else describe(down, [block_r, config.block_k]),
             *(bias, keep, blocks, *sizes),
@@ -309,6 +305,19 @@ def lora_gemm(
         **constants,
     )
     return y, t
+
+
+def gemm_constants(config: GemmConfig) -> dict[str, int]:
+    """The constants of a launch that its tile decides."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "PARTS": config.parts,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def tma_operands_fit(x: Tensor, w: Tensor, y: Tensor, down: Tensor | None) -> bool:

@@ -192,44 +192,53 @@ def lora_linear_fwd(
         return x.new_empty(shape), x.new_empty((0, R)), mask
     if bias is not None:
         bias = bias.contiguous()
-    blocks = column_blocks(edges, N)
     if plan is None:
         plan = forward_plan(architecture(x.device), M, N, K, R, x.dtype, seed is not None)
     with on_device_of(x):
-        if plan.impl == "decode":
-            y, s = lora_decode(
-                *(rows, weight, bias, lora_a, lora_b, scaling), config=plan.decode, blocks=blocks
-            )
-            return y.view(shape), s, no_mask
-        if plan.impl == "one_pass":
-            y, s = lora_gemm(
-                *(rows, weight, lora_b),
-                down=lora_a,
-                multiplier=scaling,
-                bias=bias,
-                blocks=blocks,
-                config=plan.gemm,
-            )
-            return y.view(shape), s, no_mask
-        y = None
-        if plan.impl == "lora_first" and rank_blocks(R)[1] == 1:
-            y = torch.empty((M, N), device=x.device, dtype=x.dtype)
-        s, keep = lora_shrink(
-            *(rows, lora_a, scaling),
-            config=plan.shrink,
-            dropout_p=dropout_p,
-            seed=seed,
-            expand=None if y is None else (lora_b, bias, y),
-            blocks=blocks,
+        y, s, keep = run_plan(
+            *(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed),
+            *(column_blocks(edges, N), plan),
         )
-        if plan.impl == "split":
-            options = {"bias": bias, "blocks": blocks, "config": plan.gemm}
-            y, _ = lora_gemm(rows, weight, lora_b, t=s, **options)
-        else:
-            if y is None:
-                y = lora_expand(s, lora_b, bias, N, blocks)
-            y.addmm_(rows, weight.t())
     return y.view(shape), s, no_mask if keep is None else keep
+
+
+def run_plan(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    blocks: Blocks | None,
+    plan: ForwardPlan,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y (M, N), S (M, R) and the packed mask, None without a seed, by the plan's launches."""
+    if plan.impl == "decode":
+        factors = (lora_a, lora_b, scaling)
+        y, s = lora_decode(rows, weight, bias, *factors, config=plan.decode, blocks=blocks)
+        return y, s, None
+    options = {"bias": bias, "blocks": blocks, "config": plan.gemm}
+    if plan.impl == "one_pass":
+        y, s = lora_gemm(rows, weight, lora_b, down=lora_a, multiplier=scaling, **options)
+        return y, s, None
+    N, y = weight.shape[0], None
+    if plan.impl == "lora_first" and rank_blocks(lora_a.shape[0])[1] == 1:
+        y = torch.empty((rows.shape[0], N), device=rows.device, dtype=rows.dtype)
+    s, keep = lora_shrink(
+        *(rows, lora_a, scaling),
+        config=plan.shrink,
+        dropout_p=dropout_p,
+        seed=seed,
+        expand=None if y is None else (lora_b, bias, y),
+        blocks=blocks,
+    )
+    if plan.impl == "split":
+        return lora_gemm(rows, weight, lora_b, t=s, **options)[0], s, keep
+    if y is None:
+        y = lora_expand(s, lora_b, bias, N, blocks)
+    return y.addmm_(rows, weight.t()), s, keep
 
 
 def lora_expand(
