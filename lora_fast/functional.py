@@ -198,42 +198,21 @@ def lora_embedding(
     Note:
         Source: loralib/layers.py:84-95.
     """
+    factors = (lora_A, lora_B, scaling)
+    options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    arguments = (input, weight, *factors, *options)
     if isinstance(input, Tensor):
         if not torch.jit.is_tracing():
             checks.embedding_shapes(input, weight, lora_A, lora_B)
             checks.padding_idx("lora_embedding", padding_idx, weight)
         if choose("lora_embedding", input, weight, lora_A, lora_B) is Backend.TRITON:
-            return autograd_embedding.lora_embedding(
-                input,
-                weight,
-                lora_A,
-                lora_B,
-                scaling,
-                padding_idx,
-                max_norm,
-                norm_type,
-                scale_grad_by_freq,
-                sparse,
-            )
+            return autograd_embedding.lora_embedding(*arguments)
         if sparse and lora_A.requires_grad and torch.is_grad_enabled():
-            y = torch.nn.functional.embedding(
-                input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
-            )
+            y = torch.nn.functional.embedding(input, weight, *options)
             # Converted afterwards: a sparse gradient does not pass through a change of dtype.
             a = eager.sparse_columns(input, lora_A, padding_idx, scale_grad_by_freq)
             return reference.lora_expand(y, reference.like(a, y), lora_B, scaling)
-    return reference.lora_embedding(
-        input,
-        weight,
-        lora_A,
-        lora_B,
-        scaling,
-        padding_idx,
-        max_norm,
-        norm_type,
-        scale_grad_by_freq,
-        sparse,
-    )
+    return reference.lora_embedding(*arguments)
 
 
 def lora_conv(
