@@ -1,4 +1,4 @@
-"""The maths in plain torch against rows computed by hand: checks that no oracle shares a bug with."""
+"""The maths in plain torch against rows computed by hand, which share no bug with an oracle."""
 
 import pytest
 import torch
