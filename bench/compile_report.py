@@ -192,7 +192,7 @@ def amd_usage(assembly: str) -> dict[str, Any]:
     return {
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "spills": number("vgpr_spill_count"),  # scalars spill into vector registers, not memory
         "mma": f"MFMA {mfma}" if mfma else "",
     }
 

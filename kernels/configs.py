@@ -34,7 +34,8 @@ class GemmConfig:
 
     def without_tma(self) -> "GemmConfig":
         """For operands off the 16-byte grid: pointers take registers, so the tile is narrower."""
-        return replace(self, tma=False, parts=1, block_n=128, num_stages=3, specialised=False)
+        narrow = replace(self, block_n=128, block_k=32, num_stages=4, parts=2)
+        return replace(narrow, tma=False, specialised=False)
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ ARCHITECTURES = {
             *("sm_100", 227 * 1024, 281.0, 0.90),
             # In two parts the epilogue with a dropout mask spills.
             gemm=GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True, parts=4),
-            gemm_one_pass=GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True, parts=2),
+            # S beside 256 columns of y is more than the tensor memory holds.
+            gemm_one_pass=GemmConfig(128, 128, 64, num_warps=8, num_stages=3, tma=True, parts=2),
             gemm_wide=_WIDE,
             gemm_small=_SMALL,
             shrink=_SHRINK,
@@ -231,11 +233,14 @@ def gemm_config(
 # accumulators. What follows lets every chip compile them without spills.
 
 
-def shrink_config(arch: Architecture, M: int, dtype: torch.dtype) -> ShrinkConfig:
+def shrink_config(arch: Architecture, M: int, K: int, R: int, dtype: torch.dtype) -> ShrinkConfig:
     """Tile of the pass over x: fewer rows per program where M is too small to fill the chip."""
     base = arch.shrink
     if dtype is torch.float32:
-        base = replace(base, block_k=base.block_k // 2, block_n=32)
+        rows = base.block_m if R <= 16 else 16
+        base = replace(base, block_m=rows, block_k=base.block_k // 2, block_n=32)
+    elif K % 8:  # rows off the 16-byte grid take registers for their addresses
+        base = replace(base, block_m=16, block_k=64)
     return base if M > 2048 else replace(base, block_m=16)
 
 
@@ -254,5 +259,5 @@ def grad_sb_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradSBConf
 def grad_a_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradAConfig:
     """Tile of the backward pass over x."""
     if dtype is torch.float32:
-        return replace(arch.grad_a, block_m=16 if R > WIDE_RANK else 32, block_k=32, num_warps=8)
+        return replace(arch.grad_a, block_m=16, block_k=32, num_warps=8)
     return arch.grad_a

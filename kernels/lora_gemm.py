@@ -271,8 +271,10 @@ def lora_gemm(
     if one_pass:
         t = torch.empty((M, R), device=x.device, dtype=x.dtype)
     if blocks is not None or (keep is not None and R > MAX_BLOCK_R):
-        # So that registers hold a part of the tile twice.
-        config = replace(config, parts=max(config.parts, config.block_n // 64))
+        # So that registers hold a part of the tile twice, with pointers their addresses as well,
+        # and in fp32, which has no tensor core, the operands.
+        columns = 16 if x.dtype is torch.float32 else 64 if config.tma else 32
+        config = replace(config, parts=max(config.parts, config.block_n // columns))
     constants = {
         **gemm_constants(config),
         "BLOCK_R": block_r,

@@ -131,11 +131,13 @@ def lora_grad_sb(
     widest, count = max(end - first for first, end, _ in whole_or(blocks, N)), len(spans or (0,))
     chunk_n = chunk_length(widest * count, config.chunk_n)
     chunks = triton.cdiv(widest, chunk_n)
-    # Off a grid of 16 elements each is loaded alone, which takes registers: half the rows then.
+    # Off a grid of 16 elements each is loaded alone, which takes registers: half the rows then; and
+    # for blocks in fp32, which has no tensor core to keep operands out of registers.
+    fits = blocks is None or dy.dtype is not torch.float32
     offsets = (dy.stride(0), *(edge for first, end, _ in spans or () for edge in (first, end)))
     block_m = (
         config.block_m
-        if all(offset % 16 == 0 for offset in offsets)
+        if fits and all(offset % 16 == 0 for offset in offsets)
         else max(16, config.block_m // 2)
     )
     row_blocks = triton.cdiv(M, block_m)

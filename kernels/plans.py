@@ -171,7 +171,7 @@ def forward_rule(
         impl = "split" if fused else "lora_first"
     gemm = gemm_config(arch, M, dtype, one_pass=impl == "one_pass")
     decode = decode_config(arch.name, M, dtype)
-    return ForwardPlan(impl, gemm, shrink_config(arch, M, dtype), decode)
+    return ForwardPlan(impl, gemm, shrink_config(arch, M, K, R, dtype), decode)
 
 
 def backward_rule(
