@@ -10,6 +10,7 @@ Both are built against torch's stable ABI and Python's limited API: one binary s
 from 2.10 and every Python from 3.10.
 """
 
+import glob
 import os
 import shutil
 import sys
@@ -44,7 +45,8 @@ def cpp_extension():
 
 def extensions(cpp):
     """Return the extension modules that this machine is to build."""
-    common = {"define_macros": LIMITED_API, "py_limited_api": True}
+    headers = glob.glob("csrc/*.h") + glob.glob("csrc/*.cuh")
+    common = {"define_macros": LIMITED_API, "py_limited_api": True, "depends": headers}
     found = [
         cpp.CppExtension(
             "lora_fast._C", ["csrc/merge_cpu.cpp"], extra_compile_args=CXX_FLAGS, **common

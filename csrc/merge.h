@@ -41,6 +41,13 @@ struct View {
     }
     return result + index * stride[0];
   }
+
+  // How far apart rows of so many elements are, if the elements of each lie side by side.
+  std::optional<int64_t> row_stride(int64_t cols) const {
+    if (dims == 1 && stride[0] == 1) return cols;
+    if (dims == 2 && size[1] == cols && stride[1] == 1) return stride[0];
+    return std::nullopt;
+  }
 };
 
 enum class Dtype : int8_t { kFp64, kFp32, kFp16, kBf16 };

@@ -10,9 +10,11 @@
 #include <atomic>
 #include <cfenv>
 #include <cstdlib>
+#include <optional>
 #include <string>
 
 #include "merge_cpu_kernels.h"
+#include "merge_cpu_views.h"
 #include "module.h"
 
 namespace lora_fast {
@@ -24,11 +26,20 @@ struct Task {
   int64_t row, row_end, col, col_end;
 };
 
-// Up to kTileRows x kTileCols weights.
-struct Tile {
+// Up to kTileRows x kTileCols weights, and what is summed for them.
+template <class Compute>
+struct Part {
   int64_t row, rows, col, cols;
+  const Compute* left;   // [rank][kTileRows]
+  const Compute* right;  // [rank][kTileCols]
 
   int64_t index(const Item& item, int64_t r) const { return (row + r) * item.cols + col; }
+
+  // Some of its rows and columns, counted from its first.
+  Part part(int64_t first_row, int64_t end_row, int64_t first_col, int64_t end_col) const {
+    return {row + first_row,  end_row - first_row, col + first_col, end_col - first_col, left,
+            right + first_col};
+  }
 };
 
 // What the threads find out about one item, and how far each task got.
@@ -54,91 +65,11 @@ class DefaultFloatEnvironment {
   std::fenv_t saved_;
 };
 
-// Walks a view in logical order and copies between it and a dense buffer.
-class Cursor {
- public:
-  Cursor(const View& view, int64_t index) : view_(view) {
-    for (int d = view.dims - 1; d >= 0; --d) {
-      at_[d] = index % view.size[d];
-      offset_ += at_[d] * view.stride[d];
-      index /= view.size[d];
-    }
-  }
-
-  // Null unless the next count elements lie side by side.
-  template <class E>
-  E* direct(E* base, int64_t count) const {
-    const int inner = view_.dims - 1;
-    const bool together = view_.stride[inner] == 1 && count <= view_.size[inner] - at_[inner];
-    return together ? base + offset_ : nullptr;
-  }
-
-  // Calls run(offset, stride, n) for stretches of the innermost dimension, count elements in all.
-  template <class Run>
-  void each_run(int64_t count, const Run& run) {
-    const int inner = view_.dims - 1;
-    while (count > 0) {
-      const int64_t n = std::min(count, view_.size[inner] - at_[inner]);
-      run(offset_, view_.stride[inner], n);
-      count -= n;
-      at_[inner] += n;
-      offset_ += n * view_.stride[inner];
-      for (int d = inner; d > 0 && at_[d] == view_.size[d]; --d) {
-        offset_ += view_.stride[d - 1] - view_.size[d] * view_.stride[d];
-        at_[d] = 0;
-        ++at_[d - 1];
-      }
-    }
-  }
-
- private:
-  const View& view_;
-  int64_t at_[kMaxDims] = {};
-  int64_t offset_ = 0;
-};
-
-// The elements themselves where they lie side by side, or a copy of them in buffer.
-template <class E>
-E* gather(E* base, const View& view, int64_t index, int64_t count, E* buffer) {
-  Cursor cursor(view, index);
-  if (E* direct = cursor.direct(base, count)) return direct;
-  E* to = buffer;
-  cursor.each_run(count, [&](int64_t offset, int64_t stride, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) *to++ = base[offset + i * stride];
-  });
-  return buffer;
-}
-
-template <class E>
-void scatter(E* base, const View& view, int64_t index, int64_t count, const E* buffer) {
-  Cursor cursor(view, index);
-  if (E* direct = cursor.direct(base, count)) {
-    std::memcpy(direct, buffer, count * sizeof(E));
-    return;
-  }
-  cursor.each_run(count, [&](int64_t offset, int64_t stride, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) base[offset + i * stride] = *buffer++;
-  });
-}
-
-// factor[i, j], ..., factor[i, j + count - 1], rounded to what F computes in.
-template <class F>
-void load_factor(
-    const Factor& factor, int64_t i, int64_t j, int64_t count, typename F::Compute* to) {
-  dispatch_format(factor.dtype, [&](auto stored) {
-    using Stored = decltype(stored);
-    const auto* from = static_cast<const typename Stored::Bits*>(factor.data) + i * factor.stride0 +
-        j * factor.stride1;
-    for (int64_t c = 0; c < count; ++c) {
-      to[c] = static_cast<typename F::Compute>(Stored::widen(from[c * factor.stride1]));
-    }
-  });
-}
-
 template <class F>
 class Merger {
   using Bits = typename F::Bits;
   using Compute = typename F::Compute;
+  using Tile = Part<Compute>;
 
  public:
   explicit Merger(const std::vector<Item>& items)
@@ -171,11 +102,14 @@ class Merger {
  private:
   struct Scratch {
     std::vector<Compute> right;  // [column tile][rank][kTileCols], zeros beyond the last column
-    std::vector<Compute> left;   // [kTileRows][rank]
+    std::vector<Compute> left;   // [rank][kTileRows], zeros beyond the last row
+    std::vector<Compute> left_row;
     alignas(64) Compute acc[kTileRows * kTileCols];
     alignas(64) Bits before[kTileCols];
     alignas(64) Bits after[kTileRows * kTileCols];
     alignas(64) int8_t code[kTileRows * kTileCols];
+    alignas(64) Bits spare_weight[kTileCols];  // zeros, for the rows that a tile lacks
+    alignas(64) int8_t spare_code[kTileCols];  // and for codes that nobody keeps
   };
 
   void add_tasks(size_t index, int64_t threads) {
@@ -216,17 +150,16 @@ class Merger {
     for (tile.row = task.row; tile.row < task.row_end; tile.row += kTileRows) {
       tile.rows = std::min<int64_t>(kTileRows, task.row_end - tile.row);
       pack_left(item, tile, scratch);
+      tile.left = scratch.left.data();
       for (tile.col = task.col; tile.col < task.col_end; tile.col += kTileCols) {
         tile.cols = std::min<int64_t>(kTileCols, task.col_end - tile.col);
-        if (mode == Mode::kUnmerge ? done++ == written_[index] : failed_.load()) return;
-        const Compute* right = scratch.right.data() + (tile.col - task.col) * item.rank;
-        kernels_.accumulate(
-            scratch.left.data(), right, item.rank, tile.rows, tile.cols, scratch.acc);
-        if (mode == Mode::kUnmerge) {
-          unmerge_tile(item, tile, scratch);
-        } else {
-          if (!merge_tile(item, task.item, tile, scratch)) return;
+        tile.right = scratch.right.data() + (tile.col - task.col) * item.rank;
+        if (mode == Mode::kMerge) {
+          if (failed_ || !merge_tile(item, task.item, tile, scratch)) return;
           ++written_[index];
+        } else {
+          if (done++ == written_[index]) return;
+          unmerge_tile(item, tile, scratch);
         }
       }
     }
@@ -246,13 +179,91 @@ class Merger {
 
   void pack_left(const Item& item, const Tile& tile, Scratch& scratch) {
     scratch.left.assign(kTileRows * item.rank, Compute{0});
+    scratch.left_row.resize(item.rank);
     for (int64_t r = 0; r < tile.rows; ++r) {
-      load_factor<F>(item.left, tile.row + r, 0, item.rank, scratch.left.data() + r * item.rank);
+      load_factor<F>(item.left, tile.row + r, 0, item.rank, scratch.left_row.data());
+      for (int64_t j = 0; j < item.rank; ++j) {
+        scratch.left[j * kTileRows + r] = scratch.left_row[j];
+      }
     }
+  }
+
+  // Where the rows of a tile begin, if the weights and the codes of each lie side by side.
+  std::optional<TileRows<Bits>> rows_of(const Item& item, const Tile& tile, Scratch& scratch) {
+    const std::optional<int64_t> weight = item.weight_view.row_stride(item.cols);
+    const std::optional<int64_t> code = item.code_view.row_stride(item.cols);
+    if (!weight || (item.code != nullptr && !code)) return std::nullopt;
+    TileRows<Bits> rows;
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const int64_t row = tile.row + r;
+      rows.weight[r] = scratch.spare_weight;
+      rows.code[r] = scratch.spare_code;
+      if (r >= tile.rows) continue;
+      rows.weight[r] = static_cast<Bits*>(item.weight) + row * *weight + tile.col;
+      if (item.code != nullptr) rows.code[r] = item.code + row * *code + tile.col;
+    }
+    return rows;
+  }
+
+  void accumulate(const Item& item, const Tile& tile, Scratch& scratch) {
+    kernels_.accumulate(tile.left, tile.right, item.rank, tile.cols, scratch.acc);
+  }
+
+  // Goes through a tile by cells, and with slow(part, sums), which may refuse, where they stop and
+  // where there are none. Returns the row and the column where it was refused; {0, cols} if never.
+  template <class Slow>
+  Stop walk(
+      const Item& item, const Tile& tile, typename Cells<F>::Pass pass, Scratch& scratch,
+      const Slow& slow) {
+    int64_t col = 0;
+    const auto rows = pass == nullptr ? std::nullopt : rows_of(item, tile, scratch);
+    while (rows) {
+      const Stop stop = pass(
+          tile.left, tile.right, item.rank, static_cast<Compute>(item.scaling), *rows, col,
+          tile.cols);
+      col = stop.col;
+      if (stop.row == kTileRows) break;
+      const int64_t end = col + kernels_.cells.cols;
+      const Tile cell = tile.part(stop.row, tile.rows, col, end);
+      accumulate(item, cell, scratch);
+      if (!slow(cell, scratch.acc + stop.row * kTileCols)) return stop;
+      col = end;
+    }
+    if (col == tile.cols) return {0, col};
+    const Tile rest = tile.part(0, tile.rows, col, tile.cols);
+    accumulate(item, rest, scratch);
+    return {0, slow(rest, scratch.acc) ? tile.cols : col};
   }
 
   // False, with the weights untouched, if this tile can't be merged.
   bool merge_tile(const Item& item, size_t index, const Tile& tile, Scratch& scratch) {
+    const auto merge = [&](const Tile& part, const Compute* sums) {
+      return merge_part(item, index, part, sums, scratch);
+    };
+    const Stop stop = walk(item, tile, kernels_.cells.merge, scratch, merge);
+    if (stop.col == tile.cols) return true;
+    if (item.code == nullptr) return false;
+    // Take back the rows before the one that was refused, of which the sums are still there, and
+    // the columns before it.
+    const int64_t end = stop.col + kernels_.cells.cols;
+    unmerge_part(item, tile.part(0, stop.row, stop.col, end), scratch.acc, scratch);
+    const Tile before = tile.part(0, tile.rows, 0, stop.col);
+    accumulate(item, before, scratch);
+    unmerge_part(item, before, scratch.acc, scratch);
+    return false;
+  }
+
+  void unmerge_tile(const Item& item, const Tile& tile, Scratch& scratch) {
+    const auto unmerge = [&](const Tile& part, const Compute* sums) {
+      unmerge_part(item, part, sums, scratch);
+      return true;
+    };
+    walk(item, tile, kernels_.cells.unmerge, scratch, unmerge);
+  }
+
+  // False, with the weights untouched, if this part of a tile can't be merged.
+  bool merge_part(
+      const Item& item, size_t index, const Tile& tile, const Compute* sums, Scratch& scratch) {
     Bits* weight = static_cast<Bits*>(item.weight);
     const Compute scaling = static_cast<Compute>(item.scaling);
     TileFlags flags;
@@ -260,7 +271,7 @@ class Merger {
       const int64_t at = r * kTileCols;
       kernels_.merge(
           gather(weight, item.weight_view, tile.index(item, r), tile.cols, scratch.before),
-          scratch.acc + at, scaling, tile.cols, scratch.after + at, scratch.code + at, flags);
+          sums + at, scaling, tile.cols, scratch.after + at, scratch.code + at, flags);
     }
     if (!flags.finite) return fail(index, kNotFinite);
     if (item.code != nullptr && flags.overflow && !list_overflow(item, index, tile, scratch)) {
@@ -305,15 +316,15 @@ class Merger {
     return true;
   }
 
-  void unmerge_tile(const Item& item, const Tile& tile, Scratch& scratch) {
+  void unmerge_part(const Item& item, const Tile& tile, const Compute* sums, Scratch& scratch) {
     Bits* weight = static_cast<Bits*>(item.weight);
     const Compute scaling = static_cast<Compute>(item.scaling);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t at = tile.index(item, r);
       kernels_.unmerge(
-          gather(weight, item.weight_view, at, tile.cols, scratch.before),
-          scratch.acc + r * kTileCols, scaling,
-          gather(item.code, item.code_view, at, tile.cols, scratch.code), tile.cols, scratch.after);
+          gather(weight, item.weight_view, at, tile.cols, scratch.before), sums + r * kTileCols,
+          scaling, gather(item.code, item.code_view, at, tile.cols, scratch.code), tile.cols,
+          scratch.after);
       scatter(weight, item.weight_view, at, tile.cols, scratch.after);
     }
   }

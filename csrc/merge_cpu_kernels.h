@@ -1,20 +1,18 @@
 // The inner loops of merge_ and unmerge_ on the CPU, compiled once for each instruction set.
 //
-// The loops are plain C++ over merge_math.h; the compiler turns them into vectors. Which set runs
-// is decided when an op is called, so one binary serves every x86-64, and the bits are the same in
-// all.
+// The loops are plain C++ over merge_math.h; the compiler turns them into vectors. They serve every
+// weight; merge_cpu_cells.h does what nearly all are faster. Which set runs is decided when an op
+// is called, so one binary serves every x86-64, and the bits are the same in all.
 #pragma once
 
 #include <cstdlib>
 #include <string>
 
 #include "merge.h"
+#include "merge_cpu_vectors.h"
 
 namespace lora_fast {
 
-constexpr int kTileRows = 8;
-constexpr int kRowsAtOnce = 4;
-constexpr int kTileCols = 256;
 constexpr int64_t kTaskRows = 256;
 constexpr int64_t kRightBytes = 256 * 1024;  // of the packed right factor: what an L2 cache holds
 
@@ -23,55 +21,46 @@ struct TileFlags {
   bool overflow = false;
 };
 
-// acc[r, c] = fma over kRank of the j of left[r, j] * right[j, c], four rows at a time. Four by
-// four keeps the two FMA units of a core busy: one load for each four operations.
+// acc[r, c] = fma over kRank of the j of left[j, r] * right[j, c], all rows at a time: one load for
+// each four operations.
 template <int kRank, class Compute>
-LORA_FAST_INLINE void accumulate_rows(
-    const Compute* __restrict left, int64_t rank, const Compute* __restrict right, int64_t cols,
+LORA_FAST_INLINE void accumulate_some(
+    const Compute* __restrict left, const Compute* __restrict right, int64_t cols,
     Compute* __restrict acc) {
-  Compute factor[kRowsAtOnce][kRank];
-  for (int r = 0; r < kRowsAtOnce; ++r) {
-    for (int j = 0; j < kRank; ++j) factor[r][j] = left[r * rank + j];
+  Compute factor[kTileRows][kRank];
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int j = 0; j < kRank; ++j) factor[r][j] = left[j * kTileRows + r];
   }
   for (int64_t c = 0; c < cols; ++c) {
-    Compute sum[kRowsAtOnce];
+    Compute sum[kTileRows];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRowsAtOnce; ++r) sum[r] = acc[r * kTileCols + c];
+    for (int r = 0; r < kTileRows; ++r) sum[r] = acc[r * kTileCols + c];
 #pragma GCC unroll 8
     for (int j = 0; j < kRank; ++j) {
       const Compute value = right[j * kTileCols + c];
 #pragma GCC unroll 4
-      for (int r = 0; r < kRowsAtOnce; ++r) sum[r] = fused(factor[r][j], value, sum[r]);
+      for (int r = 0; r < kTileRows; ++r) sum[r] = fused(factor[r][j], value, sum[r]);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRowsAtOnce; ++r) acc[r * kTileCols + c] = sum[r];
+    for (int r = 0; r < kTileRows; ++r) acc[r * kTileCols + c] = sum[r];
   }
 }
 
 template <class Compute>
 LORA_FAST_INLINE void accumulate_tile(
-    const Compute* __restrict left, const Compute* __restrict right, int64_t rank, int64_t rows,
-    int64_t cols, Compute* __restrict acc) {
-  cols = (cols + 15) / 16 * 16;  // right is padded with zeros, left as well
-  std::memset(acc, 0, sizeof(Compute) * kTileRows * kTileCols);
+    const Compute* __restrict left, const Compute* __restrict right, int64_t rank, int64_t cols,
+    Compute* __restrict acc) {
+  cols = (cols + 7) / 8 * 8;  // right is padded with zeros
+  for (int64_t r = 0; r < kTileRows; ++r) std::fill_n(acc + r * kTileCols, cols, Compute{0});
   int64_t j = 0;
   for (; j + 8 <= rank; j += 8) {
-    for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
-      accumulate_rows<8>(
-          left + r * rank + j, rank, right + j * kTileCols, cols, acc + r * kTileCols);
-    }
+    accumulate_some<8>(left + j * kTileRows, right + j * kTileCols, cols, acc);
   }
   for (; j + 4 <= rank; j += 4) {
-    for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
-      accumulate_rows<4>(
-          left + r * rank + j, rank, right + j * kTileCols, cols, acc + r * kTileCols);
-    }
+    accumulate_some<4>(left + j * kTileRows, right + j * kTileCols, cols, acc);
   }
   for (; j < rank; ++j) {
-    for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
-      accumulate_rows<1>(
-          left + r * rank + j, rank, right + j * kTileCols, cols, acc + r * kTileCols);
-    }
+    accumulate_some<1>(left + j * kTileRows, right + j * kTileCols, cols, acc);
   }
 }
 
@@ -115,20 +104,20 @@ template <class F>
 struct Kernels {
   using Bits = typename F::Bits;
   using Compute = typename F::Compute;
-  void (*accumulate)(const Compute*, const Compute*, int64_t, int64_t, int64_t, Compute*);
+  void (*accumulate)(const Compute*, const Compute*, int64_t, int64_t, Compute*);
   void (*merge)(const Bits*, const Compute*, Compute, int64_t, Bits*, int8_t*, TileFlags&);
   void (*unmerge)(const Bits*, const Compute*, Compute, const int8_t*, int64_t, Bits*);
+  Cells<F> cells;
 };
 
-#define LORA_FAST_KERNELS(NAME, TARGET)                                                            \
+#define LORA_FAST_KERNELS(NAME, TARGET, ...)                                                       \
   template <class F>                                                                               \
   struct NAME {                                                                                    \
     using Bits = typename F::Bits;                                                                 \
     using Compute = typename F::Compute;                                                           \
     TARGET static void accumulate(                                                                 \
-        const Compute* left, const Compute* right, int64_t rank, int64_t rows, int64_t cols,       \
-        Compute* acc) {                                                                            \
-      accumulate_tile(left, right, rank, rows, cols, acc);                                         \
+        const Compute* left, const Compute* right, int64_t rank, int64_t cols, Compute* acc) {     \
+      accumulate_tile(left, right, rank, cols, acc);                                               \
     }                                                                                              \
     TARGET static void merge(                                                                      \
         const Bits* before, const Compute* acc, Compute scaling, int64_t cols, Bits* after,        \
@@ -140,15 +129,16 @@ struct Kernels {
         Bits* after) {                                                                             \
       unmerge_row<F>(before, acc, scaling, code, cols, after);                                     \
     }                                                                                              \
-    static Kernels<F> all() { return {accumulate, merge, unmerge}; }                               \
+    static Kernels<F> all() { return {accumulate, merge, unmerge, __VA_ARGS__}; }                  \
   };
 
-LORA_FAST_KERNELS(Portable, )
+LORA_FAST_KERNELS(Portable, , {})
 #if defined(__x86_64__)
-LORA_FAST_KERNELS(Avx2, __attribute__((target("avx2,fma"))))
+LORA_FAST_KERNELS(Avx2, __attribute__((target("avx2,fma"))), avx2::cells<F>())
 LORA_FAST_KERNELS(
     Avx512,
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))))
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))),
+    avx512::cells<F>())
 #endif
 #undef LORA_FAST_KERNELS
 

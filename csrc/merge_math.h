@@ -62,7 +62,6 @@ struct Fp64 {
   static constexpr Bits kExponent = 0x7ff0000000000000;
   static LORA_FAST_INLINE Compute widen(Bits bits) { return bit_cast<double>(bits); }
   static LORA_FAST_INLINE Bits round(Compute value) { return bit_cast<Bits>(value); }
-  static LORA_FAST_INLINE Bits round_finite(Compute value) { return round(value); }
 };
 
 struct Fp32 {
@@ -72,7 +71,6 @@ struct Fp32 {
   static constexpr Bits kExponent = 0x7f800000;
   static LORA_FAST_INLINE Compute widen(Bits bits) { return bit_cast<float>(bits); }
   static LORA_FAST_INLINE Bits round(Compute value) { return bit_cast<Bits>(value); }
-  static LORA_FAST_INLINE Bits round_finite(Compute value) { return round(value); }
 };
 
 struct Bf16 {
@@ -87,13 +85,8 @@ struct Bf16 {
   static LORA_FAST_INLINE Bits round(Compute value) {
     const uint32_t word = bit_cast<uint32_t>(value);
     const bool is_nan = (word & 0x7fffffff) > 0x7f800000;
-    return static_cast<Bits>(select<uint32_t>(is_nan, 0x7fc0, round_finite(value)));
-  }
-
-  // The same where value is no NaN; infinities stay.
-  static LORA_FAST_INLINE Bits round_finite(Compute value) {
-    const uint32_t word = bit_cast<uint32_t>(value);
-    return static_cast<Bits>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+    const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    return static_cast<Bits>(select<uint32_t>(is_nan, 0x7fc0, rounded));
   }
 };
 
@@ -134,8 +127,6 @@ struct Fp16 {
     return static_cast<Bits>(select(magnitude < 0x38800000, subnormal, large) | sign);
 #endif
   }
-
-  static LORA_FAST_INLINE Bits round_finite(Compute value) { return round(value); }
 };
 
 template <class F>
@@ -207,8 +198,8 @@ LORA_FAST_INLINE PlainMerged<F> merge_plain_weight(
     typename F::Bits weight, typename F::Compute acc, typename F::Compute scaling) {
   using Bits = typename F::Bits;
   using Word = typename F::Word;
-  const Bits merged = F::round_finite(fused(scaling, acc, F::widen(weight)));
-  const Bits back = F::round_finite(fused(-scaling, acc, F::widen(merged)));
+  const Bits merged = F::round(fused(scaling, acc, F::widen(weight)));
+  const Bits back = F::round(fused(-scaling, acc, F::widen(merged)));
   const Word distance = ordered<F>(weight) - ordered<F>(back);
   const Word not_plain = static_cast<Word>(static_cast<Word>(distance + 127) > 254) |
       static_cast<Word>(!is_finite<F>(weight)) | static_cast<Word>(!is_finite<F>(merged));
