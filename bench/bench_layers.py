@@ -1,234 +1,215 @@
-"""`MergedLinear`, `Embedding` and `Conv2d` against loralib and the frozen layer.
+"""`MergedLinear`, `Embedding` and convolutions against every peer: forward, and with backward.
 
-Forward with backward; the gradients are those of the input, where it has one, of A and of B.
+Peers are listed in `peers.py`; what PEFT has in the place of these layers tells `peft_layers.py`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
-from types import ModuleType
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
-from contest import OURS, Absent, Contestant, Lab, Outputs, Row
+from adapter_row import AdapterRow
+from contest import Lab
 from floor import extra_bytes, extra_operations
-from peers import FROZEN
-from selection import Selection
-from shapes import dtype_name
-from torch import Tensor, nn
+from modules import QKV, Weights, drawn
+from peers import known
+from selection import Level, Selection
+from torch import Tensor
 
-import lora_fast
-
-QKV = [True, False, True]
+FP32, BF16 = torch.float32, torch.bfloat16
 VOCABULARY = 50_000
-REFERENCE = f"{OURS}:reference"
-CONVOLUTION_SIDE = 32
+KERNEL_SIZE = 3
+# The longest side of a convolution's input, by its number of dimensions.
+SIDES = {1: 512, 2: 32, 3: 8}
 
 
 @dataclass(frozen=True)
-class LayerRow(Row):
+class LayerRow(AdapterRow):
     """One line. `features` is the width, for a convolution the number of channels."""
 
     table: ClassVar[str] = "layers"
 
-    layer: str
+    kind: str
     features: int
     tokens: int
     r: int
     p: float
     dtype: torch.dtype
+    backward: bool
+    graph: bool = False
     vocabulary: int = VOCABULARY
 
     @property
-    def id(self) -> str:
-        """The name of the row."""
-        return (
-            f"{self.layer}-{self.features}-M{self.tokens}-r{self.r}-p{self.p:g}-"
-            f"{dtype_name(self.dtype)}-fwd+bwd"
-        )
+    def name(self) -> str:
+        """What the row's name begins with."""
+        return f"{self.kind}-{self.features}"
 
-    def columns(self) -> dict[str, Any]:
-        """Return the first columns of the table."""
-        return {
-            "layer": self.layer,
-            "shape": self._shape(),
-            "M": self.tokens,
-            "r": self.r,
-            "dropout": self.p,
-            "dtype": dtype_name(self.dtype),
-            "pass": "fwd+bwd",
-            "mode": "eager",
-        }
+    @property
+    def _space(self) -> tuple[int, ...]:
+        """A convolution's, as many times the same side as it has dimensions."""
+        d = int(self.kind[4])
+        return (min(SIDES[d], round(self.tokens ** (1 / d))),) * d
 
-    def _shape(self) -> str:
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
         n = self.features
-        return {
-            "MergedLinear": f"{n} to {3 * n}",
-            "Embedding": f"{self.vocabulary} x {n}",
-            "Conv2d": f"{n} x {n} x 3 x 3",
-        }[self.layer]
+        if self.kind == "MergedLinear":
+            return len(QKV) * n, n
+        if self.kind == "Embedding":
+            return self.vocabulary, n
+        return n, n, *[KERNEL_SIZE] * len(self._space)
 
-    def module(self, library: ModuleType, lab: Lab, dtype: torch.dtype) -> nn.Module:
-        """Return the layer of a library; all have the same weights."""
-        n, made = self.features, {"r": self.r, "device": lab.device, "dtype": dtype}
-        layer: nn.Module
-        if self.layer == "MergedLinear":
-            layer = library.MergedLinear(
-                n, 3 * n, enable_lora=QKV, lora_alpha=2 * self.r, lora_dropout=self.p, **made
-            )
-        elif self.layer == "Embedding":
-            layer = library.Embedding(self.vocabulary, n, lora_alpha=2 * self.r, **made)
+    def sizes(self) -> dict[str, Any]:
+        """Return the columns that tell the layer's size."""
+        if self.kind == "MergedLinear":
+            return {"shape": f"{self.features} to {len(QKV) * self.features}"}
+        return {"shape": " x ".join(map(str, self._weight_shape))}
+
+    def weights(self, lab: Lab) -> Weights:
+        """Return the weights that all peers share."""
+        shape, bias = self._weight_shape, self.kind != "Embedding"
+        return drawn(self.kind, shape, self.r, bias=bias, p=self.p, **self.made(lab))
+
+    def inputs(self, lab: Lab, copy: int = 0) -> tuple[Tensor, Tensor]:
+        """Return x: rows, indices, or the pixels of pictures; and dy."""
+        made, n = self.made(lab, 1 + copy), self.features
+        if self.kind == "MergedLinear":
+            x, dy = (torch.randn(self.tokens, width, **made) for width in (n, len(QKV) * n))
+        elif self.kind == "Embedding":
+            indices = made | {"dtype": torch.int64}
+            x = torch.randint(self.vocabulary, (self.tokens,), **indices)
+            return x, torch.randn(self.tokens, n, **made)
         else:
-            layer = library.Conv2d(n, n, 3, padding=1, lora_alpha=2 * self.r, **made)
-        library.mark_only_lora_as_trainable(layer)
-        self._fill(layer, lab)
-        return layer
+            shape = (self.tokens // self._space[0] ** len(self._space), n, *self._space)
+            x, dy = (torch.randn(shape, **made) for _ in range(2))
+        return x.requires_grad_(self.backward), dy
 
-    def _fill(self, layer: nn.Module, lab: Lab) -> None:
-        # Drawn in the row's dtype, so that a float64 copy has the very same values.
-        generator = torch.Generator(lab.device).manual_seed(0)
-        with torch.no_grad():
-            for _, parameter in sorted(layer.named_parameters()):
-                made = {"device": lab.device, "dtype": self.dtype, "generator": generator}
-                parameter.copy_(torch.randn(parameter.shape, **made).mul_(self.features**-0.5))
-
-    def frozen(self, lab: Lab) -> nn.Module:
-        """Return the layer without an adapter, nothing of it trained: the floor."""
-        n, made = self.features, {"device": lab.device, "dtype": self.dtype}
-        if self.layer == "Embedding":
-            raise Absent("nothing of a frozen table has a gradient")
-        layer: nn.Module
-        if self.layer == "Conv2d":
-            layer = nn.Conv2d(n, n, 3, padding=1, **made)
-        else:
-            layer = nn.Linear(n, 3 * n, **made)
-        return layer.requires_grad_(False)
-
-    def input(self, lab: Lab, copy: int = 0) -> Tensor:
-        """Return the input: rows, indices, or the pixels of pictures."""
-        generator = torch.Generator(lab.device).manual_seed(1 + copy)
-        made = {"device": lab.device, "generator": generator}
-        if self.layer == "Embedding":
-            return torch.randint(self.vocabulary, (self.tokens,), **made)
-        if self.layer == "Conv2d":
-            side = min(CONVOLUTION_SIDE, round(self.tokens**0.5))
-            shape = (self.tokens // side**2, self.features, side, side)
-        else:
-            shape = (self.tokens, self.features)
-        return torch.randn(shape, dtype=self.dtype, **made).requires_grad_()
-
-    def build(self, peer: str, lab: Lab) -> Contestant:
-        """Return a peer with its layers, one for each copy of the data."""
-        make = {FROZEN: self.frozen}.get(peer)
-        if make is None:
-            library = lora_fast if peer.startswith(OURS) else import_module("loralib")
-            make = partial(self.module, library, dtype=self.dtype)
-        layers = [make(lab)]
-        x = self.input(lab)
-        moved = sum(t.nbytes for t in (*layers[0].parameters(), x))
-        if self.layer == "Embedding":  # which reads a few rows of its table
-            moved = 2 * self.tokens * self.features * self.dtype.itemsize
-        copies = lab.clock.copies(moved)
-        if self.layer == "Embedding":
-            layers *= copies
-        layers += [make(lab) for _ in range(copies - len(layers))]
-        inputs = [self.input(lab, i) for i in range(copies)]
-        if peer.endswith("-compiled"):
-            if not (lab.is_toy or lab.clock.is_cuda):
-                raise Absent("on a CPU only Linear is compiled, compiling takes long")
-            backend = "eager" if lab.is_toy else "inductor"
-            layers = [torch.compile(m, dynamic=False, backend=backend) for m in layers]
-        steps = [_step(m, i) for m, i in zip(layers, inputs, strict=True)]
-        forced = {REFERENCE: partial(lora_fast.use_backend, "reference")}
-        around = {"around": forced[peer]} if peer in forced else {}
-        return Contestant(
-            steps,
-            **around,
-            forward=partial(layers[0], x),
-            known=[*layers[0].parameters(), x],
-            outputs=None if self.p or peer == FROZEN else partial(_outputs, layers[0], x),
-        )
-
-    def oracle(self, lab: Lab) -> tuple[Outputs, Outputs] | None:
-        """Return the reference's results in the row's dtype and in float64."""
-        x = self.input(lab)
-        found = []
-        with lora_fast.use_backend("reference"):
-            for dtype in (self.dtype, torch.float64):
-                wide = x if self.layer == "Embedding" else x.detach().to(dtype).requires_grad_()
-                found.append(_outputs(self.module(lora_fast, lab, dtype), wide))
-        return found[0], found[1]
+    def compiled_on_cpu(self, level: Level) -> bool:
+        """Tell whether this is one of the few rows that are compiled on a CPU."""
+        return level in ("standard", "full") and self in COMPILED_ON_CPU
 
     def extra_seconds(self, lab: Lab) -> float | None:
         """Return what a fused MergedLinear must cost beside the frozen one."""
-        if self.layer != "MergedLinear":
+        if self.kind != "MergedLinear":
             return None
-        ceilings, n = lab.ceilings(self.dtype), self.features
-        shape = (self.tokens, n, 3 * n)
+        ceilings, (out, n) = lab.ceilings(self.dtype), self._weight_shape
         moved = extra_bytes(
-            "fused", *shape, backward=True, dropout=self.p > 0, size=self.dtype.itemsize
+            *("fused", self.tokens, n, out),
+            backward=self.backward,
+            dropout=self.p > 0,
+            size=self.dtype.itemsize,
         )
-        # Two adapters of n outputs each.
-        operations = 2 * extra_operations(self.tokens, n, n, self.r, backward=True)
+        operations = sum(QKV) * extra_operations(
+            *(self.tokens, n, out // len(QKV), self.r), backward=self.backward
+        )
         return moved / ceilings.bandwidth + operations / ceilings.rate
 
-
-def _step(layer: nn.Module, x: Tensor) -> Any:
-    dy = torch.randn_like(layer(x))
-    wanted = _wanted(layer, x)
-    return lambda: torch.autograd.grad(layer(x), wanted, dy)
-
-
-def _wanted(layer: nn.Module, x: Tensor) -> list[Tensor]:
-    trained = [p for _, p in sorted(layer.named_parameters()) if p.requires_grad]
-    return [*trained, x] if x.requires_grad else trained
+    def summary(self, seconds: float) -> dict[str, Any]:
+        """Return the bandwidth of a look-up, which reads and writes as many elements."""
+        if self.kind != "Embedding" or self.backward:
+            return {}
+        moved = 2 * self.tokens * self.features * self.dtype.itemsize
+        return {"GB/s": moved / seconds / 1e9}
 
 
-def _outputs(layer: nn.Module, x: Tensor) -> Outputs:
-    y = layer(x)
-    dy = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).view(y.shape)
-    wanted = _wanted(layer, x)
-    # Rounded to halves of a power of two, which every dtype holds.
-    grads = torch.autograd.grad(y, wanted, (dy * 8).round().div(8).to(y.dtype))
-    return {"y": y.detach(), **{str(i): g for i, g in enumerate(grads)}}
+COMPILED_ON_CPU = (
+    LayerRow("MergedLinear", 1024, 512, 16, 0.0, FP32, True),
+    LayerRow("Embedding", 1024, 512, 16, 0.0, FP32, True),
+    LayerRow("Conv2d", 64, 1024, 16, 0.0, FP32, True),
+)
 
 
-def peers(row: Row) -> list[str]:
+def peers(row: LayerRow) -> list[str]:
     """Return who can take part in a row."""
-    return [FROZEN, "loralib", "loralib-compiled", OURS, REFERENCE]
+    return known(row.kind)
 
 
 def rows(selection: Selection) -> Iterator[LayerRow]:
     """Yield the rows of a selection."""
-    for row in _rows(selection):
-        if selection.wants(tokens=row.tokens, r=row.r, dtype=row.dtype) and not selection.shapes:
+    make = {"toy": _toy, "quick": _quick, "standard": _standard, "full": _full}[selection.level]
+    seen = set()
+    for row in make(selection) if not selection.shapes else ():
+        if row not in seen and selection.wants(tokens=row.tokens, r=row.r, dtype=row.dtype):
+            seen.add(row)
             yield row
 
 
-def _rows(selection: Selection) -> Iterator[LayerRow]:
-    fp32, bf16 = torch.float32, torch.bfloat16
-    level, on_gpu = selection.level, selection.on_gpu
-    if level == "toy":
-        for p in (0.0, 0.1):
-            yield LayerRow("MergedLinear", 16, 6, 4, p, fp32)
-        yield LayerRow("Embedding", 16, 6, 4, 0.0, fp32, vocabulary=64)
-        yield LayerRow("Conv2d", 8, 16, 2, 0.0, fp32)
+def _toy(selection: Selection) -> Iterator[LayerRow]:
+    toy = {"vocabulary": 64}
+    for backward in (False, True):
+        yield LayerRow("MergedLinear", 16, 6, 4, 0.0, FP32, backward)
+        yield LayerRow("Embedding", 16, 6, 4, 0.0, FP32, backward, **toy)
+        yield LayerRow("Conv2d", 8, 16, 2, 0.0, FP32, backward)
+    yield LayerRow("MergedLinear", 16, 6, 4, 0.1, FP32, True)
+    yield LayerRow("Conv1d", 8, 6, 2, 0.0, FP32, True)
+    yield LayerRow("Conv3d", 4, 8, 3, 0.0, FP32, True)
+    if selection.on_gpu:
+        for kind, n, m in (("MergedLinear", 16, 6), ("Embedding", 16, 6), ("Conv2d", 8, 16)):
+            yield LayerRow(kind, n, m, 4, 0.0, BF16, True, graph=True, **toy)
+
+
+def _quick(selection: Selection) -> Iterator[LayerRow]:
+    if not selection.on_gpu:
+        for m in (16, 512):
+            yield from _products(m, 1024, 16, FP32, backward=True)
+            yield LayerRow("Embedding", 1024, m, 16, 0.0, FP32, True)
+        yield LayerRow("Conv2d", 64, 1024, 16, 0.0, FP32, True)
         return
-    quick = level == "quick"
-    dtypes = (bf16,) if on_gpu else (fp32,) if quick else (fp32, bf16)
-    widths = ((1024,) if quick else (1024, 4096)) if on_gpu else ((1024,) if quick else (768, 1024))
-    tokens = ((8192,) if quick else (16, 2048, 8192)) if on_gpu else (16, 512)
-    ranks = (4, 16, 64) if level == "full" else (16,)
-    for dtype in dtypes:
-        for r in ranks:
-            for m in tokens:
-                for n in widths:
-                    for p in (0.0, 0.1):
-                        yield LayerRow("MergedLinear", n, m, r, p, dtype)
-                yield LayerRow("Embedding", 1024, m, r, 0.0, dtype)
-        for n in (256,) if on_gpu else (64,) if quick else (64, 256):
-            yield LayerRow("Conv2d", n, 16384 if on_gpu else 1024, 16, 0.0, dtype)
+    for backward in (False, True):  # what docs/targets.md names
+        yield from _products(8192, 4096, 16, BF16, backward=backward)
+        yield LayerRow("Embedding", 4096, 8192, 16, 0.0, BF16, backward)
+        for n in (256, 512):
+            yield LayerRow("Conv2d", n, 16384, 16, 0.0, BF16, backward)
+
+
+def _standard(selection: Selection) -> Iterator[LayerRow]:
+    yield from (_of_gpu if selection.on_gpu else _of_cpu)((16,))
+
+
+def _full(selection: Selection) -> Iterator[LayerRow]:
+    yield from (_of_gpu if selection.on_gpu else _of_cpu)((4, 16, 64))
+
+
+def _of_gpu(ranks: tuple[int, ...]) -> Iterator[LayerRow]:
+    both = (False, True)
+    for r, m, n, backward in product(ranks, (16, 512, 2048, 8192), (1024, 4096), both):
+        for graph in both if m <= 512 else (False,):
+            dropouts = (0.0,) if graph else (0.0, 0.1)
+            yield from _products(m, n, r, BF16, dropouts, backward=backward, graph=graph)
+            yield LayerRow("Embedding", n, m, r, 0.0, BF16, backward, graph)
+    for n, backward, graph in product((256, 512), both, both):
+        yield LayerRow("Conv2d", n, 16384, 16, 0.0, BF16, backward, graph)
+    yield LayerRow("Conv1d", 256, 16384, 16, 0.0, BF16, True)
+    yield LayerRow("Conv3d", 64, 16384, 16, 0.0, BF16, True)
+
+
+def _of_cpu(ranks: tuple[int, ...]) -> Iterator[LayerRow]:
+    both = (False, True)
+    for dtype in (FP32, BF16):
+        for r, m, backward in product(ranks, (16, 512), both):
+            dropouts = (0.0, 0.1) if backward else (0.0,)
+            for n in (768, 1024):
+                yield from _products(m, n, r, dtype, dropouts, backward=backward)
+            yield LayerRow("Embedding", 1024, m, r, 0.0, dtype, backward)
+        for n, backward in product((64, 256), both):
+            yield LayerRow("Conv2d", n, 1024, 16, 0.0, dtype, backward)
+    yield LayerRow("Conv1d", 64, 1024, 16, 0.0, FP32, True)
+    yield LayerRow("Conv3d", 16, 1024, 16, 0.0, FP32, True)
+
+
+def _products(
+    m: int,
+    n: int,
+    r: int,
+    dtype: torch.dtype,
+    dropouts: tuple[float, ...] = (0.0, 0.1),
+    *,
+    backward: bool,
+    graph: bool = False,
+) -> Iterator[LayerRow]:
+    for p in dropouts:
+        yield LayerRow("MergedLinear", n, m, r, p, dtype, backward, graph)
 
 
 def test_layers(measured: Any) -> None:

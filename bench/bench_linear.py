@@ -1,32 +1,29 @@
 """`lora.Linear` against every peer: forward, and forward with backward.
 
-Peers are listed in `peers.py`, shapes in `shapes.py`. The gradients are those of x, A and B.
+Peers are listed in `peers.py`, shapes in `shapes.py`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
-import implementations
 import torch
-from contest import OURS, Absent, Contestant, Lab, Outputs, Row
+from adapter_row import AdapterRow
+from contest import Lab, Row
 from floor import extra_seconds
-from peers import FROZEN, PEERS, SCALING, Layer, Weights, around
-from selection import Selection
-from shapes import RANKS, TOKENS, TOY, Shape, dtype_name, find_shapes
+from modules import Weights, drawn
+from peers import known
+from selection import Level, Selection
+from shapes import RANKS, TOKENS, TOY, Shape, find_shapes
 from torch import Tensor
-
-from lora_fast import reference
-
-CHECKED_ROWS_ON_CPU = 64  # a float64 product of all rows takes longer than the measurement
 
 
 @dataclass(frozen=True)
-class LinearRow(Row):
-    """One line: a shape, M rows of x, a rank, a dropout rate, a dtype, a pass, eager or graph."""
+class LinearRow(AdapterRow):
+    """One line."""
 
     table: ClassVar[str] = "linear"
+    kind: ClassVar[str] = "Linear"
 
     shape: Shape
     tokens: int
@@ -37,118 +34,28 @@ class LinearRow(Row):
     graph: bool = False
 
     @property
-    def id(self) -> str:
-        """The name of the row."""
-        return (
-            f"{self.shape.name}-M{self.tokens}-r{self.r}-p{self.p:g}-{dtype_name(self.dtype)}-"
-            f"{self._pass}-{'graph' if self.graph else 'eager'}"
-        )
+    def name(self) -> str:
+        """What the row's name begins with."""
+        return self.shape.name
 
-    @property
-    def _pass(self) -> str:
-        return "fwd+bwd" if self.backward else "fwd"
-
-    def columns(self) -> dict[str, Any]:
-        """Return the first columns of the table."""
-        return {
-            "layer": "Linear",
-            "shape": self.shape.name,
-            "M": self.tokens,
-            "K": self.shape.K,
-            "N": self.shape.N,
-            "r": self.r,
-            "dropout": self.p,
-            "dtype": dtype_name(self.dtype),
-            "pass": self._pass,
-            "mode": "graph" if self.graph else "eager",
-        }
+    def sizes(self) -> dict[str, Any]:
+        """Return the columns that tell the layer's size."""
+        return {"shape": self.shape.name, "K": self.shape.K, "N": self.shape.N}
 
     def weights(self, lab: Lab) -> Weights:
-        """Return the weights that all peers share; the update is as large as the frozen output."""
-        generator = torch.Generator(lab.device).manual_seed(0)
-        made = partial(_normal, generator=generator, device=lab.device, dtype=self.dtype)
-        K, N = self.shape.K, self.shape.N
-        return Weights(
-            made(N, K, std=K**-0.5),
-            made(N, std=1.0) if self.shape.bias else None,
-            made(self.r, K, std=K**-0.5),
-            made(N, self.r, std=self.r**-0.5),
-            self.p,
-        )
+        """Return the weights that all peers share."""
+        size, bias = (self.shape.N, self.shape.K), self.shape.bias
+        return drawn("Linear", size, self.r, bias=bias, p=self.p, **self.made(lab))
 
     def inputs(self, lab: Lab, copy: int = 0) -> tuple[Tensor, Tensor]:
         """Return x (M, K), which gets a gradient if there is a backward pass, and dy (M, N)."""
-        generator = torch.Generator(lab.device).manual_seed(1 + copy)
-        made = partial(_normal, generator=generator, device=lab.device, dtype=self.dtype, std=1.0)
-        x, dy = made(self.tokens, self.shape.K), made(self.tokens, self.shape.N)
+        made = self.made(lab, 1 + copy)
+        x, dy = (torch.randn(self.tokens, n, **made) for n in (self.shape.K, self.shape.N))
         return x.requires_grad_(self.backward), dy
 
-    def build(self, peer: str, lab: Lab) -> Contestant:
-        """Return a peer with its layers, one for each copy of the data."""
-        measured_on_cpu = not (lab.is_toy or lab.clock.is_cuda)
-        if peer == "loralib-compiled" and measured_on_cpu and not self._compiled_on_cpu():
-            raise Absent("on a CPU compiled for one shape only, compiling takes long")
-        size, K, N = self.dtype.itemsize, self.shape.K, self.shape.N
-        moved = (N * K + self.tokens * (K + N)) * size
-        copies = [
-            (PEERS[peer](self.weights(lab), lab), *self.inputs(lab, i))
-            for i in range(lab.clock.copies(moved))
-        ]
-        layer, x, dy = copies[0]
-        with around(peer)():
-            self._applies_dropout(peer, layer, x)
-            chosen = self._choice(layer, x, dy) if peer == OURS else {}
-        few = slice(None) if lab.clock.is_cuda else slice(CHECKED_ROWS_ON_CPU)
-        return Contestant(
-            [partial(self._run, *copy) for copy in copies],
-            around(peer),
-            forward=partial(layer.forward, x) if self.backward else None,
-            known=[*layer.trained, *_frozen_tensors(layer), x],
-            outputs=None if self.p or peer == FROZEN else lambda: self._named(layer, x, dy, few),
-            told={"chosen": chosen} if chosen else {},
-        )
-
-    def _compiled_on_cpu(self) -> bool:
+    def compiled_on_cpu(self, level: Level) -> bool:
+        """Tell whether this is one of the few rows that are compiled on a CPU."""
         return (self.shape.name, self.tokens, self.r) == ("square-1024", 512, 16)
-
-    def _choice(self, layer: Layer, x: Tensor, dy: Tensor) -> dict[str, str]:
-        with implementations.noted() as chosen:
-            self._run(layer, x, dy)
-        return chosen
-
-    def _run(self, layer: Layer, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-        y = layer.forward(x)
-        if not self.backward:
-            return (y,)
-        return torch.autograd.grad(y, [x, *layer.trained], dy)
-
-    def _applies_dropout(self, peer: str, layer: Layer, x: Tensor) -> None:
-        if self.p and peer != FROZEN and torch.equal(layer.forward(x), layer.forward(x)):
-            raise Absent("applies no dropout")
-
-    def _named(self, layer: Layer, x: Tensor, dy: Tensor, few: slice) -> Outputs:
-        x = x.detach()[few].requires_grad_(self.backward)
-        y = layer.forward(x)
-        if not self.backward:
-            return {"y": y.detach()}
-        grads = torch.autograd.grad(y, [x, *layer.trained], dy[few])
-        return {"y": y.detach(), **dict(zip(("dx", "dA", "dB"), grads, strict=True))}
-
-    def oracle(self, lab: Lab) -> tuple[Outputs, Outputs] | None:
-        """Return plain torch's results in the row's dtype and in float64."""
-        x, dy = self.inputs(lab)
-        few = slice(None) if lab.clock.is_cuda else slice(CHECKED_ROWS_ON_CPU)
-        found = []
-        for dtype in (self.dtype, torch.float64):
-            w = self.weights(lab)
-            a, b = (t.to(dtype).requires_grad_() for t in (w.a, w.b))
-            bias = None if w.bias is None else w.bias.to(dtype)
-            layer = Layer(
-                partial(_reference, weight=w.weight.to(dtype), lora_A=a, lora_B=b, bias=bias),
-                [a, b],
-            )
-            found.append(self._named(layer, x.to(dtype), dy.to(dtype), few))
-        return found[0], found[1]
 
     def extra_seconds(self, lab: Lab) -> float | None:
         """Return what a fused adapter must cost beside the frozen layer."""
@@ -162,22 +69,9 @@ class LinearRow(Row):
         )
 
 
-def _reference(x: Tensor, **factors: Any) -> Tensor:
-    return reference.lora_linear(x, scaling=SCALING, **factors)
-
-
-def _normal(*shape: int, std: float, **made: Any) -> Tensor:
-    return torch.randn(*shape, **made).mul_(std)
-
-
-def _frozen_tensors(layer: Layer) -> list[Tensor]:
-    module = getattr(layer.forward, "_orig_mod", layer.forward)
-    return list(module.parameters()) if isinstance(module, torch.nn.Module) else []
-
-
 def peers(row: Row) -> list[str]:
     """Return who can take part in a row."""
-    return list(PEERS)
+    return known("Linear")
 
 
 def rows(selection: Selection) -> Iterator[LinearRow]:

@@ -33,6 +33,7 @@ class Contestant:
         around: what must hold while anything of it runs.
         forward: the forward pass, for what it keeps for backward; `known` does not count.
         outputs: the results by name, the same names as the row's oracle has.
+        expected: what the oracle's results are for this peer, where its parameters are others.
         told: more columns, known before the measurement.
         after: more columns, found out after it.
     """
@@ -42,6 +43,7 @@ class Contestant:
     forward: Step | None = None
     known: Sequence[Tensor] = ()
     outputs: Callable[[], Outputs] | None = None
+    expected: Callable[[Outputs], Outputs] = lambda results: results
     told: dict[str, Any] = field(default_factory=dict)
     after: Callable[[], dict[str, Any]] | None = None
 
@@ -222,6 +224,7 @@ def _error(contestant: Contestant, eager: Outputs, oracle: Outputs) -> float:
     assert contestant.outputs is not None
     with contestant.around():
         found = contestant.outputs()
+    eager, oracle = contestant.expected(eager), contestant.expected(oracle)
     return max(budget_used(found[name], eager[name], wide) for name, wide in oracle.items())
 
 

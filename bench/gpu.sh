@@ -58,7 +58,7 @@ stage gpu-tests 60 "$python" -P -m pytest -q -p no:cacheprovider --maxfail 30 -m
   --continue-on-collection-errors --ignore tests/csrc --ignore tests/kernels tests
 stage tune 45 "$python" -P -c 'import sys; from lora_fast.cli import main; sys.exit(main())' \
   tune --shapes 8192,4096,4096,16 1,4096,4096,16 --minutes 0.6 --out "$out/tuned.json"
-bench layers 50 bench/bench_layers.py --budget 0.3
+bench layers 60 bench/bench_layers.py --budget 0.3 --peers 'loralib,peft,lora_fast:*'
 bench models 60 bench/bench_models.py --budget 0.5
 stage model 20 "$python" bench/model_table.py "$out/results"
 

@@ -1,4 +1,4 @@
-"""Every way in which lora_fast can run a linear layer, and what its dispatch chose.
+"""Every way in which lora_fast can run a layer, and what its dispatch chose.
 
 The names come from the types of `lora_fast.kernels.plans`, so a new implementation there takes
 part here without being listed.
@@ -6,15 +6,20 @@ part here without being listed.
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
 import torch
+from contest import Absent
 
 import lora_fast
+
+REFERENCE = "lora_fast:reference"
+MERGED_WEIGHT = "lora_fast:merged_weight"
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # In which module a plan is asked for, by which name, and which field of it names the choice.
@@ -30,12 +35,14 @@ def forced() -> dict[str, Callable[[], AbstractContextManager[None]]]:
     `lora_fast:split` and the like choose the forward and leave dx to the dispatch,
     `lora_fast:dx_fused` and the like the reverse; `lora_fast:reference` is plain torch. On Hopper
     `lora_fast:specialised` takes the products whose warps divide the work, both ways.
+    `lora_fast:merged_weight` forms a convolution's weight by the kernel, also a small one.
     """
     found: dict[str, Callable[[], AbstractContextManager[None]]] = {
-        "lora_fast:reference": partial(lora_fast.use_backend, "reference")
+        REFERENCE: partial(lora_fast.use_backend, "reference")
     }
     if not _HAS_TRITON:
         return found
+    found[MERGED_WEIGHT] = partial(lora_fast.use_backend, "triton")
     plans = importlib.import_module("lora_fast.kernels.plans")
     for what, (_, _, field, choices) in _PLANS.items():
         for name in get_args(getattr(plans, choices)):
@@ -47,6 +54,17 @@ def forced() -> dict[str, Callable[[], AbstractContextManager[None]]]:
         if gemm is not None:
             found["lora_fast:specialised"] = partial(_specialised, gemm)
     return found
+
+
+def of(kind: str) -> list[str]:
+    """Return those between which the dispatch can choose for a kind of layer on a GPU.
+
+    For an embedding there is one kernel, whose tiles alone depend on the call.
+    """
+    others = [peer for peer in forced() if peer not in (REFERENCE, MERGED_WEIGHT)]
+    if kind in ("Linear", "MergedLinear"):
+        return [REFERENCE, *others]
+    return [REFERENCE] if kind == "Embedding" else [REFERENCE, MERGED_WEIGHT]
 
 
 @contextmanager
@@ -63,9 +81,15 @@ def _force(what: str, **chosen: Any) -> Iterator[None]:
     module, function, _, _ = _PLANS[what]
     kernels = importlib.import_module(f"lora_fast.kernels.{module}")
     plan = getattr(kernels, function)
+    plans = importlib.import_module("lora_fast.kernels.plans")
 
     def forced_plan(*args: Any, **kwargs: Any) -> Any:
-        return replace(plan(*args, **kwargs), **chosen)
+        forced = replace(plan(*args, **kwargs), **chosen)
+        arch, *sizes = args
+        reason = plans.why_not(arch, forced, plans.Call.of(module, *sizes, **kwargs))
+        if reason is not None:
+            raise Absent(reason)
+        return forced
 
     setattr(kernels, function, forced_plan)
     try:
@@ -87,30 +111,61 @@ def on_kernels() -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[dict[str, str]]:
-    """Note what the dispatch chooses while the body runs: `{"forward": "split", ...}`."""
+    """Note what the dispatch chooses while the body runs: `{"forward": "split", ...}`.
+
+    Of every op its backend, `{"merged_weight": "triton"}`, and of the kernels of `_PLANS` the plan.
+    """
     seen: dict[str, str] = {}
-    if not _HAS_TRITON:
+    with ExitStack() as stack:
+        stack.enter_context(_noted_backends(seen))
+        if _HAS_TRITON:
+            for what in _PLANS:
+                stack.enter_context(_noted_plan(what, seen))
         yield seen
-        return
-    originals = []
-    for what, (module, function, field, _) in _PLANS.items():
-        kernels = importlib.import_module(f"lora_fast.kernels.{module}")
-        plan = getattr(kernels, function)
 
-        def noting(
-            *args: Any, _plan: Any = plan, _what: str = what, _field: str = field, **kwargs: Any
-        ) -> Any:
-            chosen = _plan(*args, **kwargs)
-            seen[_what] = str(getattr(chosen, _field))
-            return chosen
 
-        originals.append((kernels, function, plan))
-        setattr(kernels, function, noting)
+@contextmanager
+def _noted_backends(seen: dict[str, str]) -> Iterator[None]:
+    """Read the log on which `lora_fast.backend` tells every decision."""
+    log = logging.getLogger("lora_fast.dispatch")
+    handler = _Decisions(seen)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
     try:
-        yield seen
+        yield
     finally:
-        for kernels, function, plan in originals:
-            setattr(kernels, function, plan)
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _Decisions(logging.Handler):
+    def __init__(self, seen: dict[str, str]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == "lora_fast.dispatch" and isinstance(record.args, tuple):
+            op, backend, _ = record.args
+            self._seen[str(op)] = str(backend)
+
+
+@contextmanager
+def _noted_plan(what: str, seen: dict[str, str]) -> Iterator[None]:
+    module, function, field, _ = _PLANS[what]
+    kernels = importlib.import_module(f"lora_fast.kernels.{module}")
+    plan = getattr(kernels, function)
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        chosen = plan(*args, **kwargs)
+        seen[what] = str(getattr(chosen, field))
+        return chosen
+
+    setattr(kernels, function, noting)
+    try:
+        yield
+    finally:
+        setattr(kernels, function, plan)
 
 
 def fused_gemm(

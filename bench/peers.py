@@ -1,4 +1,4 @@
-"""Who computes a LoRA linear layer: each peer builds one from the same weights.
+"""Who computes a layer with an adapter: each peer builds one from the same weights.
 
 A peer takes the weights and returns a function of x and the parameters that are trained.
 """
@@ -8,104 +8,56 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import implementations
 import lora_orders
+import modules
+import peft_layers
 import torch
 from contest import OURS, Absent, Lab
-from implementations import forced
-from torch import Tensor, nn
+from modules import SCALING, Layer, Weights, layer_of
+from torch import Tensor
 
 import lora_fast
 
 FROZEN = "frozen"
-SCALING = 2.0
-
-
-@dataclass
-class Weights:
-    """What all peers share: weight (N, K), bias (N,) or None, a (R, K), b (N, R), dropout rate."""
-
-    weight: Tensor
-    bias: Tensor | None
-    a: Tensor
-    b: Tensor
-    p: float = 0.0
-
-    def clone(self) -> "Weights":
-        """Return a copy that shares no memory."""
-        copied = {k: v.clone() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **copied)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of every layer's constructor."""
-        made = {"device": self.weight.device, "dtype": self.weight.dtype}
-        return {"bias": self.bias is not None, **made}
-
-
-@dataclass
-class Layer:
-    """A peer's layer: its function, and what it trains."""
-
-    forward: Callable[[Tensor], Tensor]
-    trained: list[Tensor]
+Peer = Callable[[Weights, Lab], Layer]
 
 
 def frozen(weights: Weights, lab: Lab) -> Layer:
-    """`torch.nn.functional.linear` on the frozen weight: the floor."""
-    weight, bias = weights.weight, weights.bias
-    return Layer(lambda x: nn.functional.linear(x, weight, bias), [])
-
-
-def layer_of(library: Any, weights: Weights) -> nn.Module:
-    """Return the `Linear` of loralib or of lora_fast with these weights."""
-    (n, k), r = weights.weight.shape, weights.a.shape[0]
-    layer: nn.Module = library.Linear(
-        k, n, r=r, lora_alpha=SCALING * r, lora_dropout=weights.p, **weights.options
-    )
-    library.mark_only_lora_as_trainable(layer)
-    _fill(layer, weight=weights.weight, bias=weights.bias, lora_A=weights.a, lora_B=weights.b)
-    return layer
+    """torch's function on the frozen weight: the floor."""
+    return modules.frozen(weights)
 
 
 def loralib(weights: Weights, lab: Lab) -> Layer:
     """The released loralib."""
-    return _module(layer_of(importlib.import_module("loralib"), weights))
+    if weights.kind in ("Conv1d", "Conv3d"):
+        raise Absent("its delta does not have the weight's shape")
+    return modules.module(layer_of(importlib.import_module("loralib"), weights))
 
 
 def loralib_compiled(weights: Weights, lab: Lab) -> Layer:
     """loralib under torch.compile, one graph or an error."""
-    layer = layer_of(importlib.import_module("loralib"), weights)
+    layer = loralib(weights, lab)
     backend = "eager" if lab.is_toy else "inductor"
-    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
-    return Layer(compiled, _trained(layer))
+    layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False, backend=backend)
+    return layer
 
 
 def peft(weights: Weights, lab: Lab) -> Layer:
-    """PEFT's layer, without the model that it is wrapped in."""
-    library = importlib.import_module("peft")
-    (n, k), r = weights.weight.shape, weights.a.shape[0]
-    config = library.LoraConfig(
-        r=r, lora_alpha=SCALING * r, lora_dropout=weights.p, target_modules=["0"]
-    )
-    base = nn.Sequential(nn.Linear(k, n, **weights.options))
-    wrapped = library.get_peft_model(base, config, autocast_adapter_dtype=False)
-    layer = wrapped.base_model.model[0].to(weights.weight.dtype)
-    _fill(layer.base_layer, weight=weights.weight, bias=weights.bias)
-    _fill(layer.lora_A["default"], weight=weights.a)
-    _fill(layer.lora_B["default"], weight=weights.b)
-    return _module(layer)
+    """PEFT, of the same function."""
+    return peft_layers.peft(weights)
 
 
 def in_order(order: Callable[..., Tensor], weights: Weights, lab: Lab) -> Layer:
     """One of the orders in `lora_orders`."""
     if weights.p > 0:
         raise Absent("written without dropout")
+    weight, bias = weights.weight, weights.bias
     a, b = weights.a.requires_grad_(), weights.b.requires_grad_()
-    return Layer(lambda x: order(x, weights.weight, weights.bias, a, b, SCALING), [a, b])
+    return Layer(lambda x: order(x, weight, bias, a, b, SCALING), [a, b], weights.frozen())
 
 
 def lorafusion(weights: Weights, lab: Lab) -> Layer:
@@ -113,16 +65,18 @@ def lorafusion(weights: Weights, lab: Lab) -> Layer:
     apply = importlib.import_module("lorafusion.ops.lora_v1").fused_linear_lora
     a, b = weights.a.requires_grad_(), weights.b.requires_grad_()
     fused = partial(apply, dropout_p=weights.p, linear_bias=weights.bias)
-    return Layer(lambda x: fused(x[None], weights.weight, a, b, SCALING)[0], [a, b])
+    return Layer(
+        lambda x: fused(x[None], weights.weight, a, b, SCALING)[0], [a, b], weights.frozen()
+    )
 
 
 def ours(weights: Weights, lab: Lab) -> Layer:
     """lora_fast; which implementation runs is chosen around the call, or by its dispatch."""
-    return _module(layer_of(lora_fast, weights))
+    return modules.module(layer_of(lora_fast, weights))
 
 
-_FORCED = forced()
-PEERS: dict[str, Callable[[Weights, Lab], Layer]] = {
+_FORCED = implementations.forced()
+PEERS: dict[str, Peer] = {
     FROZEN: frozen,
     "loralib": loralib,
     "loralib-compiled": loralib_compiled,
@@ -133,14 +87,17 @@ PEERS: dict[str, Callable[[Weights, Lab], Layer]] = {
     OURS: ours,
     **dict.fromkeys(_FORCED, ours),
 }
-LABELS = {
-    FROZEN: "F.linear, frozen",
-    "loralib-compiled": "torch.compile(loralib)",
-    "peft": "PEFT",
-    "addmm-order": "addmm order (the formula of Unsloth and Axolotl)",
-    "lora-first": "LoRA-first order in plain torch",
-    "lorafusion": "LoRAFusion",
-}
+_LINEAR_ALONE = ("addmm-order", "lora-first", "lorafusion")
+
+
+def known(kind: str) -> list[str]:
+    """Return who can compute a kind of layer."""
+    forced = implementations.of(kind)
+    return [
+        peer
+        for peer in PEERS
+        if (peer in forced if peer in _FORCED else kind == "Linear" or peer not in _LINEAR_ALONE)
+    ]
 
 
 def around(peer: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -172,21 +129,6 @@ def missing(lab: Lab) -> dict[str, str]:
             found["lorafusion"] = f"{lab.lorafusion} can't be imported: {error}"
     if not lab.clock.is_cuda and not lab.is_toy:
         for peer in _FORCED:
-            if peer != f"{OURS}:reference":
+            if peer != implementations.REFERENCE:
                 found[peer] = "Triton's kernels need a GPU"
     return found
-
-
-def _module(layer: nn.Module) -> Layer:
-    return Layer(layer, _trained(layer))
-
-
-def _trained(layer: nn.Module) -> list[Tensor]:
-    return [p for p in layer.parameters() if p.requires_grad]
-
-
-@torch.no_grad()
-def _fill(module: nn.Module, **values: Tensor | None) -> None:
-    for name, value in values.items():
-        if value is not None:
-            getattr(module, name).copy_(value)

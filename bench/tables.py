@@ -88,7 +88,7 @@ def full_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for peer, entry in row["peers"].items():
             if "error" in entry:
                 line["error" if peer == OURS else f"{label(peer)} error"] = entry["error"]
-        for key in ("host_us", "tokens/s", "kept B/weight", "peak B/weight"):
+        for key in ("host_us", "tokens/s", "GB/s", "kept B/weight", "peak B/weight"):
             if key in own:
                 line[key.replace("host_us", "host us")] = own[key]
         if "chosen" in own:

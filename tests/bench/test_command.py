@@ -18,15 +18,16 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_X
 pytestmark = pytest.mark.slow
 
 
-def command(*arguments: str | Path) -> list[str]:
-    start = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+def command(*arguments: str | Path, without: str = "") -> list[str]:
+    hide = f"sys.modules[{without!r}] = None; " if without else ""
+    start = f"import sys, pytest; {hide}sys.exit(pytest.main(sys.argv[1:]))"
     options = ("bench", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
     return [sys.executable, "-P", "-c", start, *options, *map(str, arguments)]
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, without: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments),
+        command(*arguments, without=without),
         cwd=ROOT,
         env=ENVIRONMENT,
         text=True,
@@ -75,15 +76,26 @@ def test_results_and_pytest_benchmarks_own_json(tmp_path):
     assert {"us", "ratio", "saved_bytes", "peak_bytes", "error"} <= set(ours)
     found = json.loads(own.read_text())
     names = {bench["name"].rpartition("-")[2].rstrip("]"): bench for bench in found["benchmarks"]}
-    assert set(names) == {"frozen", "loralib", "lora_fast", "lora_fast:reference"}
+    peers = {"frozen", "loralib", "peft", "lora_fast", "lora_fast:reference"}
+    assert set(names) == peers - set(facts["missing"])
     assert {bench["group"] for bench in names.values()} == {f"layers {row['id']}"}
     assert names["lora_fast"]["stats"]["median"] * 1e6 == pytest.approx(ours["us"])
     assert found["machine_info"]["lora_fast"]["commit"] == facts["commit"]
 
 
+def test_a_missing_peft_is_listed_and_the_row_goes_on(tmp_path):
+    only = ("-k", "Conv2d and layers", "--peers", "peft", "--out", tmp_path)
+    done = run("--benchmark", *SMALL, *only, without="peft")
+    assert done.returncode == 0, done.stdout
+    assert "peft: missing, peft is not installed" in done.stdout
+    table = json.loads((tmp_path / "layers.json").read_text())
+    assert table["machine"]["missing"]["peft"] == "peft is not installed"
+    assert {peer for row in table["rows"] for peer in row["peers"]} == {"frozen", "lora_fast"}
+
+
 def test_profile_of_one_row(tmp_path):
-    name = "MergedLinear-16-M6-r4-p0-float32-fwd+bwd"
-    only = ("--device", "cpu", "-k", "lora_fast and not reference")
+    name = "MergedLinear-16-M6-r4-p0-float32-fwd+bwd-eager"
+    only = ("--device", "cpu", "-k", "lora_fast and not lora_fast:")
     done = run("--profile", name, "--out", tmp_path, *only)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout

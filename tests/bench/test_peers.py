@@ -1,12 +1,14 @@
 """The peers are what they are called, and a wrong one would be found."""
 
 import sys
+from dataclasses import replace
 
 import implementations
 import lora_orders
 import peers
 import pytest
 import torch
+from bench_layers import LayerRow
 from bench_linear import LinearRow
 from contest import OURS, measure
 from shapes import TOY
@@ -14,7 +16,10 @@ from shapes import TOY
 import lora_fast
 
 ROW = LinearRow(TOY, 9, 4, 0.0, torch.float32, True)
-FORCED = [p for p in peers.PEERS if p.startswith(f"{OURS}:") and p != f"{OURS}:reference"]
+# fp16: the products whose warps divide the work are not for fp32.
+SHORT = LinearRow(TOY, 9, 4, 0.0, torch.float16, True)
+MERGED = LayerRow("MergedLinear", 16, 6, 4, 0.0, torch.float16, True)
+FORCED = [(row, p) for row in (SHORT, MERGED) for p in implementations.of(row.kind)]
 
 
 def errors(lab, *names: str) -> list[float]:
@@ -62,17 +67,38 @@ def test_a_peer_without_dropout_is_not_compared_with_those_that_have_it(lab, mon
     assert "us" in found["frozen"]
 
 
-@pytest.mark.parametrize("peer", FORCED)
-def test_a_forced_implementation_runs(kernel_lab, peer):
-    contestant = ROW.build(peer, kernel_lab)
+@pytest.mark.parametrize(("row", "peer"), FORCED)
+def test_a_forced_implementation_runs(kernel_lab, row, peer):
+    contestant = row.build(peer, kernel_lab)
     with contestant.around(), implementations.noted() as seen:
         contestant.steps[0]()
     _, dx, name = peer.removeprefix(f"{OURS}:").rpartition("dx_")
+    op = "lora_linear" if row.kind == "Linear" else "lora_merged_linear"
+    assert seen.pop(op) == ("reference" if name == "reference" else "triton")
     if name == "specialised":
         assert seen == {"forward": "split", "dx": "fused"}
+    elif name == "reference":
+        assert seen == {}
     else:
         assert seen["dx" if dx else "forward"] == name
     assert lora_fast.backend.get_backend() == "auto"  # and all is as before
+
+
+@pytest.mark.parametrize(("p", "tokens", "why"), [(0.1, 9, "draws no"), (0.0, 4096, "fewer rows")])
+def test_a_forced_implementation_that_cannot_serve_a_row_is_absent(kernel_lab, p, tokens, why):
+    row = replace(SHORT, p=p, tokens=tokens)
+    found = measure(row, kernel_lab, [f"{OURS}:decode"])["peers"]
+    assert why in found[f"{OURS}:decode"]["absent"]
+
+
+def test_what_the_dispatch_chose_is_told(kernel_lab):
+    row = LayerRow("Conv2d", 8, 16, 2, 0.0, torch.float32, False)
+    backend = "reference"  # so small a weight is formed by torch on any device
+    assert row.build(OURS, kernel_lab).told == {"chosen": {"merged_weight": backend}}
+    contestant = row.build(implementations.MERGED_WEIGHT, kernel_lab)
+    with contestant.around(), implementations.noted() as seen:
+        contestant.steps[0]()
+    assert seen == {"merged_weight": "triton"}
 
 
 def test_missing_peers_have_a_reason(lab, tmp_path, monkeypatch):
@@ -82,6 +108,16 @@ def test_missing_peers_have_a_reason(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     assert peers.missing(lab)["peft"] == "peft is not installed"
     assert set(found) <= set(peers.PEERS)
+
+
+def test_each_kind_has_its_peers():
+    every = [p for p in peers.PEERS if p != implementations.MERGED_WEIGHT]
+    assert peers.known("Linear") == every
+    assert peers.known("MergedLinear") == [p for p in every if p not in peers._LINEAR_ALONE]
+    few = ["frozen", "loralib", "loralib-compiled", "peft", OURS, implementations.REFERENCE]
+    assert peers.known("Embedding") == few
+    assert peers.known("Conv1d") == peers.known("Conv3d") == peers.known("Conv2d")
+    assert set(peers.known("Conv2d")) == {*few, implementations.MERGED_WEIGHT}
 
 
 def test_selecting_peers_keeps_ours_and_the_floor():
