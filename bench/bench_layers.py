@@ -122,7 +122,7 @@ COMPILED_ON_CPU = (
 
 def peers(row: LayerRow) -> list[str]:
     """Return who can take part in a row."""
-    return known(row.kind)
+    return known(row.kind, backward=row.backward)
 
 
 def rows(selection: Selection) -> Iterator[LayerRow]:

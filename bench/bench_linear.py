@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from adapter_row import AdapterRow
-from contest import Lab, Row
+from contest import Lab
 from floor import extra_seconds
 from modules import Weights, drawn
 from peers import known
@@ -69,9 +69,9 @@ class LinearRow(AdapterRow):
         )
 
 
-def peers(row: Row) -> list[str]:
+def peers(row: LinearRow) -> list[str]:
     """Return who can take part in a row."""
-    return known("Linear")
+    return known(row.kind, backward=row.backward)
 
 
 def rows(selection: Selection) -> Iterator[LinearRow]:

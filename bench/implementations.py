@@ -56,14 +56,14 @@ def forced() -> dict[str, Callable[[], AbstractContextManager[None]]]:
     return found
 
 
-def of(kind: str) -> list[str]:
+def of(kind: str, *, backward: bool) -> list[str]:
     """Return those between which the dispatch can choose for a kind of layer on a GPU.
 
     For an embedding there is one kernel, whose tiles alone depend on the call.
     """
-    others = [peer for peer in forced() if peer not in (REFERENCE, MERGED_WEIGHT)]
     if kind in ("Linear", "MergedLinear"):
-        return [REFERENCE, *others]
+        products = [peer for peer in forced() if peer != MERGED_WEIGHT]
+        return [peer for peer in products if backward or not peer.startswith("lora_fast:dx_")]
     return [REFERENCE] if kind == "Embedding" else [REFERENCE, MERGED_WEIGHT]
 
 

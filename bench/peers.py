@@ -90,9 +90,9 @@ PEERS: dict[str, Peer] = {
 _LINEAR_ALONE = ("addmm-order", "lora-first", "lorafusion")
 
 
-def known(kind: str) -> list[str]:
-    """Return who can compute a kind of layer."""
-    forced = implementations.of(kind)
+def known(kind: str, *, backward: bool) -> list[str]:
+    """Return who can compute a kind of layer, forward or with backward."""
+    forced = implementations.of(kind, backward=backward)
     return [
         peer
         for peer in PEERS

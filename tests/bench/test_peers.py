@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 
 import implementations
 import lora_orders
@@ -19,7 +20,7 @@ ROW = LinearRow(TOY, 9, 4, 0.0, torch.float32, True)
 # fp16: the products whose warps divide the work are not for fp32.
 SHORT = LinearRow(TOY, 9, 4, 0.0, torch.float16, True)
 MERGED = LayerRow("MergedLinear", 16, 6, 4, 0.0, torch.float16, True)
-FORCED = [(row, p) for row in (SHORT, MERGED) for p in implementations.of(row.kind)]
+FORCED = [(row, p) for row in (SHORT, MERGED) for p in implementations.of(row.kind, backward=True)]
 
 
 def errors(lab, *names: str) -> list[float]:
@@ -111,13 +112,23 @@ def test_missing_peers_have_a_reason(lab, tmp_path, monkeypatch):
 
 
 def test_each_kind_has_its_peers():
+    known = partial(peers.known, backward=True)
     every = [p for p in peers.PEERS if p != implementations.MERGED_WEIGHT]
-    assert peers.known("Linear") == every
-    assert peers.known("MergedLinear") == [p for p in every if p not in peers._LINEAR_ALONE]
+    assert known("Linear") == every
+    assert known("MergedLinear") == [p for p in every if p not in peers._LINEAR_ALONE]
     few = ["frozen", "loralib", "loralib-compiled", "peft", OURS, implementations.REFERENCE]
-    assert peers.known("Embedding") == few
-    assert peers.known("Conv1d") == peers.known("Conv3d") == peers.known("Conv2d")
-    assert set(peers.known("Conv2d")) == {*few, implementations.MERGED_WEIGHT}
+    assert known("Embedding") == few
+    assert known("Conv1d") == known("Conv3d") == known("Conv2d")
+    assert set(known("Conv2d")) == {*few, implementations.MERGED_WEIGHT}
+
+
+@pytest.mark.parametrize("kind", ["Linear", "MergedLinear"])
+def test_what_chooses_dx_takes_no_part_in_a_forward(kind):
+    forward, both = (peers.known(kind, backward=backward) for backward in (False, True))
+    assert {p for p in both if p not in forward} == {
+        "lora_fast:dx_fused",
+        "lora_fast:dx_lora_first",
+    }
 
 
 def test_selecting_peers_keeps_ours_and_the_floor():

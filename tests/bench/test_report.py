@@ -13,7 +13,13 @@ def row(name: str, **columns: Any) -> dict[str, Any]:
     shown = {"layer": "Linear", "shape": name, "M": 512, "K": 64, "N": 48, "r": 16, "dropout": 0.0}
     shown |= {"dtype": "float32", "pass": "fwd+bwd", "mode": "eager"}
     ours = {"us": 2000.0, "us_low": 1900.0, "us_high": 2100.0, "ratio": [1.0, 1.0, 1.0]}
-    ours |= {"efficiency": 0.91, "saved_bytes": 2**20, "peak_bytes": 2**21, "error": 0.4}
+    ours |= {
+        "efficiency": 0.91,
+        "saved_bytes": 2**20,
+        "peak_bytes": 2**21,
+        "error": 0.4,
+        "GB/s": 3.0,
+    }
     peers = {
         "frozen": {"us": 1800.0, "ratio": [0.9, 0.88, 0.93]},
         "loralib": {"us": 2500.0, "ratio": [1.25, 1.2, 1.31], "saved_bytes": 2**22},
@@ -78,7 +84,7 @@ def test_the_folder_table_has_everything(folder):
     assert line["loralib /"] == "1.25 (1.20-1.31)"
     assert line["PEFT /"] == "out of memory"
     assert line["lora_fast:split /"] == "1.10 (1.00-1.20)"
-    assert (line["efficiency"], line["error"]) == (0.91, 0.4)
+    assert (line["efficiency"], line["error"], line["GB/s"]) == (0.91, 0.4, 3.0)
     assert (line["lora_fast saved MiB"], line["loralib saved MiB"]) == (1.0, 4.0)
     assert "LoRA-first order /" not in line  # absent everywhere: no empty column
 
