@@ -59,6 +59,7 @@ def lab() -> Lab:
 @pytest.fixture
 def kernel_lab(kernel_device: torch.device) -> Lab:
     """Where Triton's kernels run."""
+    pytest.importorskip("triton")
     clock = Clock(kernel_device, rounds=1, budget=0.0, sample=0.0)
     return Lab(kernel_device, "toy", clock)
 

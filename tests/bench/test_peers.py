@@ -112,6 +112,7 @@ def test_missing_peers_have_a_reason(lab, tmp_path, monkeypatch):
 
 
 def test_each_kind_has_its_peers():
+    pytest.importorskip("triton")
     known = partial(peers.known, backward=True)
     every = [p for p in peers.PEERS if p != implementations.MERGED_WEIGHT]
     assert known("Linear") == every
@@ -124,6 +125,7 @@ def test_each_kind_has_its_peers():
 
 @pytest.mark.parametrize("kind", ["Linear", "MergedLinear"])
 def test_what_chooses_dx_takes_no_part_in_a_forward(kind):
+    pytest.importorskip("triton")
     forward, both = (peers.known(kind, backward=backward) for backward in (False, True))
     assert {p for p in both if p not in forward} == {
         "lora_fast:dx_fused",
