@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "merge_cpu_kernels.h"
 #include "merge_cpu_views.h"
@@ -101,8 +102,9 @@ class Merger {
 
  private:
   struct Scratch {
-    std::vector<Compute> right;  // [column tile][rank][kTileCols], zeros beyond the last column
-    std::vector<Compute> left;   // [rank][kTileRows], zeros beyond the last row
+    std::vector<Compute> right;      // [column tile][rank][kTileCols], zeros beyond the last column
+    const Task* right_of = nullptr;  // a task with this right factor
+    std::vector<Compute> left;       // [rank][kTileRows], zeros beyond the last row
     std::vector<Compute> left_row;
     alignas(64) Compute acc[kTileRows * kTileCols];
     alignas(64) Bits before[kTileCols];
@@ -120,8 +122,8 @@ class Merger {
     const int64_t rows = std::min(kTaskRows, (fair + kTileRows - 1) / kTileRows * kTileRows);
     const int64_t bytes = std::max<int64_t>(1, item.rank * kTileCols * sizeof(Compute));
     const int64_t cols = std::max<int64_t>(1, kRightBytes / bytes) * kTileCols;
-    for (int64_t row = 0; row < item.rows; row += rows) {
-      for (int64_t col = 0; col < item.cols; col += cols) {
+    for (int64_t col = 0; col < item.cols; col += cols) {
+      for (int64_t row = 0; row < item.rows; row += rows) {
         tasks_.push_back(
             {index, row, std::min(row + rows, item.rows), col, std::min(col + cols, item.cols)});
       }
@@ -166,6 +168,8 @@ class Merger {
   }
 
   void pack_right(const Item& item, const Task& task, Scratch& scratch) {
+    const Task* last = std::exchange(scratch.right_of, &task);
+    if (last != nullptr && last->item == task.item && last->col == task.col) return;
     const int64_t tiles = (task.col_end - task.col + kTileCols - 1) / kTileCols;
     scratch.right.assign(tiles * item.rank * kTileCols, Compute{0});
     Compute* to = scratch.right.data();

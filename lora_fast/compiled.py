@@ -6,7 +6,7 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ def merge(requests: Sequence[Merge]) -> list[MergeRecord | None]:
         is as it was.
     """
     records: list[MergeRecord | None] = [None] * len(requests)
-    left = {i: _Job(request, _new_codes(request)) for i, request in enumerate(requests)}
+    left = {i: _new_job(request) for i, request in enumerate(requests)}
     while left:
         status = _run(ops.merge_, left.values())
         failed = {i for i, lengths in zip(left, status, strict=True) if min(lengths) < 0}
@@ -85,45 +85,43 @@ def unmerge(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
             weight.copy_(record.original)
             continue
         factors = (record.lora_A, record.lora_B, record.scaling)
-        jobs.append(_Job(Merge(weight, *factors, **record.blocks()), record.codes))
+        request = Merge(weight, *factors, **record.blocks())
+        jobs.append(_Job(request, _blocks(request), record.codes))
     if jobs:
         _run(ops.unmerge_, jobs)
 
 
 class _Job(NamedTuple):
-    """A merge, and the code for each of the blocks that its weight is cut into."""
+    """A merge, the blocks that its weight is cut into, and the code for each of them."""
 
     request: Merge
+    blocks: Sequence[reference.DeltaBlock]
     codes: Sequence[Code]
 
     def record(self, lengths: Sequence[int]) -> MergeRecord:
         """Return the record of a merge whose overflow lists have these lengths."""
         codes = []
         for (code, index, value), n in zip(self.codes, lengths, strict=True):
-            codes.append(Code(code, index[:n].clone(), value[:n].clone()))
+            # Copies: a slice would keep all the room of a list that is nearly always empty.
+            kept = (t[:n].clone() if n else t.new_empty(0) for t in (index, value))
+            codes.append(Code(code, *kept))
         return _record(self.request, None, tuple(codes))
 
 
-def _run(op: Callable[..., Tensor | None], jobs: Iterable[_Job]) -> list[list[int]]:
+def _run(op: Callable[..., Tensor | None], jobs: Collection[_Job]) -> list[list[int]]:
     """Call `op` for all blocks of all jobs; return what it says of each job's blocks."""
-    weights, factors_A, factors_B, scalings = [], [], [], []
-    codes: list[Code] = []
-    counts = []
-    for request, job_codes in jobs:
-        blocks = _blocks(request)
-        for weight, lora_A, lora_B in blocks:
-            weights.append(weight)
-            factors_A.append(lora_A)
-            factors_B.append(lora_B)
-        scalings += [float(request.scaling)] * len(blocks)
-        codes += job_codes
-        counts.append(len(blocks))
-    code, index, value = (list(column) for column in zip(*codes, strict=True))
-    status = op(weights, factors_A, factors_B, scalings, code, index, value)
-    for request, _ in jobs:
-        _count_version(request.weight)
+    blocks = [block for job in jobs for block in job.blocks]
+    codes = [code for job in jobs for code in job.codes]
+    scalings = [float(job.request.scaling) for job in jobs for _ in job.blocks]
+    status = op(*_columns(blocks), scalings, *_columns(codes))
+    for job in jobs:
+        _count_version(job.request.weight)
     lengths = iter([] if status is None else status.tolist())
-    return [list(itertools.islice(lengths, count)) for count in counts]
+    return [list(itertools.islice(lengths, len(job.blocks))) for job in jobs]
+
+
+def _columns(rows: Sequence[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
+    return map(list, zip(*rows, strict=True))
 
 
 def _blocks(request: Merge) -> list[reference.DeltaBlock]:
@@ -141,15 +139,16 @@ def _blocks(request: Merge) -> list[reference.DeltaBlock]:
     return found
 
 
-def _new_codes(request: Merge) -> list[Code]:
+def _new_job(request: Merge) -> _Job:
+    blocks = _blocks(request)
     codes = []
-    for weight, _, _ in _blocks(request):
+    for weight, _, _ in blocks:
         room = int(weight.numel() * _LIST_BYTES / (4 + weight.element_size()))
         index = torch.empty(room, dtype=torch.int32, device=weight.device)
         codes.append(
             Code(torch.empty_like(weight, dtype=torch.int8), index, weight.new_empty(room))
         )
-    return codes
+    return _Job(request, blocks, codes)
 
 
 def _merge_with_copy(request: Merge) -> MergeRecord | None:
@@ -162,7 +161,8 @@ def _merge_with_copy(request: Merge) -> MergeRecord | None:
     original = weight.clone()
     none = torch.empty(0, dtype=torch.int8, device=weight.device)
     no_code = Code(none, none.to(torch.int32), weight.new_empty(0))
-    (status,) = _run(ops.merge_, [_Job(request, [no_code] * len(_blocks(request)))])
+    blocks = _blocks(request)
+    (status,) = _run(ops.merge_, [_Job(request, blocks, [no_code] * len(blocks))])
     if min(status) < 0:
         weight.copy_(original)
         return None
