@@ -1,4 +1,4 @@
-// merge_ and unmerge_ of fp32 and bf16 weights in registers, kTileRows x kCellCols at a time.
+// merge_ and unmerge_ of fp32 and bf16 weights in registers, kCellRows x kCellCols at a time.
 //
 // Included once for each instruction set, inside its namespace and after its vectors: so no "pragma
 // once". It does what merge_math.h says for the weights that nearly all are, finite and with a code
@@ -7,13 +7,13 @@
 constexpr int kVectors = 2;
 constexpr int kCellCols = kVectors * kLanes;
 
-using Sums = Floats[kTileRows][kVectors];
+using Sums = Floats[kCellRows][kVectors];
 
 // sum[r] = fma over all j of left[j, r] * right[j, 0:kCellCols], as accumulate_tile sums.
 LORA_FAST_VECTOR void accumulate_cell(
     const float* __restrict left, const float* __restrict right, int64_t rank, Sums& sum) {
-#pragma GCC unroll 4
-  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kCellRows; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[r][v] = as_floats(repeat(0));
   }
@@ -21,8 +21,8 @@ LORA_FAST_VECTOR void accumulate_cell(
     Floats value[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) value[v] = load_floats(right + j * kTileCols + v * kLanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kCellRows; ++r) {
       const Floats factor = repeat(left[j * kTileRows + r]);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(factor, value[v], sum[r][v]);
@@ -112,17 +112,21 @@ LORA_FAST_TARGET Stop run_cells(
   const Constants<F> constants = {repeat(scaling)};
   int64_t col = begin;
   for (; col + kCellCols <= end; col += kCellCols) {
-    Sums sum;
-    accumulate_cell(left, right + col, rank, sum);
-#pragma GCC unroll 4
-    for (int r = 0; r < kTileRows; ++r) {
-      bool is_done;
-      if constexpr (kMerge) {
-        is_done = merge_cell_row<F>(rows.weight[r] + col, rows.code[r] + col, sum[r], constants);
-      } else {
-        is_done = unmerge_cell_row<F>(rows.weight[r] + col, rows.code[r] + col, sum[r], constants);
+    for (int first = 0; first < kTileRows; first += kCellRows) {
+      Sums sum;
+      accumulate_cell(left + first, right + col, rank, sum);
+#pragma GCC unroll 8
+      for (int r = 0; r < kCellRows; ++r) {
+        typename F::Bits* weight = rows.weight[first + r] + col;
+        int8_t* code = rows.code[first + r] + col;
+        bool is_done;
+        if constexpr (kMerge) {
+          is_done = merge_cell_row<F>(weight, code, sum[r], constants);
+        } else {
+          is_done = unmerge_cell_row<F>(weight, code, sum[r], constants);
+        }
+        if (!is_done) return {first + r, col};
       }
-      if (!is_done) return {r, col};
     }
   }
   return {kTileRows, col};

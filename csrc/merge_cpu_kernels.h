@@ -21,28 +21,31 @@ struct TileFlags {
   bool overflow = false;
 };
 
-// acc[r, c] = fma over kRank of the j of left[j, r] * right[j, c], all rows at a time: one load for
-// each four operations.
+// acc[r, c] = fma over kRank of the j of left[j, r] * right[j, c], four rows at a time: one load
+// for each four operations.
 template <int kRank, class Compute>
 LORA_FAST_INLINE void accumulate_some(
     const Compute* __restrict left, const Compute* __restrict right, int64_t cols,
     Compute* __restrict acc) {
-  Compute factor[kTileRows][kRank];
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int j = 0; j < kRank; ++j) factor[r][j] = left[j * kTileRows + r];
-  }
-  for (int64_t c = 0; c < cols; ++c) {
-    Compute sum[kTileRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kTileRows; ++r) sum[r] = acc[r * kTileCols + c];
-#pragma GCC unroll 8
-    for (int j = 0; j < kRank; ++j) {
-      const Compute value = right[j * kTileCols + c];
-#pragma GCC unroll 4
-      for (int r = 0; r < kTileRows; ++r) sum[r] = fused(factor[r][j], value, sum[r]);
+  constexpr int kRows = 4;
+  for (int first = 0; first < kTileRows; first += kRows, acc += kRows * kTileCols) {
+    Compute factor[kRows][kRank];
+    for (int r = 0; r < kRows; ++r) {
+      for (int j = 0; j < kRank; ++j) factor[r][j] = left[j * kTileRows + first + r];
     }
+    for (int64_t c = 0; c < cols; ++c) {
+      Compute sum[kRows];
 #pragma GCC unroll 4
-    for (int r = 0; r < kTileRows; ++r) acc[r * kTileCols + c] = sum[r];
+      for (int r = 0; r < kRows; ++r) sum[r] = acc[r * kTileCols + c];
+#pragma GCC unroll 8
+      for (int j = 0; j < kRank; ++j) {
+        const Compute value = right[j * kTileCols + c];
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sum[r] = fused(factor[r][j], value, sum[r]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) acc[r * kTileCols + c] = sum[r];
+    }
   }
 }
 

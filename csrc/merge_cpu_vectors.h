@@ -11,7 +11,7 @@
 
 namespace lora_fast {
 
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 8;
 constexpr int kTileCols = 256;
 
 // Where the rows of a tile begin; weights and codes lie side by side along a row.
@@ -56,6 +56,7 @@ namespace lora_fast::avx512 {
 using Floats = __m512;
 using Words = __m512i;
 constexpr int kLanes = 16;
+constexpr int kCellRows = 8;  // with two vectors each, half of the 32 registers
 
 LORA_FAST_VECTOR Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
 LORA_FAST_VECTOR Words load_words(const void* from) { return _mm512_loadu_si512(from); }
@@ -171,6 +172,7 @@ namespace lora_fast::avx2 {
 using Floats = __m256;
 using Words = __m256i;
 constexpr int kLanes = 8;
+constexpr int kCellRows = 4;  // with two vectors each, half of the 16 registers
 
 LORA_FAST_VECTOR Floats load_floats(const float* from) { return _mm256_loadu_ps(from); }
 LORA_FAST_VECTOR Words load_words(const void* from) {

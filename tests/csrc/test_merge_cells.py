@@ -1,6 +1,6 @@
 """The passes over cells on the CPU: where they stop, the weights are served one by one instead.
 
-A cell is 4 rows of two vectors, a tile 256 columns; see csrc/merge_cpu_cells.h.
+A cell is 4 or 8 rows of two vectors, a tile 8 rows of 256 columns; see csrc/merge_cpu_cells.h.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from lora_fast import functional
 N, K = 11, 300  # rows that fill no cell, columns that fill no tile and no cell
 DTYPES = [torch.float32, torch.bfloat16]
 INTEGERS = {2: torch.int16, 4: torch.int32}
-# In the first and last row of a cell, and a row of its own; in the first and second cell, at the
+# In the first and last row of a cell, and beyond the last whole one; in the first and second cell, at the
 # end of a tile, and behind the last whole cell.
-ROWS, COLUMNS = [0, 3, 6, 10], [0, 31, 40, 255, 256, 299]
+ROWS, COLUMNS = [0, 3, 4, 7, 8, 10], [0, 31, 40, 255, 256, 299]
 
 
 def bits(tensor: Tensor) -> Tensor:
