@@ -213,8 +213,9 @@ def decode(arch: Architecture, everything: bool) -> Iterator[Case]:
     sizes = [Sizes(BF16, rows, 16) for rows in (1, 16, 64)]
     if everything:
         sizes += [Sizes(BF16, rows, 64) for rows in (1, 2, 32, 64)]
-        sizes += [Sizes(FP32, rows, 64) for rows in (1, 16)]
+        sizes += [Sizes(FP32, rows, 64) for rows in (1, 16, 32, 64)]
         sizes += [Sizes(BF16, 32, 64, adapter_dtype=FP32), Sizes(BF16, 1, 16, width=4093)]
+        sizes += [Sizes(FP32, rows, rank, width=4093) for rows in (16, 32, 64) for rank in (16, 64)]
     for one in sizes:
         for transposed in (False, True) if everything else (False,):
             words = one.describe("forward decode", *["(K, N)"] * transposed)

@@ -28,6 +28,7 @@ from lora_fast.kernels.configs import (
 )
 from lora_fast.kernels.decode_configs import (
     DecodeConfig,
+    MAX_M,
     DecodeTiles,
     decode_config,
     decode_serves,
@@ -144,8 +145,8 @@ def why_not(arch: Architecture, plan: ForwardPlan | BackwardPlan, call: Call) ->
             return f"{plan.impl} draws no dropout"
         if call.R > MAX_BLOCK_R:
             return f"{plan.impl} takes a rank of at most {MAX_BLOCK_R}, got {call.R}"
-        if plan.impl == "decode" and not decode_serves(call.M, call.R, getattr(torch, call.dtype)):
-            return f"decode takes fewer rows, got {call.M} of {call.dtype}"
+        if plan.impl == "decode" and not decode_serves(call.M, call.R):
+            return f"decode takes at most {MAX_M} rows, got {call.M}"
     return None
 
 
@@ -163,7 +164,7 @@ def forward_rule(
     fused = fused_gemm_pays(arch, K, dtype)
     narrow = N <= ONE_PASS_MAX_N and fused and R <= 16
     impl: ForwardImpl
-    if not dropout and decode_serves(M, R, dtype):
+    if not dropout and decode_serves(M, R):
         impl = "decode"
     elif not dropout and narrow:
         impl = "one_pass"

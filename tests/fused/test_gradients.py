@@ -183,7 +183,7 @@ def test_only_needed_kernels_run(
 
 
 def test_the_forward_reads_x_once_or_twice(make_problem: Any, launched: list[str]) -> None:
-    few, many = make_problem((8, 24), 20, 3, torch.float16), make_problem((40, 24), 20, 17)
+    few, many = make_problem((8, 24), 20, 3, torch.float16), make_problem((80, 24), 20, 17)
     few.fused(few.leaves([]))
     assert len(launched) == 1
     launched.clear()

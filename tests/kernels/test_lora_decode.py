@@ -243,9 +243,8 @@ def test_what_it_serves(arch: str, dtype: torch.dtype) -> None:
         sizes = (rows, 4096, 4096, rank, dtype, dropout)
         return forward_plan(ARCHITECTURES[arch], *sizes).impl
 
-    last = 16 if dtype is torch.float32 else 64
-    assert impl(1) == impl(last) == impl(last, rank=64) == "decode"
-    assert "decode" not in (impl(last + 1), impl(1, rank=65), impl(1, dropout=True))
+    assert impl(1) == impl(64) == impl(64, rank=64) == "decode"
+    assert "decode" not in (impl(65), impl(1, rank=65), impl(1, dropout=True))
 
 
 @pytest.mark.parametrize(("rows", "rank"), [(65, 4), (1, 65), (0, 4)])
@@ -269,6 +268,18 @@ def test_the_slices_cover_the_features_once(rows: int, tiles: int, features: int
 
 def test_every_architecture_has_tiles() -> None:
     assert set(TILES) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("rows", [2, 17, 32, 33, 64])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_tiles_of_fp32_with_many_rows(arch: str, rows: int, make_inputs: Any) -> None:
+    inputs = make_inputs(rows, 40, 77, 5, torch.float32)
+    args = (inputs.x, inputs.weight, inputs.bias, inputs.lora_a, inputs.lora_b, inputs.scaling)
+    config = decode_config(arch, rows, torch.float32)
+    check(inputs, lora_decode(*args, config=config))
+    # More bytes than these do not fit sm_89.
+    block_m, stages = max(16, 1 << (rows - 1).bit_length()), max(1, config.num_stages - 1)
+    assert stages * (block_m + config.block_n) * config.row_bytes <= 99 * 1024
 
 
 @pytest.mark.gpu
