@@ -230,8 +230,9 @@ def look_up(arch: Architecture, sizes: Sizes, by_freq: bool) -> None:
     adapter = sizes.adapter_dtype or dtype
     lora_a = meta(sizes.rank, num, dtype=adapter)
     lora_b = meta(sizes.width, sizes.rank, dtype=adapter)
-    plan = plans.embedding_plan(arch, sizes.rows, sizes.width, sizes.rank, dtype)
-    dy = lora_embedding_fwd(index, weight, lora_a, lora_b, 1.0, plan=plan)
+    what = (arch, sizes.rows, sizes.width, num, sizes.rank, dtype)
+    config, plan = plans.embedding_plan(*what), plans.embedding_backward_plan(*what)
+    dy = lora_embedding_fwd(index, weight, lora_a, lora_b, 1.0, config=config)
     lora_embedding_bwd(dy, index, lora_a, lora_b, 1.0, 0, by_freq, True, [True, True], plan=plan)
 
 

@@ -5,20 +5,29 @@ add up: so the best of each step, one after the other, is the best of all combin
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import torch
 
 from lora_fast.kernels.configs import (
     Architecture,
+    EmbeddingConfig,
     GemmConfig,
     GradAConfig,
     GradSBConfig,
     ShrinkConfig,
+    WeightConfig,
 )
 from lora_fast.kernels.decode_configs import DecodeConfig
-from lora_fast.kernels.plans import BackwardPlan, ForwardImpl, ForwardPlan, why_not
+from lora_fast.kernels.plans import (
+    BackwardPlan,
+    EmbeddingBackwardPlan,
+    ForwardImpl,
+    ForwardPlan,
+    WeightPlan,
+    why_not,
+)
 from lora_fast.kernels.primitives import rank_blocks
 from lora_fast.kernels.tables import Call
 
@@ -73,6 +82,32 @@ _GRAD_AS = (
     (64, 128, 1024, 4, 3),
     (128, 64, 1024, 8, 3),
 )
+# block_m, block_d, chunk_d, num_warps
+_LOOK_UPS = (
+    (16, 128, 128, 4),
+    (16, 128, 256, 4),
+    (16, 128, 512, 4),
+    (16, 256, 256, 4),
+    (16, 256, 1024, 8),
+    (32, 64, 256, 4),
+    (32, 128, 256, 4),
+    (32, 128, 512, 4),
+    (32, 128, 1024, 4),
+    (64, 64, 512, 4),
+    (64, 128, 512, 8),
+)
+_SEGMENTS = (16, 32, 64, 128, 256)
+# block_n, block_k, num_warps
+_WEIGHTS = (
+    (16, 64, 4),
+    (16, 128, 4),
+    (16, 256, 4),
+    (32, 64, 4),
+    (32, 128, 4),
+    (32, 256, 8),
+    (64, 64, 4),
+    (64, 128, 8),
+)
 
 
 def candidates(arch: Architecture, call: Call, rule: Any) -> Steps:
@@ -109,15 +144,42 @@ def _forward_steps(arch: Architecture, call: Call, rule: ForwardPlan) -> Steps:
 
 
 def _backward_steps(arch: Architecture, call: Call, rule: BackwardPlan) -> Steps:
-    sbs = [GradSBConfig(*sizes) for sizes in _staged(arch, _GRAD_SBS)]
-    both: list[Change] = [{"library_sb": True}]
-    both += [{"library_sb": False, "grad_sb": config} for config in sbs]
     dx: list[Change] = [{"input_grad": "lora_first"}]
     dx += [{"input_grad": "fused", "gemm": gemm} for gemm in _gemms(arch, call)]
-    return [both, dx, [{"grad_a": GradAConfig(*sizes)} for sizes in _staged(arch, _GRAD_AS)]]
+    return [
+        _rank_grads(arch),
+        dx,
+        [{"grad_a": GradAConfig(*sizes)} for sizes in _staged(arch, _GRAD_AS)],
+    ]
 
 
-_STEPS = {"lora_linear_fwd": _forward_steps, "lora_linear_bwd": _backward_steps}
+def _embedding_steps(arch: Architecture, call: Call, rule: EmbeddingConfig) -> Steps:
+    tiles = [EmbeddingConfig(*sizes) for sizes in _LOOK_UPS if sizes[0] <= max(16, call.M)]
+    return [[asdict(tile) for tile in tiles]]
+
+
+def _embedding_backward_steps(arch: Architecture, call: Call, rule: EmbeddingBackwardPlan) -> Steps:
+    return [_rank_grads(arch), [{"segment_m": tokens} for tokens in _SEGMENTS]]
+
+
+def _weight_steps(arch: Architecture, call: Call, rule: WeightPlan) -> Steps:
+    fused = [{"fused": True, "config": WeightConfig(*sizes)} for sizes in _WEIGHTS]
+    return [[{"fused": False}, {"fused": True}, *fused]]
+
+
+_STEPS = {
+    "lora_linear_fwd": _forward_steps,
+    "lora_linear_bwd": _backward_steps,
+    "lora_embedding_fwd": _embedding_steps,
+    "lora_embedding_bwd": _embedding_backward_steps,
+    "merged_weight": _weight_steps,
+}
+
+
+def _rank_grads(arch: Architecture) -> list[Change]:
+    """Ways to dS and dB: two vendor GEMMs, or one pass over dY."""
+    sbs = [GradSBConfig(*sizes) for sizes in _staged(arch, _GRAD_SBS)]
+    return [{"library_sb": True}, *({"library_sb": False, "grad_sb": config} for config in sbs)]
 
 
 def _gemms(arch: Architecture, call: Call, *, one_pass: bool = False) -> Iterator[GemmConfig]:

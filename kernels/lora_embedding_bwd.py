@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_fast.kernels.configs import architecture
 from lora_fast.kernels.lora_embedding_fwd import gather_columns
 from lora_fast.kernels.lora_grad_sb import library_grad_sb, lora_grad_sb
-from lora_fast.kernels.plans import EmbeddingPlan, embedding_plan
+from lora_fast.kernels.plans import EmbeddingBackwardPlan, embedding_backward_plan
 from lora_fast.kernels.primitives import on_device_of
 from lora_fast.kernels.segment_sum import segment_sum
 
@@ -26,7 +26,7 @@ def lora_embedding_bwd(
     scatter: bool,
     needs: list[bool],
     *,
-    plan: EmbeddingPlan | None = None,
+    plan: EmbeddingBackwardPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `lora_embedding_fwd` for dy (..., D); `needs` is for A and B.
 
@@ -48,7 +48,7 @@ def lora_embedding_bwd(
     if rows.stride(1) != 1:  # the gradient of a plain sum is one number with strides of zero
         rows = rows.contiguous()
     if plan is None:
-        plan = embedding_plan(architecture(dy.device), M, D, R, dy.dtype)
+        plan = embedding_backward_plan(architecture(dy.device), M, D, num, R, dy.dtype)
     dbias: torch.dtype | None = None
     wanted = {"need_ds": need_a, "need_db": need_b, "dbias_dtype": dbias}
     with on_device_of(dy):

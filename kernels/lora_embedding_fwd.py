@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.kernels.configs import architecture
+from lora_fast.kernels.configs import EmbeddingConfig, architecture
 from lora_fast.kernels.launch import prepared
-from lora_fast.kernels.plans import EmbeddingPlan, embedding_plan
+from lora_fast.kernels.plans import embedding_plan
 from lora_fast.kernels.primitives import (
     block_offsets,
     dot_precision,
@@ -154,7 +154,7 @@ def lora_embedding_fwd(
     lora_b: Tensor,
     scaling: float,
     *,
-    plan: EmbeddingPlan | None = None,
+    config: EmbeddingConfig | None = None,
 ) -> Tensor:
     """y = W[input] + (scaling * A^T[input]) B^T.
 
@@ -170,9 +170,8 @@ def lora_embedding_fwd(
     refuse_out_of_range(index, num)
     y = torch.empty((M, D), device=weight.device, dtype=weight.dtype)
     if y.numel():
-        if plan is None:
-            plan = embedding_plan(architecture(weight.device), M, D, R, weight.dtype)
-        config = plan.forward
+        if config is None:
+            config = embedding_plan(architecture(weight.device), M, D, num, R, weight.dtype)
         block_r, r_blocks = rank_blocks(R)
         with on_device_of(weight):
             s = gather_columns(index, lora_a, scaling, weight.dtype) if r_blocks > 1 else None

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.kernels.configs import WeightConfig
+from lora_fast.kernels.configs import WeightConfig, architecture
 from lora_fast.kernels.launch import prepared
-from lora_fast.kernels.plans import MERGED_WEIGHT
+from lora_fast.kernels.plans import weight_plan
 from lora_fast.kernels.primitives import (
     block_offsets,
     dot_precision,
@@ -96,7 +96,7 @@ def merged_weight(
     lora_b: Tensor,
     scaling: float,
     *,
-    config: WeightConfig = MERGED_WEIGHT,
+    config: WeightConfig | None = None,
 ) -> Tensor:
     """W + scaling * (B A).view(W), out of place.
 
@@ -110,6 +110,8 @@ def merged_weight(
     (R, K), N = lora_a.shape, lora_b.shape[0]
     if out.numel() == 0:
         return out
+    if config is None:
+        config = weight_plan(architecture(weight.device), N, K, R, weight.dtype).config
     sizes, w_strides, out_strides = joined_axes(weight, out)
     furthest = max(
         sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))

@@ -7,7 +7,7 @@ in the tables of `lora_fast.kernels.tables` and wins over them.
 import logging
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -21,14 +21,15 @@ from lora_fast.kernels.configs import (
     GradSBConfig,
     ShrinkConfig,
     WeightConfig,
+    architecture,
     gemm_config,
     grad_a_config,
     grad_sb_config,
     shrink_config,
 )
 from lora_fast.kernels.decode_configs import (
-    DecodeConfig,
     MAX_M,
+    DecodeConfig,
     DecodeTiles,
     decode_config,
     decode_serves,
@@ -42,6 +43,11 @@ ForwardImpl = Literal["decode", "one_pass", "split", "lora_first"]
 # The others have S in registers: one block of the rank, and no mask to be kept.
 SERVE_EVERY_CALL: tuple[ForwardImpl, ...] = ("split", "lora_first")
 InputGradImpl = Literal["fused", "lora_first"]
+# The operators whose plans a table may hold.
+OPS = (
+    *("lora_linear_fwd", "lora_linear_bwd", "lora_embedding_fwd", "lora_embedding_bwd"),
+    "merged_weight",
+)
 
 ONE_PASS_MAX_N = 3072  # beyond it, x A^T per column tile costs more than a second read of x
 LIBRARY_RANK = 64  # from this rank on two vendor GEMMs over dY beat one pass (kernels are thin)
@@ -75,16 +81,23 @@ class BackwardPlan:
 
 
 @dataclass(frozen=True)
-class EmbeddingPlan:
-    """How a look-up and its backward run. `segment_m`: tokens of one program of the scatter."""
+class EmbeddingBackwardPlan:
+    """How the backward of a look-up runs. `segment_m`: tokens of one program of the scatter."""
 
-    forward: EmbeddingConfig
     library_sb: bool
     grad_sb: GradSBConfig
     segment_m: int
 
 
-Plan = TypeVar("Plan", ForwardPlan, BackwardPlan)
+@dataclass(frozen=True)
+class WeightPlan:
+    """How a merged weight is formed that torch forms in one addmm: by that, or `fused`."""
+
+    fused: bool
+    config: WeightConfig
+
+
+Plan = TypeVar("Plan")  # ForwardPlan, BackwardPlan, EmbeddingConfig, EmbeddingBackwardPlan, ...
 
 
 def fused_gemm_pays(arch: Architecture, depth: int, dtype: torch.dtype) -> bool:
@@ -116,6 +129,30 @@ def backward_plan(
     return measured(arch, Call.of("lora_linear_bwd", M, N, K, R, dtype, dropout), rule)
 
 
+@lru_cache(maxsize=4096)
+def embedding_plan(
+    arch: Architecture, M: int, D: int, num: int, R: int, dtype: torch.dtype
+) -> EmbeddingConfig:
+    """How a look-up of M tokens in (num, D) runs: the measured row, else the rule."""
+    rule = embedding_rule(M, D, R, dtype)
+    return measured(arch, Call.of("lora_embedding_fwd", M, D, num, R, dtype, False), rule)
+
+
+@lru_cache(maxsize=4096)
+def embedding_backward_plan(
+    arch: Architecture, M: int, D: int, num: int, R: int, dtype: torch.dtype
+) -> EmbeddingBackwardPlan:
+    """How the backward of a look-up runs: the measured row, else the rule."""
+    rule = embedding_backward_rule(arch, D, R, dtype)
+    return measured(arch, Call.of("lora_embedding_bwd", M, D, num, R, dtype, False), rule)
+
+
+@lru_cache(maxsize=4096)
+def weight_plan(arch: Architecture, N: int, K: int, R: int, dtype: torch.dtype) -> WeightPlan:
+    """How the merged weight W + B A of N K elements is formed: the measured row, else the rule."""
+    return measured(arch, Call.of("merged_weight", 1, N, K, R, dtype, False), weight_rule(N, K))
+
+
 def measured(arch: Architecture, call: Call, rule: Plan) -> Plan:
     """The rule's plan with what the tables in force have for the call; a bad row is ignored."""
     plan, source = rule, "the rule"
@@ -134,8 +171,10 @@ def measured(arch: Architecture, call: Call, rule: Plan) -> Plan:
     return plan
 
 
-def why_not(arch: Architecture, plan: ForwardPlan | BackwardPlan, call: Call) -> str | None:
+def why_not(arch: Architecture, plan: object, call: Call) -> str | None:
     """Say why a plan cannot serve a call, if so."""
+    if not isinstance(plan, (ForwardPlan, BackwardPlan)):
+        return None  # the other kernels serve every call with every tile
     if plan.gemm.specialised and (arch.gemm_specialised is None or call.dtype == "float32"):
         return f"specialised warps need 16-bit products on Hopper, got {call.dtype} on {arch.name}"
     if plan.gemm.specialised and (plan.gemm.num_warps != 8 or plan.gemm.block_m not in (128, 256)):
@@ -153,8 +192,33 @@ def why_not(arch: Architecture, plan: ForwardPlan | BackwardPlan, call: Call) ->
 def reload_tables() -> None:
     """Read the tables again: the plans of calls that ran before may change."""
     tables.forget()
-    forward_plan.cache_clear()
-    backward_plan.cache_clear()
+    for plan_of in (
+        *(forward_plan, backward_plan, embedding_plan, embedding_backward_plan, weight_plan),
+    ):
+        plan_of.cache_clear()
+
+
+def rule_for(arch: Architecture, call: Call) -> Any:
+    """The plan that serves a call where nothing was measured.
+
+    The rules change with M only from one power of two to the next, as calls do.
+
+    Raises:
+        ValueError: no plan is made for such an op.
+    """
+    M, N, K, R, dtype = call.M, call.N, call.K, call.R, getattr(torch, call.dtype)
+    match call.op:
+        case "lora_linear_fwd":
+            return forward_rule(arch, M, N, K, R, dtype, call.dropout)
+        case "lora_linear_bwd":
+            return backward_rule(arch, M, N, K, R, dtype)
+        case "lora_embedding_fwd":
+            return embedding_rule(M, N, R, dtype)
+        case "lora_embedding_bwd":
+            return embedding_backward_rule(arch, N, R, dtype)
+        case "merged_weight":
+            return weight_rule(N, K)
+    raise ValueError(f"op must be one of {', '.join(OPS)}, got {call.op!r}")
 
 
 def forward_rule(
@@ -188,35 +252,45 @@ def backward_rule(
     )
 
 
-@lru_cache(maxsize=4096)
-def embedding_plan(arch: Architecture, M: int, D: int, R: int, dtype: torch.dtype) -> EmbeddingPlan:
-    """The plan for M tokens: with few of them, narrow chunks, so that all processors have work."""
-    few, thin = M <= 2048, R <= 16
+def embedding_rule(M: int, D: int, R: int, dtype: torch.dtype) -> EmbeddingConfig:
+    """The tile for M tokens: with few of them, narrow chunks, so that all processors have work."""
     # A product of fp32 keeps its operands in registers, rows off the 16-byte grid their addresses.
-    odd, fp32 = D % 16 != 0, dtype is torch.float32
-    forward = EmbeddingConfig(
-        block_m=16 if few or odd or (fp32 and not thin) else 32,
+    few, odd, fp32 = M <= 2048, D % 16 != 0, dtype is torch.float32
+    return EmbeddingConfig(
+        block_m=16 if few or odd or (fp32 and R > 16) else 32,
         block_d=64 if fp32 else 128,
         chunk_d=128 if few else 512,
         num_warps=4,
     )
+
+
+def embedding_backward_rule(
+    arch: Architecture, D: int, R: int, dtype: torch.dtype
+) -> EmbeddingBackwardPlan:
+    """Choose the implementation of dS and dB, and the tile of the scatter."""
     grad_sb = grad_sb_config(arch, R, dtype)
-    if odd:
+    if D % 16 != 0:
         grad_sb = replace(grad_sb, block_n=grad_sb.block_n // 2)
-    return EmbeddingPlan(
-        forward,
+    return EmbeddingBackwardPlan(
         # Without dbias the tile spills there: for wide ranks on sm_100, for fp32 on sm_80.
-        library_sb=R > WIDE_RANK or fp32,
+        library_sb=R > WIDE_RANK or dtype is torch.float32,
         grad_sb=grad_sb,
-        segment_m=64 if thin else 32,
+        segment_m=64 if R <= 16 else 32,
     )
 
 
-def merged_weight_pays(weight: torch.Tensor, *adapters: torch.Tensor) -> bool:
+def weight_rule(N: int, K: int) -> WeightPlan:
+    """Choose by the size between the kernel and torch's addmm."""
+    return WeightPlan(fused=N * K >= MERGED_WEIGHT_MIN_NUMEL, config=MERGED_WEIGHT)
+
+
+def merged_weight_pays(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> bool:
     """Does the kernel beat torch's way to a merged weight?
 
-    That is one addmm where W is contiguous and all have its dtype; else casts, a dense delta and
-    a sum, which the kernel's one launch beats at any size.
+    That is one addmm where W is contiguous and A (R, K) and B (N, R) have its dtype; else casts, a
+    dense delta and a sum, which the kernel's one launch beats at any size.
     """
-    one_gemm = weight.is_contiguous() and all(t.dtype is weight.dtype for t in adapters)
-    return not one_gemm or weight.numel() >= MERGED_WEIGHT_MIN_NUMEL
+    if not weight.is_contiguous() or {lora_a.dtype, lora_b.dtype} != {weight.dtype}:
+        return True
+    (R, K), N = lora_a.shape, lora_b.shape[0]
+    return weight_plan(architecture(weight.device), N, K, R, weight.dtype).fused

@@ -8,7 +8,9 @@ A table is a JSON file of rows that `lora-fast tune` measured on one GPU:
                "dtype": "bfloat16", "dropout": false, "plan": {"impl": "split", "gemm": {...}},
                "us": ..., "rule_us": ...}]}
 
-`plan` holds fields of the op's plan in `configs`; those that it leaves out are the rule's. The
+`plan` holds fields of the op's plan in `plans`; those that it leaves out are the rule's. The sizes
+of an embedding's call are M tokens, N columns and K rows of its table; those of a merged weight
+N K elements, as B is (N, R) and A (R, K), and an M of 1. The
 user's table is for exactly one GPU, torch and triton, and wins over the tables that ship in
 `tables/`, which serve every GPU of their architecture, those of the same name first. What no table
 holds is left to the rule. Nothing here can fail a training step: what cannot be used is ignored,
@@ -30,6 +32,8 @@ import torch
 
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("tables")
+_POWERS_OF_TWO = ("block_", "row_", "segment_", "num_warps")  # what such fields must be
+_LEAST_BLOCK = 16  # that a product on the tensor cores takes
 
 _log = logging.getLogger("lora_fast.dispatch")
 _warned: set[Path] = set()
@@ -206,7 +210,7 @@ def changed(plan: Any, changes: dict[str, Any]) -> Any:
     """The plan with some fields changed, those of nested configurations by nested dicts.
 
     Raises:
-        ValueError: a field is unknown, or a value is not of the field's type.
+        ValueError: a field is unknown, or no kernel can be launched with a value.
     """
     hints = typing.get_type_hints(type(plan))
     known = {field.name for field in fields(plan)}
@@ -217,7 +221,12 @@ def changed(plan: Any, changes: dict[str, Any]) -> Any:
         name: _value(hints[name], value, name, getattr(plan, name))
         for name, value in changes.items()
     }
-    return replace(plan, **values)
+    found = replace(plan, **values)
+    for name in known:
+        block = name.replace("chunk_", "block_")
+        if name.startswith("chunk_") and getattr(found, name) % getattr(found, block):
+            raise ValueError(f"{name} must be a multiple of {block}, got {found}")
+    return found
 
 
 def _value(hint: Any, value: Any, name: str, before: Any) -> Any:
@@ -234,8 +243,10 @@ def _value(hint: Any, value: Any, name: str, before: Any) -> Any:
         raise ValueError(f"{name} must be of type {hint.__name__}, got {value!r}")
     elif hint is int and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    elif name.startswith(("block_", "row_", "num_warps")) and value & (value - 1):
+    elif name.startswith(_POWERS_OF_TWO) and value & (value - 1):
         raise ValueError(f"{name} must be a power of two, got {value}")
+    elif name.startswith("block_") and value < _LEAST_BLOCK:
+        raise ValueError(f"{name} must be at least {_LEAST_BLOCK}, got {value}")
     return value
 
 

@@ -94,14 +94,17 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     what.add_argument(
         "--shapes",
         nargs="+",
-        metavar="M,K,N,r",
-        help="rows (batch x tokens), in_features, out_features and rank of a layer; several may "
-        "be given",
+        metavar="SHAPE",
+        help="M,K,N,r of a linear layer: rows (batch x tokens), in_features, out_features, rank; "
+        "embedding:M,num,D,r of an embedding: tokens, num_embeddings, embedding_dim, rank; "
+        "conv2d:C_in,C_out,k,r[,groups] of a convolution, or conv1d or conv3d: channels in and "
+        "out, kernel size, rank; several may be given",
     )
     what.add_argument(
         "--model",
         metavar="NAME",
-        help="folder or hub name of a transformers model, for the shapes of its linear layers",
+        help="folder or hub name of a transformers model, for the shapes of its linear "
+        "layers, embeddings and convolutions",
     )
     what.add_argument("--show", action="store_true", help="print the tables in force, and stop")
     what.add_argument("--reset", action="store_true", help="delete your tables, and stop")
@@ -111,14 +114,17 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         nargs="+",
         default=[8192, 1],
         metavar="M",
-        help="with --model: rows (batch x tokens) of a call; default 8192 1",
+        help="with --model: rows (batch x tokens) of a call of a linear layer or an embedding; "
+        "default 8192 1",
     )
     tune.add_argument(
         "--rank", type=_positive, nargs="+", default=[16], metavar="r",
         help="with --model: rank of the adapters; default 16",
     )  # fmt: skip
     tune.add_argument(
-        "--dropout", action="store_true", help="measure calls with dropout as well as without"
+        "--dropout",
+        action="store_true",
+        help="measure calls of linear layers with dropout as well as without",
     )
     tune.add_argument(
         "--dtype",

@@ -19,6 +19,12 @@ from lora_fast.tune.problems import Job
 
 # From so many rows on a call is one of training, which has a backward.
 _TRAINING_ROWS = 64
+# The operators of a layer: that of its forward first.
+_OPS = {
+    "linear": ("lora_linear_fwd", "lora_linear_bwd"),
+    "embedding": ("lora_embedding_fwd", "lora_embedding_bwd"),
+    "conv": ("merged_weight",),
+}
 # So that a table of interpreted times is never taken for one of a GPU.
 _INTERPRETER = "Triton's interpreter"
 
@@ -65,7 +71,7 @@ def _measured(
     with tqdm(total=total, unit="plan", disable=None) as bar:
 
         def tried(job: Job) -> None:
-            bar.set_description(f"{job.call.op} {','.join(map(str, job.shape))}", refresh=False)
+            bar.set_description(f"{job.call.op} {','.join(map(str, job.shape[:4]))}", refresh=False)
             bar.update()
 
         # Events are of the current device, whatever they are to time.
@@ -120,10 +126,11 @@ def _jobs(
 
     arch, dtype = architecture(device), getattr(torch, arguments.dtype)
     for shape in wanted:
-        for dropout in (False, True) if arguments.dropout else (False,):
-            yield Job(shape, dtype, dropout, backward=False, arch=arch)
-            if shape.M >= _TRAINING_ROWS:
-                yield Job(shape, dtype, dropout, backward=True, arch=arch)
+        ops = _OPS[shape.layer]
+        drops = arguments.dropout and shape.layer == "linear"
+        for dropout in (False, True) if drops else (False,):
+            for op in ops if shape.M >= _TRAINING_ROWS else ops[:1]:
+                yield Job(op, shape, dtype, dropout, arch)
 
 
 class _Target:

@@ -41,8 +41,10 @@ def _lines(table: Any, rows: bool) -> Iterator[str]:
 def described(row: Any) -> str:
     """Return a row of a table in a line."""
     call = row.call
-    rows = "M 1" if call.M == 1 else f"M {call.M // 2 + 1} to {call.M}"
-    sizes = f"{rows}, K {call.K}, N {call.N}, r {call.R}, {call.dtype}"
+    rows = "M 1, " if call.M == 1 else f"M {call.M // 2 + 1} to {call.M}, "
+    if call.op == "merged_weight":
+        rows = ""
+    sizes = f"{rows}K {call.K}, N {call.N}, r {call.R}, {call.dtype}"
     dropout = ", dropout" if call.dropout else ""
     times = f"{row.us:.4g} us instead of {row.rule_us:.4g}"
     return f"{call.op} {sizes}{dropout}: {times} with {_plan(row.plan)}"

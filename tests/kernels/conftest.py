@@ -1,6 +1,7 @@
 """Inputs for the kernels, and what plain torch makes of them."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))  # for hopper_model.py
+sys.path.insert(0, str(Path(__file__).parent))  # for hopper_model.py, made_tables.py
 
 
 @dataclass
@@ -53,6 +54,18 @@ class Inputs:
         y = Inputs(**{**vars(self), **leaves}).forward(keep)
         found = torch.autograd.grad(y, list(leaves.values()), self.dy)
         return dict(zip(names, found, strict=True))
+
+
+@pytest.fixture
+def no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Empty folders in place of the user's and the package's own tables of measured choices."""
+    from lora_fast.kernels import plans, tables
+
+    monkeypatch.setenv("LORA_FAST_CACHE", str(tmp_path / "user"))
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    plans.reload_tables()
+    yield
+    plans.reload_tables()
 
 
 @pytest.fixture

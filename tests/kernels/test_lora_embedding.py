@@ -15,11 +15,11 @@ pytest.importorskip("triton")
 from lora_fast.kernels.configs import EmbeddingConfig, GradSBConfig
 from lora_fast.kernels.lora_embedding_bwd import lora_embedding_bwd
 from lora_fast.kernels.lora_embedding_fwd import lora_embedding_fwd
-from lora_fast.kernels.plans import EmbeddingPlan
+from lora_fast.kernels.plans import EmbeddingBackwardPlan
 
 # Tiles small enough to interpret, and smaller than most inputs here.
-KERNEL = EmbeddingPlan(
-    EmbeddingConfig(16, 16, 32, num_warps=4),
+TILE = EmbeddingConfig(16, 16, 32, num_warps=4)
+KERNEL = EmbeddingBackwardPlan(
     library_sb=False,
     grad_sb=GradSBConfig(32, 32, 64, num_warps=4, num_stages=2),
     segment_m=4,
@@ -62,13 +62,13 @@ def torchs(t: dict[str, Tensor], padding_idx: int | None = None, by_freq: bool =
 
 def kernels(
     t: dict[str, Tensor],
-    plan: EmbeddingPlan | None = None,
+    plan: EmbeddingBackwardPlan | None = None,
     padding_idx: int | None = None,
     by_freq: bool = False,
     scaling: float = SCALING,
     needs: tuple[bool, bool] = (True, True),
 ) -> Grads:
-    y = lora_embedding_fwd(t["index"], t["weight"], t["a"], t["b"], scaling, plan=plan)
+    y = lora_embedding_fwd(t["index"], t["weight"], t["a"], t["b"], scaling, config=plan and TILE)
     da, db = lora_embedding_bwd(
         *(t["dy"].expand_as(y), t["index"], t["a"], t["b"], scaling),
         *(padding_idx, by_freq, True, list(needs)),

@@ -129,11 +129,15 @@ def test_where_the_kernel_pays() -> None:
     def weight(channels: int) -> Tensor:
         return torch.empty(channels, channels, 3, 3, device="meta", dtype=torch.bfloat16)
 
-    a = torch.empty(0, dtype=torch.bfloat16)
-    assert merged_weight_pays(weight(256), a, a)
-    assert not merged_weight_pays(weight(64), a, a)
-    assert merged_weight_pays(weight(64), a.float(), a)
-    assert merged_weight_pays(weight(64).to(memory_format=torch.channels_last), a, a)
+    def pays(weight: Tensor, adapter: torch.dtype = torch.bfloat16) -> bool:
+        k = 3 * weight.shape[0]
+        a, b = torch.empty(48, k, dtype=adapter), torch.empty(k, 48, dtype=torch.bfloat16)
+        return merged_weight_pays(weight, a, b)
+
+    assert pays(weight(256))
+    assert not pays(weight(64))
+    assert pays(weight(64), adapter=torch.float32)
+    assert pays(weight(64).to(memory_format=torch.channels_last))
 
 
 def test_a_scale_off_by_two_percent_is_seen(kernel_device: torch.device) -> None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from lora_fast.kernels import lora_embedding_fwd, merged_weight, segment_sum
 from lora_fast.kernels.configs import EmbeddingConfig, GradSBConfig, WeightConfig
 from lora_fast.kernels.lora_embedding_bwd import lora_embedding_bwd
-from lora_fast.kernels.plans import EmbeddingPlan
+from lora_fast.kernels.plans import EmbeddingBackwardPlan
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="breaks kernels in the interpreter"),
@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 M, NUM, D, R, SCALING = 24, 5, 36, 4, 0.75
-PLAN = EmbeddingPlan(
-    EmbeddingConfig(16, 16, 32, num_warps=4),
+TILE = EmbeddingConfig(16, 16, 32, num_warps=4)
+PLAN = EmbeddingBackwardPlan(
     library_sb=False,
     grad_sb=GradSBConfig(32, 32, 64, num_warps=4, num_stages=2),
     segment_m=4,
@@ -88,7 +88,7 @@ def plain(index: Tensor, weight: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> di
 
 def check(tensors: tuple[Tensor, ...], names: tuple[str, ...] = ("y", "da", "db")) -> None:
     index, weight, a, b, dy = tensors
-    y = lora_embedding_fwd.lora_embedding_fwd(index, weight, a, b, SCALING, plan=PLAN)
+    y = lora_embedding_fwd.lora_embedding_fwd(index, weight, a, b, SCALING, config=TILE)
     da, db = lora_embedding_bwd(
         dy, index, a, b, SCALING, None, False, True, [True, True], plan=PLAN
     )

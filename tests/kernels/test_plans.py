@@ -6,8 +6,16 @@ import torch
 pytest.importorskip("triton")
 
 from lora_fast.kernels.configs import ARCHITECTURES
-from lora_fast.kernels.plans import backward_plan, forward_plan
+from lora_fast.kernels.plans import (
+    backward_plan,
+    embedding_backward_plan,
+    embedding_plan,
+    forward_plan,
+    rule_for,
+    weight_plan,
+)
 from lora_fast.kernels.primitives import MAX_BLOCK_R
+from lora_fast.kernels.tables import Call
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -87,3 +95,23 @@ def test_tiles_are_what_the_kernels_assume(arch: str) -> None:
             assert back.grad_sb.chunk_n % back.grad_sb.block_n == 0
             assert back.grad_a.chunk_m % back.grad_a.block_m == 0
             assert back.grad_a.block_k % 8 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_rule_of_a_call_is_that_of_its_rows(arch: str, dtype: torch.dtype) -> None:
+    """A call stands for the rows up to a power of two, where alone the rules may change."""
+    chip, (n, k, r) = ARCHITECTURES[arch], (768, 50257, 16)
+    served = {
+        "lora_linear_fwd": lambda *a: forward_plan(*a, False),
+        "lora_linear_bwd": backward_plan,
+        "lora_embedding_fwd": embedding_plan,
+        "lora_embedding_bwd": embedding_backward_plan,
+    }
+    for power in range(15):
+        for m in {1 << power, max(1, (1 << power) - 1), (1 << power) + 1}:
+            for op, plan_of in served.items():
+                call = Call.of(op, m, n, k, r, dtype, False)
+                assert plan_of(chip, m, n, k, r, dtype) == rule_for(chip, call)
+    call = Call.of("merged_weight", 1, n, k, r, dtype, False)
+    assert weight_plan(chip, n, k, r, dtype) == rule_for(chip, call)

@@ -31,20 +31,27 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two candidates for each call, and times that only depend on the plan."""
+    """A few candidates for each call, and times that only depend on the plan."""
+    ways = {
+        "lora_linear_fwd": [[{"impl": "split"}, {"impl": "lora_first"}]],
+        "lora_linear_bwd": [[{"library_sb": True}, {"input_grad": "fused"}]],
+        "lora_embedding_fwd": [[{"block_m": 32}, {"block_m": 64}]],
+        "lora_embedding_bwd": [[{"segment_m": 16}, {"segment_m": 32}]],
+        "merged_weight": [[{"fused": True}, {"fused": False}]],
+    }
+    steps = {op: lambda arch, call, rule: ways[call.op] for op in ways}
+    monkeypatch.setattr(candidates, "_STEPS", steps)
 
-    def steps(arch: Any, call: Any, rule: Any) -> Any:
-        if call.op.endswith("fwd"):
-            return [[{"impl": "split"}, {"impl": "lora_first"}]]
-        return [[{"library_sb": True}, {"input_grad": "fused"}]]
+    def time(self: problems.Problem, plan: Any) -> Callable[[], float]:
+        best = {
+            "lora_linear_fwd": {"split": 7.0, "lora_first": 8.0}.get(getattr(plan, "impl", "")),
+            "lora_embedding_fwd": {32: 7.0}.get(getattr(plan, "block_m", 0)),
+            "lora_embedding_bwd": {16: 7.0}.get(getattr(plan, "segment_m", 0)),
+            "merged_weight": 7.0 if getattr(plan, "fused", False) else None,
+        }
+        return lambda: best.get(self.job.op) or 9.0
 
-    monkeypatch.setattr(candidates, "_STEPS", dict.fromkeys(candidates._STEPS, steps))
-
-    def forward(self: Any, plan: Any) -> Callable[[], float]:
-        return lambda: {"split": 7.0, "lora_first": 8.0}.get(plan.impl, 9.0)
-
-    monkeypatch.setattr(problems._Forward, "call", forward)
-    monkeypatch.setattr(problems._Backward, "call", lambda self, plan: lambda: 6.0)
+    monkeypatch.setattr(problems.Problem, "call", time)
     monkeypatch.setattr(search.DeviceClock, "once", lambda self, call: call())
 
 
@@ -75,6 +82,31 @@ def test_an_interpreted_run_says_so_and_writes_only_where_it_is_told(
     }
 
 
+@needs_kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")
+def test_embeddings_and_convolutions_are_measured_too(
+    quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "table.json"
+    few = ("--shapes", "embedding:70,30,24,2", "embedding:5,30,24,2", "conv2d:4,6,3,2")
+    arguments = ("--dtype", "float32", "--device", "cpu", "--dropout", "--out", str(target))
+    assert main(["tune", *few, *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "4 of 4 kinds of calls measured, 4 better served than by default" in text
+    assert "merged_weight K 12, N 18, r 6, float32: 7 us instead of 9 with fused True, " in text
+    assert "lora_embedding_bwd M 65 to 128, K 30, N 24, r 2, float32: 7 us instead of 9" in text
+    found = {(row.call.op, row.call.M): row for row in tables.read(target).rows}
+    assert {key: (row.call.K, row.call.N, row.call.R) for key, row in found.items()} == {
+        ("lora_embedding_fwd", 128): (30, 24, 2),
+        ("lora_embedding_bwd", 128): (30, 24, 2),
+        ("lora_embedding_fwd", 8): (30, 24, 2),
+        ("merged_weight", 1): (12, 18, 6),
+    }
+    assert found["lora_embedding_fwd", 8].plan["block_m"] == 32
+    assert found["lora_embedding_bwd", 128].plan["segment_m"] == 16
+    assert found["merged_weight", 1].plan["fused"] is True
+
+
 @pytest.fixture
 def gpu(quick: None, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """This machine with a GPU, as far as the command sees."""
@@ -98,8 +130,12 @@ def test_dispatch_uses_what_was_measured_until_it_is_reset(
     assert main(["tune", "--shapes", "5,16,24,2", "--dtype", "float32"]) == 0
     assert chosen() == "split"
     assert chosen(R=3) == RULED
+    weight = (ARCH, 18, 12, 6, torch.float32)
+    assert not plans.weight_plan(*weight).fused
+    assert main(["tune", "--shapes", "conv2d:4,6,3,2", "--dtype", "float32"]) == 0
+    assert plans.weight_plan(*weight).fused
     (path,) = cache.iterdir()
-    assert f"written: {path}, 1 rows" in capsys.readouterr().out
+    assert f"written: {path}, 2 rows" in capsys.readouterr().out
     (cache / "notes.json").write_text("{}")
     assert main(["tune", "--reset"]) == 0
     assert capsys.readouterr().out == f"deleted: {path}\n"
@@ -114,8 +150,7 @@ def test_rows_of_other_calls_stay_and_those_that_lost_go(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["tune", "--shapes", "5,16,24,2", "1,16,24,2", "--dtype", "float32"]) == 0
-    same = {"call": lambda self, plan: lambda: 5.0}
-    monkeypatch.setattr(problems._Forward, "call", same["call"])
+    monkeypatch.setattr(problems.Problem, "call", lambda self, plan: lambda: 5.0)
     assert main(["tune", "--shapes", "5,16,24,2", "--dtype", "float32"]) == 0
     (path,) = tables.user_tables()
     assert [row.call.M for row in tables.read(path).rows] == [1]
@@ -201,13 +236,17 @@ def test_on_a_gpu_the_table_is_measured_and_used(
     steps = {
         "lora_linear_fwd": [[{"impl": "split"}, {"impl": "lora_first"}, {"impl": "one_pass"}]],
         "lora_linear_bwd": [[{"library_sb": True}], [{"input_grad": "fused"}]],
+        "lora_embedding_fwd": [[{"chunk_d": 256}, {"block_m": 32}]],
+        "lora_embedding_bwd": [[{"library_sb": True}], [{"segment_m": 32}]],
+        "merged_weight": [[{"fused": False}, {"config": configs.WeightConfig(64, 64, 4)}]],
     }
     monkeypatch.setattr(
         candidates, "_STEPS", {op: lambda arch, call, rule, op=op: steps[op] for op in steps}
     )
-    assert main(["tune", "--shapes", "2048,1024,1024,16", "--dropout", "--minutes", "3"]) == 0
+    shape = ("2048,1024,1024,16", "embedding:2048,50257,1024,16", "conv2d:256,512,3,16")
+    assert main(["tune", "--shapes", *shape, "--dropout", "--minutes", "3"]) == 0
     text = capsys.readouterr().out
-    assert "4 of 4 kinds of calls measured" in text, text
+    assert "7 of 7 kinds of calls measured" in text, text
     assert "dropped: " not in text
     for path in tables.user_tables():
         arch = configs.architecture(torch.device("cuda"))
