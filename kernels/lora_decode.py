@@ -23,117 +23,15 @@ from lora_fast.kernels.decode_configs import (
     DecodeSplits,
     decode_splits,
 )
+from lora_fast.kernels.finish_decode import count_in, finish_tiles, store_s
 from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.primitives import (
     MAX_BLOCK_R,
     block_offsets,
     dot_precision,
-    mma,
     rank_blocks,
-    tile_ptrs,
 )
 from lora_fast.kernels.slice_product import leave_partial
-
-
-@triton.jit
-def sum_partials(partial_ptr, offs_m, offs_n, M, N, SPLITS: tl.constexpr):
-    """The tile summed over partial [SPLITS, M, N], in order; from L2, where others have put it."""
-    mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    total = tl.zeros((offs_m.shape[0], offs_n.shape[0]), tl.float32)
-    for split in tl.static_range(SPLITS):
-        ptrs = tile_ptrs(partial_ptr, (N, 1), split * M + offs_m, offs_n)
-        total += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-    return total
-
-
-@triton.jit
-def count_in(counter_ptrs, mask=None):
-    """How many were counted in before. What this program stored is seen by all who come later."""
-    tl.debug_barrier()  # all threads have stored
-    return tl.atomic_add(counter_ptrs, 1, mask=mask, sem="acq_rel", scope="gpu")
-
-
-@triton.jit
-def store_s(
-    partial_ptr,
-    s_ptr,
-    multiplier,
-    M,
-    R,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Sum the partials of x a^T, scale, round once, store."""
-    offs_m, offs_r = tl.arange(0, BLOCK_M).to(tl.int64), tl.arange(0, BLOCK_R).to(tl.int64)
-    s = sum_partials(partial_ptr, offs_m, offs_r, M, R, SPLITS) * multiplier
-    mask = (offs_m[:, None] < M) & (offs_r[None, :] < R)
-    tl.store(tile_ptrs(s_ptr, (R, 1), offs_m, offs_r), s.to(s_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def add_update(
-    y,
-    s_ptr,
-    first_rank,
-    b_ptr,
-    b_strides,
-    block,
-    offs_n,
-    sizes,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`y + s b^T` in the columns of a block, whose ranks in s [M, ranks] begin at `first_rank`."""
-    M, ranks, R = sizes
-    first, end, row = block
-    offs_m, offs_r = tl.arange(0, BLOCK_M).to(tl.int64), tl.arange(0, BLOCK_R).to(tl.int64)
-    mask_n, mask_r = (offs_n >= first) & (offs_n < end), offs_r[None, :] < R
-    s_ptrs = tile_ptrs(s_ptr, (ranks, 1), offs_m, first_rank + offs_r)
-    s = tl.load(s_ptrs, mask=(offs_m[:, None] < M) & mask_r, other=0.0, cache_modifier=".cg")
-    b_ptrs = tile_ptrs(b_ptr, b_strides, offs_n - first + row, offs_r)
-    b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r, other=0.0).to(s.dtype)
-    if BLOCK_M == 1:
-        added = y + tl.sum(b.to(tl.float32) * s.to(tl.float32), axis=1)[None, :]
-    else:
-        added = mma(s, tl.trans(b), y, PRECISION)
-    return tl.where(mask_n[None, :], added, y)  # not 0 * Inf in the columns of others
-
-
-@triton.jit
-def finish_tile(
-    tile,
-    partial_ptr,
-    s_ptr,
-    b_ptr,
-    b_strides,
-    bias_ptr,
-    y_ptr,
-    blocks,
-    sizes,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Sum a tile's partials, add the update and the bias, round once, store."""
-    M, N, ranks = sizes
-    offs_m, offs_n = tl.arange(0, BLOCK_M).to(tl.int64), block_offsets(tile, BLOCK_N)
-    mask_m, mask_n = offs_m[:, None] < M, offs_n < N
-    y = sum_partials(partial_ptr, offs_m, offs_n, M, N, SPLITS)
-    for index in tl.static_range(len(blocks)):
-        R = ranks // len(blocks)
-        if (tile * BLOCK_N < blocks[index][1]) & ((tile + 1) * BLOCK_N > blocks[index][0]):
-            y = add_update(
-                *(y, s_ptr, index * R, b_ptr, b_strides, blocks[index], offs_n, (M, ranks, R)),
-                *(BLOCK_M, BLOCK_R, PRECISION),
-            )
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = tile_ptrs(y_ptr, (N, 1), offs_m, offs_n)
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n[None, :])
 
 
 @prepared
@@ -153,12 +51,8 @@ def lora_decode_kernel(
     partial_ptr,
     counter_ptr,
     blocks,
-    M,
-    N,
-    K,
-    R,
-    slice_w,
-    slice_a,
+    sizes,
+    slices,
     multiplier,
     SPLITS_W: tl.constexpr,
     SPLITS_A: tl.constexpr,
@@ -176,17 +70,17 @@ def lora_decode_kernel(
     """Each program multiplies x by BLOCK_A rows of a or BLOCK_N rows of w over one slice of K.
 
     Grid: (cdiv(R, BLOCK_A) * SPLITS_A + cdiv(N, BLOCK_N) * SPLITS_W,), those of a first.
-    x: [M, K], w: [N, K], a: [R, K], any strides.  y: [M, N], s: [M, R], bias: [N], contiguous.
-    b: any strides; each block (first column, last column + 1, its first row in b) of y gets the
-    product of its own R / len(blocks) columns of s and its rows of b.
+    x: [M, K], w: [N, K], a: [R, K], b, any strides.  y: [M, N], s: [M, R], bias: [N], contiguous.
+    sizes: M, N, K, R.  slices: how many columns one of w's has, and of a's.
+    blocks: each (first column, last column + 1, its first row in b) of y gets its own R /
+    len(blocks) columns of s times its rows of b.
     partial: fp32, [SPLITS_W, M, N] and [SPLITS_A, M, R] one after the other.
     counters: one for a and one for each tile of y, zero before and after.
     Accumulates in fp32 in a fixed order; s and y are rounded once, y is built from the rounded s.
-
-    A tile of y waits for SPLITS_W partials and for s. The last program over a completes s, counts
-    itself in at every tile, and finishes those where it comes last: no program ever waits, so
-    the result needs no assumption about which of them run at once or in what order.
+    A tile of y waits for SPLITS_W partials and for s, and whoever comes last finishes it: no
+    program ever waits, whichever of them run at once or in what order.
     """
+    M, N, K, R = sizes
     pid = tl.program_id(0)
     programs_a, tiles = tl.cdiv(R, BLOCK_A) * SPLITS_A, tl.cdiv(N, BLOCK_N)
     partial_a_ptr = partial_ptr + tl.cast(SPLITS_W * M, tl.int64) * N
@@ -195,7 +89,7 @@ def lora_decode_kernel(
     if pid < programs_a:
         leave_partial(
             *(x_ptr, x_strides, a_ptr, a_strides, partial_a_ptr),
-            *(block_offsets(pid // SPLITS_A, BLOCK_A), pid % SPLITS_A, slice_a, (M, R, K)),
+            *(block_offsets(pid // SPLITS_A, BLOCK_A), pid % SPLITS_A, slices[1], (M, R, K)),
             *(BLOCK_M, BLOCK_K, STAGES_A, PRECISION),
         )
         if count_in(counter_ptr) == programs_a - 1:
@@ -206,37 +100,17 @@ def lora_decode_kernel(
         tile = (pid - programs_a) // SPLITS_W
         leave_partial(
             *(x_ptr, x_strides, w_ptr, w_strides, partial_ptr),
-            *(block_offsets(tile, BLOCK_N), (pid - programs_a) % SPLITS_W, slice_w, (M, N, K)),
+            *(block_offsets(tile, BLOCK_N), (pid - programs_a) % SPLITS_W, slices[0], (M, N, K)),
             *(BLOCK_M, BLOCK_K, NUM_STAGES, PRECISION),
         )
         if count_in(counter_ptr + 1 + tile) == SPLITS_W:
             first_group = tile // TILES_AT_ONCE
             end_group = first_group + 1
-
-    for group in tl.range(first_group, end_group, num_stages=1):
-        offs_t = group * TILES_AT_ONCE + tl.arange(0, TILES_AT_ONCE)
-        ready = offs_t == tile
-        if pid < programs_a:
-            counted = count_in(counter_ptr + 1 + offs_t, offs_t < tiles)
-            ready = (counted == SPLITS_W) & (offs_t < tiles)
-        current = tl.min(tl.where(ready, offs_t, tiles))
-        while current < tiles:
-            finish_tile(
-                *(
-                    current,
-                    partial_ptr,
-                    s_ptr,
-                    b_ptr,
-                    b_strides,
-                    bias_ptr,
-                    y_ptr,
-                    blocks,
-                    (M, N, R),
-                ),
-                *(SPLITS_W, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION),
-            )
-            tl.store(counter_ptr + 1 + current, 0)
-            current = tl.min(tl.where(ready & (offs_t > current), offs_t, tiles))
+    finish_tiles(
+        *(tile, pid < programs_a, first_group, end_group),
+        *((partial_ptr, s_ptr, b_ptr, b_strides, bias_ptr, y_ptr), counter_ptr, blocks),
+        *((M, N, R), SPLITS_W, BLOCK_M, BLOCK_N, BLOCK_R, TILES_AT_ONCE, PRECISION),
+    )
 
 
 class Work(NamedTuple):
@@ -245,7 +119,7 @@ class Work(NamedTuple):
     grid: tuple[int]
     partials: int
     counters: int
-    sizes: tuple[int, ...]
+    sizes: tuple[tuple[int, ...], tuple[int, int]]
     constants: dict[str, Any]
 
 
@@ -292,7 +166,7 @@ def work(
         grid=(triton.cdiv(R, block_a) * splits.a + tiles * splits.w,),
         partials=M * (splits.a * R + splits.w * N),
         counters=1 + tiles,
-        sizes=(M, N, K, R, splits.slice_w, splits.slice_a),
+        sizes=((M, N, K, R), (splits.slice_w, splits.slice_a)),
         constants=constants,
     )
 
