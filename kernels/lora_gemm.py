@@ -96,6 +96,49 @@ def finish_tile(
         tl.store(tile_ptrs(y, (N, 1), offs_m, offs_n), out, mask=mask)
 
 
+@triton.jit
+def tile_products(
+    x_ptr,
+    x_strides,
+    w_ptr,
+    w_strides,
+    down_ptr,
+    down_strides,
+    offs_m,
+    offs_n,
+    sizes,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[rows `offs_m`, columns `offs_n`] of x w^T and, in one pass, these rows of x down^T: fp32."""
+    M, N, K, R = sizes
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask_m, mask_n, mask_r = offs_m[:, None] < M, offs_n[None, :] < N, offs_r[None, :] < R
+    x_ptrs = tile_ptrs(x_ptr, x_strides, offs_m, offs_k)
+    w_ptrs = tile_ptrs(w_ptr, (w_strides[1], w_strides[0]), offs_k, offs_n)
+    step = tl.full((), BLOCK_K, tl.int64)
+    acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), tl.float32)
+    acc_t = tl.zeros((offs_m.shape[0], BLOCK_R), tl.float32)
+    if ONE_PASS:
+        down_ptrs = tile_ptrs(down_ptr, (down_strides[1], down_strides[0]), offs_k, offs_r)
+    for start_k in range(0, K, BLOCK_K):
+        mask_k = (offs_k < K - start_k) | EVEN_K
+        x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=mask_n & mask_k[:, None], other=0.0)
+        acc = mma(x, w, acc, PRECISION)
+        if ONE_PASS:
+            down = tl.load(down_ptrs, mask=mask_r & mask_k[:, None], other=0.0).to(x.dtype)
+            acc_t = mma(x, down, acc_t, PRECISION)
+            down_ptrs += step * down_strides[1]
+        x_ptrs += step * x_strides[1]
+        w_ptrs += step * w_strides[1]
+    return acc, acc_t
+
+
 @prepared
 @triton.jit
 def lora_gemm_kernel(
@@ -138,29 +181,10 @@ def lora_gemm_kernel(
     """
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m, offs_n = block_offsets(pid_m, BLOCK_M), block_offsets(pid_n, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
-    mask_m, mask_n, mask_r = offs_m[:, None] < M, offs_n[None, :] < N, offs_r[None, :] < R
-    x_ptrs = tile_ptrs(x_ptr, x_strides, offs_m, offs_k)
-    w_ptrs = tile_ptrs(w_ptr, (w_strides[1], w_strides[0]), offs_k, offs_n)
-    step = tl.full((), BLOCK_K, tl.int64)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc_t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    if ONE_PASS:
-        down_ptrs = tile_ptrs(down_ptr, (down_strides[1], down_strides[0]), offs_k, offs_r)
-
-    for start_k in range(0, K, BLOCK_K):
-        mask_k = (offs_k < K - start_k) | EVEN_K
-        x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=mask_n & mask_k[:, None], other=0.0)
-        acc = mma(x, w, acc, PRECISION)
-        if ONE_PASS:
-            down = tl.load(down_ptrs, mask=mask_r & mask_k[:, None], other=0.0).to(x.dtype)
-            acc_t = mma(x, down, acc_t, PRECISION)
-            down_ptrs += step * down_strides[1]
-        x_ptrs += step * x_strides[1]
-        w_ptrs += step * w_strides[1]
-
+    acc, acc_t = tile_products(
+        *(x_ptr, x_strides, w_ptr, w_strides, down_ptr, down_strides, offs_m, offs_n, (M, N, K, R)),
+        *(BLOCK_K, BLOCK_R, EVEN_K, ONE_PASS, PRECISION),
+    )
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     t = acc_t
     if ONE_PASS:

@@ -33,6 +33,49 @@ from lora_fast.kernels.primitives import (
 )
 
 
+@triton.jit
+def dropped(x, seed, threshold, keep_ptr, offs_m, start_k, sizes, is_writer):
+    """A tile of x from column `start_k` on, dropped; the writer stores the bits of what is kept."""
+    M, K = sizes
+    width = tl.cdiv(K, 8)
+    octets = start_k // 8 + tl.arange(0, x.shape[1] // 8).to(tl.int64)
+    bits = draw_keep_bits(seed, offs_m, octets, threshold)
+    mask = (offs_m[:, None] < M) & (octets[None, :] < width) & is_writer
+    tl.store(tile_ptrs(keep_ptr, (width, 1), offs_m, octets), bits, mask=mask)
+    return apply_keep(x, unpack_keep_bits(bits, x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def write_update(
+    s,
+    s_ptr,
+    b_ptr,
+    b_strides,
+    bias_ptr,
+    y_ptr,
+    offs_m,
+    sizes,
+    blocks,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store the rows `offs_m` of y = s b^T + bias, where s is at hand."""
+    M, N, _ = sizes
+    for start_n in range(0, N, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
+        mask_n = offs_n < N
+        y = add_update(
+            *(tl.zeros((offs_m.shape[0], BLOCK_N), tl.float32), s, s_ptr, b_ptr, b_strides),
+            *(offs_m, offs_n, start_n, sizes, blocks, BLOCK_R, 1, True, PRECISION),
+        )
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        y_ptrs = tile_ptrs(y_ptr, (N, 1), offs_m, offs_n)
+        mask = (offs_m[:, None] < M) & mask_n[None, :]
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
 @prepared
 @triton.jit(do_not_specialize=["threshold"])
 def lora_shrink_kernel(
@@ -70,14 +113,12 @@ def lora_shrink_kernel(
     With blocks, b: [columns of all blocks, R // number of blocks].
     Accumulates in fp32; s is rounded once, and y is built from the rounded s.
     """
-    offs_m = block_offsets(tl.program_id(0), BLOCK_M)
-    offs_r = block_offsets(tl.program_id(1), BLOCK_R)
+    pid_m, pid_r = tl.program_id(0), tl.program_id(1)
+    offs_m, offs_r = block_offsets(pid_m, BLOCK_M), block_offsets(pid_r, BLOCK_R)
     mask_m, mask_r = offs_m[:, None] < M, offs_r < R
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-        width = tl.cdiv(K, 8)
-
     for start_k in range(0, K, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
         mask_k = offs_k[None, :] < K
@@ -85,11 +126,7 @@ def lora_shrink_kernel(
         a_ptrs = tile_ptrs(a_ptr, a_strides, offs_r, offs_k)
         a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k, other=0.0).to(x.dtype)
         if seed_ptr is not None:
-            octets = start_k // 8 + tl.arange(0, BLOCK_K // 8).to(tl.int64)
-            bits = draw_keep_bits(seed, offs_m, octets, threshold)
-            mask = mask_m & (octets[None, :] < width) & (tl.program_id(1) == 0)
-            tl.store(tile_ptrs(keep_ptr, (width, 1), offs_m, octets), bits, mask=mask)
-            x = apply_keep(x, unpack_keep_bits(bits, BLOCK_M, BLOCK_K))
+            x = dropped(x, seed, threshold, keep_ptr, offs_m, start_k, (M, K), pid_r == 0)
         acc = mma(x, tl.trans(a), acc, PRECISION)
 
     # Beyond the rank Inf * 0 has left NaN, which would reach y through the zeros of b.
@@ -97,17 +134,10 @@ def lora_shrink_kernel(
     tl.store(tile_ptrs(s_ptr, (R, 1), offs_m, offs_r), s, mask=mask_m & mask_r[None, :])
 
     if y_ptr is not None:
-        for start_n in range(0, N, BLOCK_N):
-            offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
-            mask_n = offs_n < N
-            y = add_update(
-                *(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), s, s_ptr, b_ptr, b_strides),
-                *(offs_m, offs_n, start_n, (M, N, R), blocks, BLOCK_R, 1, True, PRECISION),
-            )
-            if bias_ptr is not None:
-                y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-            y_ptrs = tile_ptrs(y_ptr, (N, 1), offs_m, offs_n)
-            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n[None, :])
+        write_update(
+            *(s, s_ptr, b_ptr, b_strides, bias_ptr, y_ptr, offs_m, (M, N, R), blocks),
+            *(BLOCK_N, BLOCK_R, PRECISION),
+        )
 
 
 def lora_shrink(
