@@ -14,8 +14,8 @@ from lora_fast import functional
 N, K = 11, 300  # rows that fill no cell, columns that fill no tile and no cell
 DTYPES = [torch.float32, torch.bfloat16]
 INTEGERS = {2: torch.int16, 4: torch.int32}
-# In the first and last row of a cell, and beyond the last whole one; in the first and second cell, at the
-# end of a tile, and behind the last whole cell.
+# In the first and last row of a cell, and beyond the last whole one; in the first and second cell,
+# at the end of a tile, and behind the last whole cell.
 ROWS, COLUMNS = [0, 3, 4, 7, 8, 10], [0, 31, 40, 255, 256, 299]
 
 
