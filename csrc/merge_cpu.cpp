@@ -51,6 +51,11 @@ struct Outcome {
 
 enum class Mode { kMerge, kUnmerge };
 
+// One of so many parts of a length, in whole steps.
+int64_t even_part(int64_t length, int64_t parts, int64_t step) {
+  return (length + parts * step - 1) / (parts * step) * step;
+}
+
 // Subnormals must count, and rounding must be to nearest, whatever the calling thread has set.
 class DefaultFloatEnvironment {
  public:
@@ -118,10 +123,10 @@ class Merger {
     const Item& item = items_[index];
     if (item.numel() == 0) return;
     weights_ += item.numel();
-    const int64_t fair = (item.rows + 4 * threads - 1) / (4 * threads);
-    const int64_t rows = std::min(kTaskRows, (fair + kTileRows - 1) / kTileRows * kTileRows);
+    const int64_t rows = std::min(kTaskRows, even_part(item.rows, 4 * threads, kTileRows));
     const int64_t bytes = std::max<int64_t>(1, item.rank * kTileCols * sizeof(Compute));
-    const int64_t cols = std::max<int64_t>(1, kRightBytes / bytes) * kTileCols;
+    const int64_t most = std::max<int64_t>(1, kRightBytes / bytes) * kTileCols;
+    const int64_t cols = even_part(item.cols, (item.cols + most - 1) / most, kTileCols);
     for (int64_t col = 0; col < item.cols; col += cols) {
       for (int64_t row = 0; row < item.rows; row += rows) {
         tasks_.push_back(
