@@ -39,7 +39,8 @@ class Merge(NamedTuple):
 def why_not(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
     """Say why the ops can't serve these tensors, if so."""
     for tensor in (weight, lora_A, lora_B):
-        if type(tensor.data) is not Tensor:
+        # A parameter may be one of a subclass, which only its data shows.
+        if type(tensor) is not Tensor and type(tensor.data) is not Tensor:
             return f"a {type(tensor).__name__} is not a plain tensor"
         if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
             return f"{tensor.dtype} tensors of layout {tensor.layout} are not served"

@@ -16,6 +16,8 @@ from torch import nn
 
 def why_not_merge(owner: nn.Module) -> str | None:
     """Say why the weight of `owner` must not be written to, if so."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return None
     weight: Any = owner._parameters.get("weight")
     base = getattr(weight, "_base", None)
     if getattr(weight, "_fsdp_flattened", False) or getattr(base, "_fsdp_flattened", False):
@@ -47,7 +49,8 @@ _managers: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], ...]]" 
 
 
 def _manager(owner: nn.Module) -> _Manager | None:
-    if not getattr(owner, "_is_fsdp_managed_module", False):
+    # Not getattr, which looks through all that a module can hold before it gives up.
+    if not owner.__dict__.get("_is_fsdp_managed_module", False):
         return None
     if owner not in _managers:
         _managers[owner] = ()  # a weight that FSDP2 was told to ignore

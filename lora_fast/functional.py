@@ -6,6 +6,7 @@ Under autocast torch's rules choose the dtypes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def lora_linear(
             return autograd.lora_linear(
                 x, weight, lora_A, lora_B, scaling, bias, dropout_p, training
             )
-        if _flattens(x):
+        if x.dim() > 2 and _flattens(x):
             rows = x.flatten(0, -2)
             y = reference.lora_linear(
                 rows, weight, lora_A, lora_B, scaling, bias, dropout_p, training
@@ -86,8 +87,8 @@ def lora_linear(
 
 
 def _flattens(x: Tensor) -> bool:
-    """Tell whether `x` is a matrix in all but shape: one product less for a view at either end."""
-    if type(x) is not Tensor or x.is_nested or x.dim() < 3 or torch.compiler.is_compiling():
+    """Tell whether `x` may serve as a matrix of rows: one product for a view at either end."""
+    if type(x) is not Tensor or x.is_nested or torch.compiler.is_compiling():
         return False
     # A trace would keep this batch's shape, and dropout draws in the order of memory.
     return x.is_contiguous() and not torch.jit.is_tracing()
@@ -207,12 +208,23 @@ def lora_embedding(
             checks.padding_idx("lora_embedding", padding_idx, weight)
         if choose("lora_embedding", input, weight, lora_A, lora_B) is Backend.TRITON:
             return autograd_embedding.lora_embedding(*arguments)
-        if sparse and lora_A.requires_grad and torch.is_grad_enabled():
-            y = torch.nn.functional.embedding(input, weight, *options)
-            # Converted afterwards: a sparse gradient does not pass through a change of dtype.
-            a = eager.sparse_columns(input, lora_A, padding_idx, scale_grad_by_freq)
-            return reference.lora_expand(y, reference.like(a, y), lora_B, scaling)
+        if input.dim() != 1 and _flattens(input):
+            y = _embedding_in_torch(input.flatten(), *arguments[1:])
+            return y.view(*input.shape, y.shape[-1])
+        return _embedding_in_torch(*arguments)
     return reference.lora_embedding(*arguments)
+
+
+def _embedding_in_torch(
+    input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *options: Any
+) -> Tensor:
+    padding_idx, _, _, scale_grad_by_freq, sparse = options
+    if not (sparse and lora_A.requires_grad and torch.is_grad_enabled()):
+        return reference.lora_embedding(input, weight, lora_A, lora_B, scaling, *options)
+    y = torch.nn.functional.embedding(input, weight, *options)
+    # Converted afterwards: a sparse gradient does not pass through a change of dtype.
+    a = eager.sparse_columns(input, lora_A, padding_idx, scale_grad_by_freq)
+    return reference.lora_expand(y, reference.like(a, y), lora_B, scaling)
 
 
 def lora_conv(

@@ -162,7 +162,7 @@ class MergingLayer:
                 target = self._as_delta(weight.detach())
                 factors = (self.lora_A, self.lora_B, self.scaling)
                 record = functional.merge_(target, *factors, **self._blocks())
-                self._remember(True, record, _version(owner))
+                self._remember(True, record, _version(weight))
             else:
                 self._remember(True, None, None)
 
@@ -206,7 +206,10 @@ class MergingLayer:
 
     def _changed_while_merged(self, target: Tensor, record: MergeRecord) -> bool:
         """Tell whether somebody wrote to the weight since the merge, so that nothing is lost."""
-        if self._merged_version is None or _version(self._weight_owner()) == self._merged_version:
+        if (
+            self._merged_version is None
+            or _version(self._weight_owner().weight) == self._merged_version
+        ):
             return False
         shard = sharded.local(target)
         original = shard.clone()
@@ -251,7 +254,7 @@ class MergingLayer:
         super().__setstate__(state)  # type: ignore[misc]
         readers.forget_holders()
         if self._merged_version is not None:
-            self._merged_version = _version(self._weight_owner())
+            self._merged_version = _version(self._weight_owner().weight)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -325,7 +328,10 @@ class MergingLayer:
         if len({storage._cdata for storage in storages}) > 1:
             return False
         # Whether a shard was written to may differ between the ranks; they must agree.
-        return sharded.is_dtensor(weight) or _version(self._weight_owner()) != self._merged_version
+        return (
+            sharded.is_dtensor(weight)
+            or _version(self._weight_owner().weight) != self._merged_version
+        )
 
     def _undo_saved_merge(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
@@ -382,8 +388,8 @@ def tell_no_gradient(layer: MergingLayer) -> None:
         )
 
 
-def _version(owner: nn.Module) -> tuple[int, int] | None:
-    weight: Tensor = owner.weight  # type: ignore[assignment]
+def _version(weight: Any) -> tuple[int, int] | None:
+    """Return a number that grows with every write to a weight, where torch counts them."""
     if weight.is_inference():
         return None
     # A DTensor and the shard that it holds count separately.

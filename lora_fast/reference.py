@@ -30,18 +30,22 @@ def lora_linear(
 
 def lora_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Y + scaling (X A^T) B^T, out of place: what an adapter adds to the frozen layer's output."""
-    s = F.linear(x, like(lora_A, x))
+    return lora_expand(y, F.linear(x, like(lora_A, x)), lora_B, scaling)
+
+
+def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Y + scaling S B^T, out of place."""
     if _adds_in_product(y, s, lora_B):
         return torch.addmm(y, s, lora_B.t(), alpha=scaling)
-    return lora_expand(y, s, lora_B, scaling)
+    return y + F.linear(s * scaling, like(lora_B, y))
 
 
 def _adds_in_product(y: Tensor, s: Tensor, lora_B: Tensor) -> bool:
     """Tell whether one product can scale and add, in the place of three operations."""
     if type(y) is not Tensor or y.dim() != 2 or torch.compiler.is_compiling():
         return False  # a compiler fuses the three, and takes alpha for a constant
-    # Under autocast the product would round to its dtype, which y then does not have.
-    return y.dtype is lora_B.dtype and y.dtype is s.dtype
+    # Under autocast the product would round to its dtype, which y need not have.
+    return y.dtype is lora_B.dtype and y.dtype is s.dtype and not autocasts(y.device)
 
 
 def lora_merged_linear(
@@ -102,11 +106,6 @@ def lora_embedding(
     y = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     a = F.embedding(input, like(lora_A, y).t(), padding_idx, scale_grad_by_freq=scale_grad_by_freq)
     return lora_expand(y, a, lora_B, scaling)
-
-
-def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Y + scaling S B^T, out of place."""
-    return y + F.linear(s * scaling, like(lora_B, y))
 
 
 def lora_conv(
