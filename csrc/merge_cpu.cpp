@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cfenv>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -55,21 +54,6 @@ enum class Mode { kMerge, kUnmerge };
 int64_t even_part(int64_t length, int64_t parts, int64_t step) {
   return (length + parts * step - 1) / (parts * step) * step;
 }
-
-// Subnormals must count, and rounding must be to nearest, whatever the calling thread has set.
-class DefaultFloatEnvironment {
- public:
-  DefaultFloatEnvironment() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloatEnvironment() { std::fesetenv(&saved_); }
-  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
-  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
-
- private:
-  std::fenv_t saved_;
-};
 
 template <class F>
 class Merger {

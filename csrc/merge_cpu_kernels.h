@@ -5,6 +5,7 @@
 // is called, so one binary serves every x86-64, and the bits are the same in all.
 #pragma once
 
+#include <cfenv>
 #include <cstdlib>
 #include <string>
 
@@ -15,6 +16,21 @@ namespace lora_fast {
 
 constexpr int64_t kTaskRows = 256;
 constexpr int64_t kRightBytes = 256 * 1024;  // of the packed right factor: what an L2 cache holds
+
+// Subnormals must count, and rounding must be to nearest, whatever the calling thread has set.
+class DefaultFloatEnvironment {
+ public:
+  DefaultFloatEnvironment() {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloatEnvironment() { std::fesetenv(&saved_); }
+  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
+  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
+
+ private:
+  std::fenv_t saved_;
+};
 
 struct TileFlags {
   bool finite = true;
