@@ -1,6 +1,7 @@
 """One training step of a real architecture: forward, loss, backward and AdamW on the adapters.
 
-GPT-2 medium, adapters on q and v, and a block of Llama 3 8B, adapters on all projections.
+GPT-2 medium, adapters on q and v, and a block of Llama 3 8B, adapters on all projections. PEFT's
+GPT-2 has q, k and v in a layer each, the same function of the same number of trained parameters.
 """
 
 import math
@@ -21,6 +22,7 @@ from models import (
     LinearFactory,
     LlamaBlock,
     ModelSize,
+    SeparateQkv,
 )
 from selection import Selection
 from shapes import dtype_name
@@ -87,15 +89,17 @@ class ModelRow(Row):
         return model
 
     def _peft(self, lab: Lab) -> nn.Module:
-        if self._is_gpt2:
-            raise Absent("has no layer with adapters on q and v of a fused weight")
         library = import_module("peft")
-        model = self._assembled(lab, lambda n, m, bias, _: nn.Linear(n, m, bias=bias))
+
+        def linear(n_in: int, n_out: int, bias: bool, blocks: int) -> nn.Module:
+            if blocks == 3:  # PEFT adapts whole layers
+                return SeparateQkv(n_in, bias)
+            return nn.Linear(n_in, n_out, bias=bias)
+
+        targets = ["q", "v"] if self._is_gpt2 else ["q", "k", "v", "o", "gate", "up", "down"]
+        model = self._assembled(lab, linear)
         config = library.LoraConfig(
-            r=self.r,
-            lora_alpha=2 * self.r,
-            lora_dropout=self.p,
-            target_modules=["q", "k", "v", "o", "gate", "up", "down"],
+            r=self.r, lora_alpha=2 * self.r, lora_dropout=self.p, target_modules=targets
         )
         wrapped: nn.Module = library.get_peft_model(model, config, autocast_adapter_dtype=False)
         return wrapped.to(self.dtype)
@@ -124,7 +128,7 @@ class ModelRow(Row):
         forward = model
         if peer.endswith("-compiled"):
             if not (lab.is_toy or lab.clock.is_cuda):
-                raise Absent("on a CPU only Linear is compiled, compiling takes long")
+                raise Absent("on a CPU no whole model is compiled, compiling takes long")
             backend = "eager" if lab.is_toy else "inductor"
             forward = torch.compile(model, dynamic=False, backend=backend)
         step = partial(_step, forward, x, optimizer)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# (in_features, out_features, bias, blocks): blocks is 3 for a fused q, k, v with adapters on q, v.
+# (in_features, out_features, bias, blocks): blocks is 3 for q, k, v with adapters on q and v, which
+# come out in one tensor or in a tuple.
 LinearFactory = Callable[[int, int, bool, int], nn.Module]
 
 
@@ -63,6 +64,18 @@ class Gpt2(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
+class SeparateQkv(nn.Module):
+    """q, k and v by a layer each, for libraries that adapt whole layers."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width, bias=bias) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return q, k and v of `x`."""
+        return self.q(x), self.k(x), self.v(x)
+
+
 class _Gpt2Block(nn.Module):
     def __init__(self, size: ModelSize, linear: LinearFactory) -> None:
         super().__init__()
@@ -73,7 +86,9 @@ class _Gpt2Block(nn.Module):
         self.c_fc, self.mlp_proj = nn.Linear(width, size.hidden), nn.Linear(size.hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (_heads(t, self.heads) for t in self.c_attn(self.norm_1(x)).chunk(3, dim=-1))
+        qkv = self.c_attn(self.norm_1(x))
+        blocks = qkv if isinstance(qkv, tuple) else qkv.chunk(3, dim=-1)
+        q, k, v = (_heads(t, self.heads) for t in blocks)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.c_proj(y.transpose(1, 2).flatten(2))
         return x + self.mlp_proj(F.gelu(self.c_fc(self.norm_2(x)), approximate="tanh"))
