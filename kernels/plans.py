@@ -45,7 +45,10 @@ SERVE_EVERY_CALL: tuple[ForwardImpl, ...] = ("split", "lora_first")
 InputGradImpl = Literal["fused", "lora_first"]
 # The operators whose plans a table may hold.
 OPS = (
-    *("lora_linear_fwd", "lora_linear_bwd", "lora_embedding_fwd", "lora_embedding_bwd"),
+    "lora_linear_fwd",
+    "lora_linear_bwd",
+    "lora_embedding_fwd",
+    "lora_embedding_bwd",
     "merged_weight",
 )
 
@@ -192,9 +195,8 @@ def why_not(arch: Architecture, plan: object, call: Call) -> str | None:
 def reload_tables() -> None:
     """Read the tables again: the plans of calls that ran before may change."""
     tables.forget()
-    for plan_of in (
-        *(forward_plan, backward_plan, embedding_plan, embedding_backward_plan, weight_plan),
-    ):
+    linear, embedding = (forward_plan, backward_plan), (embedding_plan, embedding_backward_plan)
+    for plan_of in (*linear, *embedding, weight_plan):
         plan_of.cache_clear()
 
 
