@@ -23,9 +23,8 @@ def lora_linear(
     training: bool = False,
 ) -> Tensor:
     """Y = X W^T + scaling (dropout(X) A^T) B^T + bias. Source: loralib/layers.py:147-152."""
-    return lora_update(
-        F.linear(x, weight, bias), dropout(x, dropout_p, training), lora_A, lora_B, scaling
-    )
+    y = F.linear(x, weight, bias)
+    return lora_update(y, dropout(x, dropout_p, training), lora_A, lora_B, scaling)
 
 
 def lora_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -33,19 +32,29 @@ def lora_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     return lora_expand(y, F.linear(x, like(lora_A, x)), lora_B, scaling)
 
 
+# In 16 bits oneDNN takes longer to add a few rows to a product than another operation does, and
+# to scale one, whatever its rows.
+_FEW_ROWS = 32
+
+
 def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Y + scaling S B^T, out of place."""
-    if _adds_in_product(y, s, lora_B):
+    if not _adds_in_product(y, s, lora_B):
+        return y + F.linear(s * scaling, like(lora_B, y))
+    if y.dtype.itemsize > 2:
         return torch.addmm(y, s, lora_B.t(), alpha=scaling)
-    return y + F.linear(s * scaling, like(lora_B, y))
+    return torch.addmm(y, s * scaling, lora_B.t())
 
 
 def _adds_in_product(y: Tensor, s: Tensor, lora_B: Tensor) -> bool:
-    """Tell whether one product can scale and add, in the place of three operations."""
+    """Tell whether the product adds to Y itself, in the place of another operation."""
     if type(y) is not Tensor or y.dim() != 2 or torch.compiler.is_compiling():
-        return False  # a compiler fuses the three, and takes alpha for a constant
-    # Under autocast the product would round to its dtype, which y need not have.
-    return y.dtype is lora_B.dtype and y.dtype is s.dtype and not autocasts(y.device)
+        return False  # a compiler fuses them, and takes alpha for a constant
+    if y.dtype.itemsize == 2 and y.shape[0] < _FEW_ROWS:
+        return False
+    if y.dtype is not lora_B.dtype or y.dtype is not s.dtype:
+        return False
+    return not autocasts(y.device)  # the product would round to its dtype, which y need not have
 
 
 def lora_merged_linear(
@@ -239,7 +248,8 @@ def like(adapter: Tensor, x: Tensor) -> Tensor:
 def autocasts(device: torch.device) -> bool:
     """Tell whether autocast is on; torch cannot be asked for meta, which knows no autocast."""
     kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    known = kind == "cpu" or kind == "cuda" or torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
 
 
 @torch.no_grad()
