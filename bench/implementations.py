@@ -21,19 +21,22 @@ import lora_fast
 REFERENCE = "lora_fast:reference"
 MERGED_WEIGHT = "lora_fast:merged_weight"
 
+_BACKWARD = ("lora_fast:dx_", "lora_fast:sb_")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-# In which module a plan is asked for, by which name, and which field of it names the choice.
+# In which module a plan is asked for, by which name, and which field of it is the choice.
 _PLANS = {
-    "forward": ("lora_linear_fwd", "forward_plan", "impl", "ForwardImpl"),
-    "dx": ("lora_linear_bwd", "backward_plan", "input_grad", "InputGradImpl"),
+    "forward": ("lora_linear_fwd", "forward_plan", "impl"),
+    "dx": ("lora_linear_bwd", "backward_plan", "input_grad"),
+    "sb": ("lora_linear_bwd", "backward_plan", "library_sb"),
 }
 
 
 def forced() -> dict[str, Callable[[], AbstractContextManager[None]]]:
     """Return, by the name of a peer, what makes lora_fast run one implementation.
 
-    `lora_fast:split` and the like choose the forward and leave dx to the dispatch,
-    `lora_fast:dx_fused` and the like the reverse; `lora_fast:reference` is plain torch. On Hopper
+    `lora_fast:split` and the like choose the forward and leave the rest to the dispatch,
+    `lora_fast:dx_fused` and the like choose dx, `lora_fast:sb_library` and `lora_fast:sb_kernel`
+    who computes dS and dB; `lora_fast:reference` is plain torch. On Hopper
     `lora_fast:specialised` takes the products whose warps divide the work, both ways.
     `lora_fast:merged_weight` forms a convolution's weight by the kernel, also a small one.
     """
@@ -43,17 +46,25 @@ def forced() -> dict[str, Callable[[], AbstractContextManager[None]]]:
     if not _HAS_TRITON:
         return found
     found[MERGED_WEIGHT] = partial(lora_fast.use_backend, "triton")
-    plans = importlib.import_module("lora_fast.kernels.plans")
-    for what, (_, _, field, choices) in _PLANS.items():
-        for name in get_args(getattr(plans, choices)):
+    for what, (_, _, field) in _PLANS.items():
+        for name, value in _choices(what).items():
             prefix = "" if what == "forward" else f"{what}_"
-            found[f"lora_fast:{prefix}{name}"] = partial(_force, what, **{field: name})
+            found[f"lora_fast:{prefix}{name}"] = partial(_force, what, **{field: value})
     if torch.cuda.is_available():
         configs = importlib.import_module("lora_fast.kernels.configs")
         gemm = configs.architecture(torch.device("cuda")).gemm_specialised
         if gemm is not None:
             found["lora_fast:specialised"] = partial(_specialised, gemm)
     return found
+
+
+def _choices(what: str) -> dict[str, Any]:
+    """Return the values of a plan's field, by the names that they have here."""
+    plans = importlib.import_module("lora_fast.kernels.plans")
+    if what == "sb":
+        return {"library": True, "kernel": False}
+    choices = {"forward": plans.ForwardImpl, "dx": plans.InputGradImpl}[what]
+    return {name: name for name in get_args(choices)}
 
 
 def of(kind: str, *, backward: bool) -> list[str]:
@@ -63,7 +74,7 @@ def of(kind: str, *, backward: bool) -> list[str]:
     """
     if kind in ("Linear", "MergedLinear"):
         products = [peer for peer in forced() if peer != MERGED_WEIGHT]
-        return [peer for peer in products if backward or not peer.startswith("lora_fast:dx_")]
+        return [peer for peer in products if backward or not peer.startswith(_BACKWARD)]
     return [REFERENCE] if kind == "Embedding" else [REFERENCE, MERGED_WEIGHT]
 
 
@@ -78,7 +89,7 @@ def _specialised(gemm: Any) -> Iterator[None]:
 
 @contextmanager
 def _force(what: str, **chosen: Any) -> Iterator[None]:
-    module, function, _, _ = _PLANS[what]
+    module, function, _ = _PLANS[what]
     kernels = importlib.import_module(f"lora_fast.kernels.{module}")
     plan = getattr(kernels, function)
     plans = importlib.import_module("lora_fast.kernels.plans")
@@ -152,13 +163,14 @@ class _Decisions(logging.Handler):
 
 @contextmanager
 def _noted_plan(what: str, seen: dict[str, str]) -> Iterator[None]:
-    module, function, field, _ = _PLANS[what]
+    module, function, field = _PLANS[what]
+    names = {value: name for name, value in _choices(what).items()}
     kernels = importlib.import_module(f"lora_fast.kernels.{module}")
     plan = getattr(kernels, function)
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         chosen = plan(*args, **kwargs)
-        seen[what] = str(getattr(chosen, field))
+        seen[what] = names[getattr(chosen, field)]
         return chosen
 
     setattr(kernels, function, noting)

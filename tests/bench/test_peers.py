@@ -73,19 +73,22 @@ def test_a_forced_implementation_runs(kernel_lab, row, peer):
     contestant = row.build(peer, kernel_lab)
     with contestant.around(), implementations.noted() as seen:
         contestant.steps[0]()
-    _, dx, name = peer.removeprefix(f"{OURS}:").rpartition("dx_")
+    name = peer.removeprefix(f"{OURS}:")
+    what, _, choice = name.partition("_")
     op = "lora_linear" if row.kind == "Linear" else "lora_merged_linear"
     assert seen.pop(op) == ("reference" if name == "reference" else "triton")
     if name == "specialised":
-        assert seen == {"forward": "split", "dx": "fused"}
+        assert (seen["forward"], seen["dx"]) == ("split", "fused")
     elif name == "reference":
         assert seen == {}
     else:
-        assert seen["dx" if dx else "forward"] == name
+        assert (seen[what] == choice) if what in ("dx", "sb") else (seen["forward"] == name)
     assert lora_fast.backend.get_backend() == "auto"  # and all is as before
 
 
-@pytest.mark.parametrize(("p", "tokens", "why"), [(0.1, 9, "draws no"), (0.0, 4096, "fewer rows")])
+@pytest.mark.parametrize(
+    ("p", "tokens", "why"), [(0.1, 9, "draws no"), (0.0, 4096, "at most 64 rows")]
+)
 def test_a_forced_implementation_that_cannot_serve_a_row_is_absent(kernel_lab, p, tokens, why):
     row = replace(SHORT, p=p, tokens=tokens)
     found = measure(row, kernel_lab, [f"{OURS}:decode"])["peers"]
@@ -124,12 +127,14 @@ def test_each_kind_has_its_peers():
 
 
 @pytest.mark.parametrize("kind", ["Linear", "MergedLinear"])
-def test_what_chooses_dx_takes_no_part_in_a_forward(kind):
+def test_what_serves_backward_takes_no_part_in_a_forward(kind):
     pytest.importorskip("triton")
     forward, both = (peers.known(kind, backward=backward) for backward in (False, True))
     assert {p for p in both if p not in forward} == {
         "lora_fast:dx_fused",
         "lora_fast:dx_lora_first",
+        "lora_fast:sb_library",
+        "lora_fast:sb_kernel",
     }
 
 
