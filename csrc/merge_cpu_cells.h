@@ -7,6 +7,28 @@
 constexpr int kVectors = 2;
 constexpr int kCellCols = kVectors * kLanes;
 
+// A weight as it is stored is already the word and the fp32 number that it stands for.
+struct Fp32Vectors : Fp32Lanes {
+  using Bits = uint32_t;
+  static constexpr int kPacks = 2;
+
+  struct Rounding {
+    LORA_FAST_VECTOR Words round(Words exact) const { return exact; }
+    LORA_FAST_VECTOR Words clear(Words rounded) const { return rounded; }
+  };
+
+  static LORA_FAST_VECTOR Words wide(const Bits* from, int v) {
+    return load_words(from + v * kLanes);
+  }
+  static LORA_FAST_VECTOR void pack(const Words (&word)[2], Words (&packed)[2]) {
+    packed[0] = word[0];
+    packed[1] = word[1];
+  }
+  static LORA_FAST_VECTOR bool any_bits_above(const Words (&a)[2], Words limit) {
+    return any_above(a[0], a[1], limit);
+  }
+};
+
 using Sums = Floats[kCellRows][kVectors];
 
 // sum[r] = fma over all j of left[j, r] * right[j, 0:kCellCols], as accumulate_tile sums.

@@ -82,29 +82,12 @@ LORA_FAST_VECTOR Words keep(Words a) {
   return a;
 }
 
-struct Fp32Vectors {
-  using Bits = uint32_t;
-  static constexpr int kPacks = 2;
-
-  struct Rounding {
-    LORA_FAST_VECTOR Words round(Words exact) const { return exact; }
-    LORA_FAST_VECTOR Words clear(Words rounded) const { return rounded; }
-  };
-
-  static LORA_FAST_VECTOR Words wide(const Bits* from, int v) {
-    return load_words(from + v * kLanes);
-  }
-  static LORA_FAST_VECTOR void pack(const Words (&word)[2], Words (&packed)[2]) {
-    packed[0] = word[0];
-    packed[1] = word[1];
-  }
+// What differs between the sets; merge_cpu_cells.h has the rest of Fp32Vectors.
+struct Fp32Lanes {
   static LORA_FAST_VECTOR Words repeat_bits(int a) { return repeat(a); }
   static LORA_FAST_VECTOR Words signs(Words a) { return _mm512_srai_epi32(a, 31); }
   static LORA_FAST_VECTOR Words plus(Words a, Words b) { return _mm512_add_epi32(a, b); }
   static LORA_FAST_VECTOR Words minus(Words a, Words b) { return _mm512_sub_epi32(a, b); }
-  static LORA_FAST_VECTOR bool any_bits_above(const Words (&a)[2], Words limit) {
-    return any_above(a[0], a[1], limit);
-  }
   static LORA_FAST_VECTOR void store_codes(int8_t* code, const Words (&a)[2]) {
     const Words lower = _mm512_set_epi32(
         0x3e003c, 0x3a0038, 0x360034, 0x320030, 0x2e002c, 0x2a0028, 0x260024, 0x220020, 0x1e001c,
@@ -205,29 +188,12 @@ LORA_FAST_VECTOR void store_bytes(int8_t* to, Words halves) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(bytes));
 }
 
-struct Fp32Vectors {
-  using Bits = uint32_t;
-  static constexpr int kPacks = 2;
-
-  struct Rounding {
-    LORA_FAST_VECTOR Words round(Words exact) const { return exact; }
-    LORA_FAST_VECTOR Words clear(Words rounded) const { return rounded; }
-  };
-
-  static LORA_FAST_VECTOR Words wide(const Bits* from, int v) {
-    return load_words(from + v * kLanes);
-  }
-  static LORA_FAST_VECTOR void pack(const Words (&word)[2], Words (&packed)[2]) {
-    packed[0] = word[0];
-    packed[1] = word[1];
-  }
+// What differs between the sets; merge_cpu_cells.h has the rest of Fp32Vectors.
+struct Fp32Lanes {
   static LORA_FAST_VECTOR Words repeat_bits(int a) { return repeat(a); }
   static LORA_FAST_VECTOR Words signs(Words a) { return _mm256_srai_epi32(a, 31); }
   static LORA_FAST_VECTOR Words plus(Words a, Words b) { return _mm256_add_epi32(a, b); }
   static LORA_FAST_VECTOR Words minus(Words a, Words b) { return _mm256_sub_epi32(a, b); }
-  static LORA_FAST_VECTOR bool any_bits_above(const Words (&a)[2], Words limit) {
-    return any_above(a[0], a[1], limit);
-  }
   static LORA_FAST_VECTOR void store_codes(int8_t* code, const Words (&a)[2]) {
     store_bytes(code, in_order(_mm256_packs_epi32(a[0], a[1])));
   }
