@@ -57,6 +57,8 @@ struct Factor {
   const void* data = nullptr;
   Dtype dtype = Dtype::kFp32;
   int64_t stride0 = 0, stride1 = 0;
+
+  Factor transposed() const { return {data, dtype, stride1, stride0}; }
 };
 
 // W[i, k] += scaling * sum_j left[i, j] * right[j, k] over one weight. Where memory runs down the

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "merge_cpu_kernels.h"
+#include "merge_cpu_pack.h"
 #include "merge_cpu_views.h"
 #include "module.h"
 
@@ -30,8 +31,10 @@ struct Task {
 template <class Compute>
 struct Part {
   int64_t row, rows, col, cols;
-  const Compute* left;   // [rank][kTileRows]
-  const Compute* right;  // [rank][kTileCols]
+  const Compute* left;                  // [rank][kTileRows]
+  const Compute* right;                 // [rank][kTileCols]
+  const Compute* left_pairs = nullptr;  // the same as pairs, where their products are exact
+  const Compute* right_pairs = nullptr;
 
   int64_t index(const Item& item, int64_t r) const { return (row + r) * item.cols + col; }
 
@@ -91,10 +94,11 @@ class Merger {
 
  private:
   struct Scratch {
-    std::vector<Compute> right;      // [column tile][rank][kTileCols], zeros beyond the last column
+    explicit Scratch(bool with_pairs) : right(kTileCols, with_pairs), left(kTileRows, with_pairs) {}
+
+    Panel<F> right;                  // of all column tiles of a task
     const Task* right_of = nullptr;  // a task with this right factor
-    std::vector<Compute> left;       // [rank][kTileRows], zeros beyond the last row
-    std::vector<Compute> left_row;
+    Panel<F> left;                   // transposed, of one row of tiles
     alignas(64) Compute acc[kTileRows * kTileCols];
     alignas(64) Bits before[kTileCols];
     alignas(64) Bits after[kTileRows * kTileCols];
@@ -126,7 +130,7 @@ class Merger {
     const int64_t grain = std::max<int64_t>(1, count * kAlone / std::max<int64_t>(1, weights_));
     torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
       const DefaultFloatEnvironment environment;
-      auto scratch = std::make_unique<Scratch>();
+      auto scratch = std::make_unique<Scratch>(kernels_.pair_cells.cols > 0);
       for (int64_t t = begin; t < end; ++t) run_task(t, mode, *scratch);
     });
   }
@@ -140,11 +144,15 @@ class Merger {
     Tile tile;
     for (tile.row = task.row; tile.row < task.row_end; tile.row += kTileRows) {
       tile.rows = std::min<int64_t>(kTileRows, task.row_end - tile.row);
-      pack_left(item, tile, scratch);
-      tile.left = scratch.left.data();
+      scratch.left.pack(item.left.transposed(), item.rank, tile.row, tile.row + tile.rows);
+      tile.left = scratch.left.values(0);
+      const bool has_pairs = scratch.left.pairs_with(scratch.right);
+      tile.left_pairs = has_pairs ? scratch.left.pairs(0) : nullptr;
       for (tile.col = task.col; tile.col < task.col_end; tile.col += kTileCols) {
         tile.cols = std::min<int64_t>(kTileCols, task.col_end - tile.col);
-        tile.right = scratch.right.data() + (tile.col - task.col) * item.rank;
+        const int64_t part = (tile.col - task.col) / kTileCols;
+        tile.right = scratch.right.values(part);
+        tile.right_pairs = has_pairs ? scratch.right.pairs(part) : nullptr;
         if (mode == Mode::kMerge) {
           if (failed_ || !merge_tile(item, task.item, tile, scratch)) return;
           ++written_[index];
@@ -159,26 +167,7 @@ class Merger {
   void pack_right(const Item& item, const Task& task, Scratch& scratch) {
     const Task* last = std::exchange(scratch.right_of, &task);
     if (last != nullptr && last->item == task.item && last->col == task.col) return;
-    const int64_t tiles = (task.col_end - task.col + kTileCols - 1) / kTileCols;
-    scratch.right.assign(tiles * item.rank * kTileCols, Compute{0});
-    Compute* to = scratch.right.data();
-    for (int64_t col = task.col; col < task.col_end; col += kTileCols) {
-      const int64_t cols = std::min<int64_t>(kTileCols, task.col_end - col);
-      for (int64_t j = 0; j < item.rank; ++j, to += kTileCols) {
-        load_factor<F>(item.right, j, col, cols, to);
-      }
-    }
-  }
-
-  void pack_left(const Item& item, const Tile& tile, Scratch& scratch) {
-    scratch.left.assign(kTileRows * item.rank, Compute{0});
-    scratch.left_row.resize(item.rank);
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      load_factor<F>(item.left, tile.row + r, 0, item.rank, scratch.left_row.data());
-      for (int64_t j = 0; j < item.rank; ++j) {
-        scratch.left[j * kTileRows + r] = scratch.left_row[j];
-      }
-    }
+    scratch.right.pack(item.right, item.rank, task.col, task.col_end);
   }
 
   // Where the rows of a tile begin, if the weights and the codes of each lie side by side.
@@ -206,14 +195,18 @@ class Merger {
   // where there are none. Returns the row and the column where it was refused; {0, cols} if never.
   template <class Slow>
   Stop walk(
-      const Item& item, const Tile& tile, typename Cells<F>::Pass pass, Scratch& scratch,
-      const Slow& slow) {
+      const Item& item, const Tile& tile, typename Cells<F>::Pass Cells<F>::* which,
+      Scratch& scratch, const Slow& slow) {
+    const bool has_pairs = tile.left_pairs != nullptr;
+    const auto pass = (has_pairs ? kernels_.pair_cells : kernels_.cells).*which;
+    const Compute* left = has_pairs ? tile.left_pairs : tile.left;
+    const Compute* right = has_pairs ? tile.right_pairs : tile.right;
+    const int64_t steps = has_pairs ? scratch.left.steps() : item.rank;
     int64_t col = 0;
     const auto rows = pass == nullptr ? std::nullopt : rows_of(item, tile, scratch);
     while (rows) {
-      const Stop stop = pass(
-          tile.left, tile.right, item.rank, static_cast<Compute>(item.scaling), *rows, col,
-          tile.cols);
+      const Stop stop =
+          pass(left, right, steps, static_cast<Compute>(item.scaling), *rows, col, tile.cols);
       col = stop.col;
       if (stop.row == kTileRows) break;
       const int64_t end = col + kernels_.cells.cols;
@@ -233,7 +226,7 @@ class Merger {
     const auto merge = [&](const Tile& part, const Compute* sums) {
       return merge_part(item, index, part, sums, scratch);
     };
-    const Stop stop = walk(item, tile, kernels_.cells.merge, scratch, merge);
+    const Stop stop = walk(item, tile, &Cells<F>::merge, scratch, merge);
     if (stop.col == tile.cols) return true;
     if (item.code == nullptr) return false;
     // Take back the rows before the one that was refused, of which the sums are still there, and
@@ -251,7 +244,7 @@ class Merger {
       unmerge_part(item, part, sums, scratch);
       return true;
     };
-    walk(item, tile, kernels_.cells.unmerge, scratch, unmerge);
+    walk(item, tile, &Cells<F>::unmerge, scratch, unmerge);
   }
 
   // False, with the weights untouched, if this part of a tile can't be merged.

@@ -3,6 +3,9 @@
 // Included once for each instruction set, inside its namespace and after its vectors: so no "pragma
 // once". It does what merge_math.h says for the weights that nearly all are, finite and with a code
 // that fits, and leaves the others alone.
+//
+// A step of the sums is one of left's rows times one of right's, or two in one step where both hold
+// pairs of bf16 numbers: merge_cpu_pack.h.
 
 constexpr int kVectors = 2;
 constexpr int kCellCols = kVectors * kLanes;
@@ -11,19 +14,19 @@ constexpr int kCellCols = kVectors * kLanes;
 struct Fp32Vectors : Fp32Lanes {
   using Bits = uint32_t;
   static constexpr int kPacks = 2;
+  static constexpr bool kFlushes = false;
 
-  struct Rounding {
-    LORA_FAST_VECTOR Words round(Words exact) const { return exact; }
-    LORA_FAST_VECTOR Words clear(Words rounded) const { return rounded; }
+  struct Rounded {
+    Words wide[2];
+    LORA_FAST_VECTOR Words pack(int p) const { return wide[p]; }
   };
 
-  static LORA_FAST_VECTOR Words wide(const Bits* from, int v) {
-    return load_words(from + v * kLanes);
-  }
-  static LORA_FAST_VECTOR void pack(const Words (&word)[2], Words (&packed)[2]) {
-    packed[0] = word[0];
-    packed[1] = word[1];
-  }
+  struct Convert {
+    LORA_FAST_VECTOR Rounded round(const Words (&exact)[2]) const { return {exact[0], exact[1]}; }
+    LORA_FAST_VECTOR Words wide(const Bits* from, int v) const {
+      return load_words(from + v * kLanes);
+    }
+  };
   static LORA_FAST_VECTOR bool any_bits_above(const Words (&a)[2], Words limit) {
     return any_above(a[0], a[1], limit);
   }
@@ -31,15 +34,15 @@ struct Fp32Vectors : Fp32Lanes {
 
 using Sums = Floats[kCellRows][kVectors];
 
-// sum[r] = fma over all j of left[j, r] * right[j, 0:kCellCols], as accumulate_tile sums.
+// sum[r] = fma over all steps of left[step, r] * right[step, 0:kCellCols], as accumulate_tile sums.
 LORA_FAST_VECTOR void accumulate_cell(
-    const float* __restrict left, const float* __restrict right, int64_t rank, Sums& sum) {
+    const float* __restrict left, const float* __restrict right, int64_t steps, Sums& sum) {
 #pragma GCC unroll 8
   for (int r = 0; r < kCellRows; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[r][v] = as_floats(repeat(0));
   }
-  for (int64_t j = 0; j < rank; ++j) {
+  for (int64_t j = 0; j < steps; ++j) {
     Floats value[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) value[v] = load_floats(right + j * kTileCols + v * kLanes);
@@ -47,7 +50,7 @@ LORA_FAST_VECTOR void accumulate_cell(
     for (int r = 0; r < kCellRows; ++r) {
       const Floats factor = repeat(left[j * kTileRows + r]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(factor, value[v], sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = add_step(factor, value[v], sum[r][v]);
     }
   }
 }
@@ -56,11 +59,12 @@ LORA_FAST_VECTOR void accumulate_cell(
 template <class F>
 struct Constants {
   Floats scaling;
-  typename F::Rounding rounding;
+  typename F::Convert convert;
   Words magnitude = keep(repeat(0x7fffffff));
   // The largest sum that does not round to infinity, and the largest stored weight.
   Words largest_sum = keep(repeat(F::kPacks == 1 ? 0x7f7f7fff : 0x7f7fffff));
   Words largest = keep(F::repeat_bits(F::kPacks == 1 ? 0x7f7f : 0x7f7fffff));
+  Words least_normal = keep(F::repeat_bits(F::kPacks == 1 ? 0x80 : 0x800000));
   Words magnitude_bits = keep(F::repeat_bits(F::kPacks == 1 ? 0x7fff : 0x7fffffff));
   Words far = keep(F::repeat_bits(127)), farthest = keep(F::repeat_bits(254));
 
@@ -68,34 +72,59 @@ struct Constants {
   LORA_FAST_VECTOR Words ordered(Words bits) const {
     return xor_and(bits, F::signs(bits), magnitude_bits);
   }
+
+  // Whether merge_weight might find another result, an infinite one for one. A finite one has a
+  // finite weight behind it, and finite sums.
+  LORA_FAST_VECTOR bool doubts(
+      const Words (&exact)[kVectors], const Words (&before)[F::kPacks],
+      const Words (&after)[F::kPacks]) const {
+    if constexpr (F::kFlushes) {
+      const Words size[2] = {
+          bits_and(before[0], magnitude_bits), bits_and(after[0], magnitude_bits)};
+      return F::any_below(size[0], size[1], least_normal) | F::any_bits_above({size[1]}, largest);
+    } else {
+      return any_above(bits_and(exact[0], magnitude), bits_and(exact[1], magnitude), largest_sum);
+    }
+  }
+
+  // Whether unmerge_weight might find another weight than magnitude and back say.
+  LORA_FAST_VECTOR bool doubts_back(
+      const Words (&merged_magnitude)[F::kPacks], const Words (&back)[F::kPacks]) const {
+    const bool is_large = F::any_bits_above(merged_magnitude, largest);
+    if constexpr (F::kFlushes) {
+      return is_large | F::any_zero(bits_and(back[0], magnitude_bits));
+    } else {
+      return is_large;
+    }
+  }
 };
 
 // False, with nothing written, where a weight of the row needs merge_weight.
 template <class F>
 LORA_FAST_VECTOR bool merge_cell_row(
     typename F::Bits* weight, int8_t* code, const Floats (&sum)[kVectors], const Constants<F>& k) {
-  Words exact[kVectors], merged[kVectors], back[kVectors], before[F::kPacks];
+  Words exact[kVectors], exact_back[kVectors];
+  Words before[F::kPacks], after[F::kPacks], distance[F::kPacks], spread[F::kPacks];
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
-    const Words word = keep(F::wide(weight, v));
+    const Words word = keep(k.convert.wide(weight, v));
     if constexpr (F::kPacks == kVectors) before[v] = word;
     exact[v] = as_words(fma(k.scaling, sum[v], as_floats(word)));
-    merged[v] = k.rounding.clear(k.rounding.round(exact[v]));
-    back[v] = k.rounding.round(as_words(fma_negated(k.scaling, sum[v], as_floats(merged[v]))));
-    exact[v] = bits_and(exact[v], k.magnitude);
   }
   if constexpr (F::kPacks == 1) before[0] = load_words(weight);
-  Words after[F::kPacks], distance[F::kPacks], spread[F::kPacks];
-  F::pack(merged, after);
-  F::pack(back, distance);
+  const typename F::Rounded merged = k.convert.round(exact);
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    exact_back[v] = as_words(fma_negated(k.scaling, sum[v], as_floats(merged.wide[v])));
+  }
+  const typename F::Rounded back = k.convert.round(exact_back);
 #pragma GCC unroll 2
   for (int p = 0; p < F::kPacks; ++p) {
-    distance[p] = F::minus(k.ordered(before[p]), k.ordered(distance[p]));
+    after[p] = merged.pack(p);
+    distance[p] = F::minus(k.ordered(before[p]), k.ordered(back.pack(p)));
     spread[p] = F::plus(distance[p], k.far);
   }
-  // A finite result has a finite weight behind it, and finite sums.
-  const bool is_infinite = any_above(exact[0], exact[1], k.largest_sum);
-  if (is_infinite | F::any_bits_above(spread, k.farthest)) return false;
+  if (k.doubts(exact, before, after) | F::any_bits_above(spread, k.farthest)) return false;
 #pragma GCC unroll 2
   for (int p = 0; p < F::kPacks; ++p) store_words(weight + p * kCellCols / F::kPacks, after[p]);
   F::store_codes(code, distance);
@@ -107,16 +136,18 @@ template <class F>
 LORA_FAST_VECTOR bool unmerge_cell_row(
     typename F::Bits* weight, const int8_t* code, const Floats (&sum)[kVectors],
     const Constants<F>& k) {
-  Words back[kVectors], magnitude[F::kPacks], before[F::kPacks];
+  Words exact[kVectors], magnitude[F::kPacks], before[F::kPacks];
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
-    const Words merged = keep(F::wide(weight, v));
+    const Words merged = keep(k.convert.wide(weight, v));
     if constexpr (F::kPacks == kVectors) magnitude[v] = bits_and(merged, k.magnitude_bits);
-    back[v] = k.rounding.round(as_words(fma_negated(k.scaling, sum[v], as_floats(merged))));
+    exact[v] = as_words(fma_negated(k.scaling, sum[v], as_floats(merged)));
   }
   if constexpr (F::kPacks == 1) magnitude[0] = bits_and(load_words(weight), k.magnitude_bits);
-  if (F::any_bits_above(magnitude, k.largest)) return false;
-  F::pack(back, before);
+  const typename F::Rounded back = k.convert.round(exact);
+#pragma GCC unroll 2
+  for (int p = 0; p < F::kPacks; ++p) before[p] = back.pack(p);
+  if (k.doubts_back(magnitude, before)) return false;
 #pragma GCC unroll 2
   for (int p = 0; p < F::kPacks; ++p) {
     const Words original = k.ordered(F::plus(k.ordered(before[p]), F::load_codes(code, p)));
@@ -125,27 +156,44 @@ LORA_FAST_VECTOR bool unmerge_cell_row(
   return true;
 }
 
+template <class F, bool kMerge>
+LORA_FAST_VECTOR bool cell_row(
+    typename F::Bits* weight, int8_t* code, const Floats (&sum)[kVectors], const Constants<F>& k) {
+  if constexpr (kMerge) {
+    return merge_cell_row<F>(weight, code, sum, k);
+  } else {
+    return unmerge_cell_row<F>(weight, code, sum, k);
+  }
+}
+
+// Weights of zero are no reason to leave the cells.
+template <class F, bool kMerge>
+LORA_FAST_TARGET __attribute__((noinline)) bool cell_row_with_subnormals(
+    typename F::Bits* weight, int8_t* code, Floats sum, Floats next_sum, float scaling) {
+  return cell_row<F, kMerge>(weight, code, {sum, next_sum}, {repeat(scaling)});
+}
+
 // From column begin on, until fewer columns than a cell has are left before end, or until a row of
 // a cell needs more than this.
 template <class F, bool kMerge>
 LORA_FAST_TARGET Stop run_cells(
-    const float* left, const float* right, int64_t rank, float scaling,
+    const float* left, const float* right, int64_t steps, float scaling,
     const TileRows<typename F::Bits>& rows, int64_t begin, int64_t end) {
   const Constants<F> constants = {repeat(scaling)};
   int64_t col = begin;
   for (; col + kCellCols <= end; col += kCellCols) {
     for (int first = 0; first < kTileRows; first += kCellRows) {
       Sums sum;
-      accumulate_cell(left + first, right + col, rank, sum);
+      accumulate_cell(left + first, right + col, steps, sum);
 #pragma GCC unroll 8
       for (int r = 0; r < kCellRows; ++r) {
         typename F::Bits* weight = rows.weight[first + r] + col;
         int8_t* code = rows.code[first + r] + col;
-        bool is_done;
-        if constexpr (kMerge) {
-          is_done = merge_cell_row<F>(weight, code, sum[r], constants);
-        } else {
-          is_done = unmerge_cell_row<F>(weight, code, sum[r], constants);
+        bool is_done = cell_row<F, kMerge>(weight, code, sum[r], constants);
+        if constexpr (F::kFlushes) {
+          is_done = is_done ||
+              cell_row_with_subnormals<typename F::Exact, kMerge>(
+                        weight, code, sum[r][0], sum[r][1], scaling);
         }
         if (!is_done) return {first + r, col};
       }
@@ -156,10 +204,10 @@ LORA_FAST_TARGET Stop run_cells(
 
 template <class F>
 Cells<F> cells() {
-  if constexpr (std::is_same_v<F, Fp32>) {
-    return {run_cells<Fp32Vectors, true>, run_cells<Fp32Vectors, false>, kCellCols};
-  } else if constexpr (std::is_same_v<F, Bf16>) {
+  if constexpr (std::is_same_v<F, Bf16>) {
     return {run_cells<Bf16Vectors, true>, run_cells<Bf16Vectors, false>, kCellCols};
+  } else if constexpr (std::is_same_v<F, Fp32> && !Bf16Vectors::kFlushes) {
+    return {run_cells<Fp32Vectors, true>, run_cells<Fp32Vectors, false>, kCellCols};
   } else {
     return {};
   }

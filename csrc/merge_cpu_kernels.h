@@ -127,6 +127,7 @@ struct Kernels {
   void (*merge)(const Bits*, const Compute*, Compute, int64_t, Bits*, int8_t*, TileFlags&);
   void (*unmerge)(const Bits*, const Compute*, Compute, const int8_t*, int64_t, Bits*);
   Cells<F> cells;
+  Cells<F> pair_cells;  // for factors that pack_pairs packed
 };
 
 #define LORA_FAST_KERNELS(NAME, TARGET, ...)                                                       \
@@ -151,13 +152,13 @@ struct Kernels {
     static Kernels<F> all() { return {accumulate, merge, unmerge, __VA_ARGS__}; }                  \
   };
 
-LORA_FAST_KERNELS(Portable, , {})
+LORA_FAST_KERNELS(Portable, , {}, {})
 #if defined(__x86_64__)
-LORA_FAST_KERNELS(Avx2, __attribute__((target("avx2,fma"))), avx2::cells<F>())
+LORA_FAST_KERNELS(Avx2, __attribute__((target("avx2,fma"))), avx2::cells<F>(), {})
+LORA_FAST_KERNELS(Avx512, __attribute__((target(LORA_FAST_AVX512))), avx512::cells<F>(), {})
 LORA_FAST_KERNELS(
-    Avx512,
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))),
-    avx512::cells<F>())
+    Avx512Bf16, __attribute__((target(LORA_FAST_AVX512))), avx512::cells<F>(),
+    avx512_bf16::cells<F>())
 #endif
 #undef LORA_FAST_KERNELS
 
@@ -171,12 +172,15 @@ Kernels<F> choose_kernels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl");
+  const bool avx512_bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && avx512_bf16::adds_pairs_like_fma();
+  if (avx512_bf16 && (isa.empty() || isa == "avx512_bf16")) return Avx512Bf16<F>::all();
   if (avx512 && (isa.empty() || isa == "avx512")) return Avx512<F>::all();
   if (avx2 && (isa.empty() || isa == "avx2")) return Avx2<F>::all();
 #endif
   STD_TORCH_CHECK(
       isa.empty() || isa == "portable", "LORA_FAST_CPU_ISA is '", isa,
-      "', expected portable, or avx2 or avx512 on a machine that has them");
+      "', expected portable, or avx2, avx512 or avx512_bf16 on a machine that has them");
   return Portable<F>::all();
 }
 

@@ -32,7 +32,7 @@ template <class F>
 struct Cells {
   using Compute = typename F::Compute;
   using Pass = Stop (*)(
-      const Compute* left, const Compute* right, int64_t rank, Compute scaling,
+      const Compute* left, const Compute* right, int64_t steps, Compute scaling,
       const TileRows<typename F::Bits>& rows, int64_t begin, int64_t end);
   Pass merge = nullptr, unmerge = nullptr;
   int64_t cols = 0;
@@ -43,15 +43,17 @@ struct Cells {
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false, of GCC 12's own header
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
 #define LORA_FAST_VECTOR LORA_FAST_TARGET inline __attribute__((always_inline))
 
+#define LORA_FAST_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"
+
 namespace lora_fast::avx512 {
 
-#define LORA_FAST_TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define LORA_FAST_TARGET __attribute__((target(LORA_FAST_AVX512)))
 
 using Floats = __m512;
 using Words = __m512i;
@@ -69,6 +71,7 @@ LORA_FAST_VECTOR Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_
 LORA_FAST_VECTOR Floats fma_negated(Floats a, Floats b, Floats c) {
   return _mm512_fnmadd_ps(a, b, c);
 }
+LORA_FAST_VECTOR Floats add_step(Floats a, Floats b, Floats sum) { return fma(a, b, sum); }
 LORA_FAST_VECTOR Words bits_and(Words a, Words b) { return _mm512_and_si512(a, b); }
 LORA_FAST_VECTOR Words xor_and(Words a, Words b, Words c) {  // a ^ (b & c)
   return _mm512_ternarylogic_epi32(a, b, c, 0x78);
@@ -100,32 +103,10 @@ struct Fp32Lanes {
   }
 };
 
-struct Bf16Vectors {
+// What merge_cpu_cells.h needs of bf16 but the rounding.
+struct Bf16Lanes {
   using Bits = uint16_t;
   static constexpr int kPacks = 1;
-
-  // To nearest, ties to even; only the upper half of what round() returns counts.
-  struct Rounding {
-    Words last = keep(repeat(0x10000)), half = keep(repeat(0x7fff)), one = keep(repeat(1));
-    Words upper = keep(repeat(-0x10000));
-
-    LORA_FAST_VECTOR Words round(Words exact) const {
-      const Words up = _mm512_add_epi32(exact, half);
-      return _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(exact, last), up, one);
-    }
-    LORA_FAST_VECTOR Words clear(Words rounded) const { return bits_and(rounded, upper); }
-  };
-
-  static LORA_FAST_VECTOR Words wide(const Bits* from, int v) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + v);
-    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-  }
-  static LORA_FAST_VECTOR void pack(const Words (&word)[2], Words (&packed)[1]) {
-    const Words upper = _mm512_set_epi32(
-        0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029, 0x270025, 0x230021, 0x1f001d,
-        0x1b0019, 0x170015, 0x130011, 0x0f000d, 0x0b0009, 0x070005, 0x030001);
-    packed[0] = _mm512_permutex2var_epi16(word[0], upper, word[1]);
-  }
   static LORA_FAST_VECTOR Words repeat_bits(int a) {
     return _mm512_set1_epi16(static_cast<int16_t>(a));
   }
@@ -143,10 +124,128 @@ struct Bf16Vectors {
   }
 };
 
+struct Bf16Vectors : Bf16Lanes {
+  static constexpr bool kFlushes = false;
+
+  struct Rounded {
+    Words up[2], wide[2];
+    LORA_FAST_VECTOR Words pack(int) const {
+      const Words upper = _mm512_set_epi32(
+          0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029, 0x270025, 0x230021, 0x1f001d,
+          0x1b0019, 0x170015, 0x130011, 0x0f000d, 0x0b0009, 0x070005, 0x030001);
+      return _mm512_permutex2var_epi16(up[0], upper, up[1]);
+    }
+  };
+
+  // To nearest, ties to even.
+  struct Convert {
+    Words last = keep(repeat(0x10000)), half = keep(repeat(0x7fff)), one = keep(repeat(1));
+    Words upper = keep(repeat(-0x10000));
+
+    LORA_FAST_VECTOR Words wide(const Bits* from, int v) const {
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + v);
+      return _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+    }
+    LORA_FAST_VECTOR Words round(Words exact) const {
+      const Words up = _mm512_add_epi32(exact, half);
+      return _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(exact, last), up, one);
+    }
+    LORA_FAST_VECTOR Rounded round(const Words (&exact)[2]) const {
+      const Words up[2] = {round(exact[0]), round(exact[1])};
+      return {{up[0], up[1]}, {bits_and(up[0], upper), bits_and(up[1], upper)}};
+    }
+  };
+};
+
 #include "merge_cpu_cells.h"
 #undef LORA_FAST_TARGET
 
 }  // namespace lora_fast::avx512
+
+// AVX-512 with its instructions for bf16, which take subnormal numbers for zero.
+namespace lora_fast::avx512_bf16 {
+
+#define LORA_FAST_TARGET __attribute__((target("avx512bf16," LORA_FAST_AVX512)))
+
+using namespace avx512;
+
+// Both hold pairs of bf16 numbers: it adds the product of the upper two, then that of the lower.
+LORA_FAST_VECTOR Floats add_step(Floats a, Floats b, Floats sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+struct Bf16Vectors : Bf16Lanes {
+  static constexpr bool kFlushes = true;
+  using Exact = avx512::Bf16Vectors;  // serves the rows that this one can't
+
+  struct Rounded {
+    Words packed, wide[2];
+    LORA_FAST_VECTOR Words pack(int) const { return packed; }
+  };
+
+  struct Convert {
+    // From where in a pack the upper halves of each vector come.
+    Words places[2] = {keep(places_from(0)), keep(places_from(kLanes))};
+
+    static LORA_FAST_VECTOR Words places_from(int first) {
+      const Words lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+      return _mm512_slli_epi32(_mm512_add_epi32(lane, repeat(first)), 16);
+    }
+    LORA_FAST_VECTOR Words widen(Words packed, int v) const {
+      return _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places[v], packed);
+    }
+    LORA_FAST_VECTOR Words wide(const Bits* from, int v) const {
+      return widen(load_words(from), v);
+    }
+    LORA_FAST_VECTOR Rounded round(const Words (&exact)[2]) const {
+      const Words packed = (Words)_mm512_cvtne2ps_pbh(as_floats(exact[1]), as_floats(exact[0]));
+      return {packed, {widen(packed, 0), widen(packed, 1)}};
+    }
+  };
+
+  static LORA_FAST_VECTOR bool any_below(Words a, Words b, Words limit) {
+    return _mm512_cmplt_epu16_mask(_mm512_min_epu16(a, b), limit) != 0;
+  }
+  static LORA_FAST_VECTOR bool any_zero(Words a) { return _mm512_testn_epi16_mask(a, a) != 0; }
+};
+
+#include "merge_cpu_cells.h"
+
+// Whether add_step is what it is by the manual, which codes that another machine wrote depend on:
+// other orders and roundings give other sums for one in ten of these numbers.
+LORA_FAST_TARGET inline bool adds_pairs_like_fma() {
+  uint32_t state = 1;
+  const auto draw = [&state](uint32_t bits) {  // between 2^-8 and 2^8, of either sign
+    state = state * 1664525 + 1013904223;
+    return (state & 0x87ffffff & bits) + 0x3b800000;
+  };
+  for (int i = 0; i < 64; ++i) {
+    uint32_t a[2][kLanes], b[2][kLanes], pair_a[kLanes], pair_b[kLanes];
+    float start[kLanes], sum[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int half = 0; half < 2; ++half) {
+        a[half][lane] = draw(0xffff0000);
+        b[half][lane] = draw(0xffff0000);
+      }
+      start[lane] = bit_cast<float>(draw(0xffffffff));
+      pair_a[lane] = a[0][lane] | a[1][lane] >> 16;
+      pair_b[lane] = b[0][lane] | b[1][lane] >> 16;
+    }
+    const Floats pairs_a = as_floats(load_words(pair_a)), pairs_b = as_floats(load_words(pair_b));
+    store_words(sum, as_words(add_step(pairs_a, pairs_b, load_floats(start))));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      float expected = start[lane];
+      for (int half = 0; half < 2; ++half) {
+        expected = fused(bit_cast<float>(a[half][lane]), bit_cast<float>(b[half][lane]), expected);
+      }
+      if (bit_cast<uint32_t>(expected) != bit_cast<uint32_t>(sum[lane])) return false;
+    }
+  }
+  return true;
+}
+#undef LORA_FAST_TARGET
+
+}  // namespace lora_fast::avx512_bf16
 
 namespace lora_fast::avx2 {
 
@@ -172,6 +271,7 @@ LORA_FAST_VECTOR Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_
 LORA_FAST_VECTOR Floats fma_negated(Floats a, Floats b, Floats c) {
   return _mm256_fnmadd_ps(a, b, c);
 }
+LORA_FAST_VECTOR Floats add_step(Floats a, Floats b, Floats sum) { return fma(a, b, sum); }
 LORA_FAST_VECTOR Words bits_and(Words a, Words b) { return _mm256_and_si256(a, b); }
 LORA_FAST_VECTOR Words xor_and(Words a, Words b, Words c) {
   return _mm256_xor_si256(a, _mm256_and_si256(b, c));
@@ -206,25 +306,31 @@ struct Fp32Lanes {
 struct Bf16Vectors {
   using Bits = uint16_t;
   static constexpr int kPacks = 1;
+  static constexpr bool kFlushes = false;
 
-  struct Rounding {
+  struct Rounded {
+    Words up[2], wide[2];
+    LORA_FAST_VECTOR Words pack(int) const {
+      return in_order(
+          _mm256_packus_epi32(_mm256_srli_epi32(up[0], 16), _mm256_srli_epi32(up[1], 16)));
+    }
+  };
+
+  struct Convert {
+    LORA_FAST_VECTOR Words wide(const Bits* from, int v) const {
+      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + v);
+      return _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+    }
     LORA_FAST_VECTOR Words round(Words exact) const {
       const Words is_odd = bits_and(_mm256_srli_epi32(exact, 16), repeat(1));
       return _mm256_add_epi32(_mm256_add_epi32(exact, repeat(0x7fff)), is_odd);
     }
-    LORA_FAST_VECTOR Words clear(Words rounded) const {
-      return bits_and(rounded, repeat(-0x10000));
+    LORA_FAST_VECTOR Rounded round(const Words (&exact)[2]) const {
+      const Words up[2] = {round(exact[0]), round(exact[1])}, upper = repeat(-0x10000);
+      return {{up[0], up[1]}, {bits_and(up[0], upper), bits_and(up[1], upper)}};
     }
   };
 
-  static LORA_FAST_VECTOR Words wide(const Bits* from, int v) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + v);
-    return _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-  }
-  static LORA_FAST_VECTOR void pack(const Words (&word)[2], Words (&packed)[1]) {
-    packed[0] = in_order(
-        _mm256_packus_epi32(_mm256_srli_epi32(word[0], 16), _mm256_srli_epi32(word[1], 16)));
-  }
   static LORA_FAST_VECTOR Words repeat_bits(int a) {
     return _mm256_set1_epi16(static_cast<int16_t>(a));
   }

@@ -1,4 +1,4 @@
-// Strided weights, codes and factors, read and written in stretches that lie side by side.
+// Strided weights and codes, read and written in stretches that lie side by side.
 #pragma once
 
 #include <algorithm>
@@ -72,24 +72,6 @@ void scatter(E* base, const View& view, int64_t index, int64_t count, const E* b
   }
   cursor.each_run(count, [&](int64_t offset, int64_t stride, int64_t n) {
     for (int64_t i = 0; i < n; ++i) base[offset + i * stride] = *buffer++;
-  });
-}
-
-// factor[i, j], ..., factor[i, j + count - 1], rounded to what F computes in.
-template <class F>
-void load_factor(
-    const Factor& factor, int64_t i, int64_t j, int64_t count, typename F::Compute* to) {
-  using Compute = typename F::Compute;
-  dispatch_format(factor.dtype, [&](auto stored) {
-    using Stored = decltype(stored);
-    const auto* from = static_cast<const typename Stored::Bits*>(factor.data) + i * factor.stride0 +
-        j * factor.stride1;
-    const int64_t stride = factor.stride1;
-    if (stride == 1) {  // apart, so that it becomes vectors
-      for (int64_t c = 0; c < count; ++c) to[c] = Compute(Stored::widen(from[c]));
-      return;
-    }
-    for (int64_t c = 0; c < count; ++c) to[c] = Compute(Stored::widen(from[c * stride]));
   });
 }
 

@@ -283,7 +283,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(
     expected = weight.clone()
     functional.merge_(expected, *args)
     threads = torch.get_num_threads()
-    for isa in ("portable", "avx2", "avx512"):
+    for isa in ("portable", "avx2", "avx512", "avx512_bf16"):
         monkeypatch.setenv("LORA_FAST_CPU_ISA", isa)
         for count in (1, 2, 3):
             torch.set_num_threads(count)

@@ -23,7 +23,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(INTEGERS[tensor.element_size()]).clone()
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each instruction set of this machine."""
     monkeypatch.setenv("LORA_FAST_CPU_ISA", request.param)
@@ -114,3 +114,121 @@ def test_rounding_at_the_ends_of_the_range(isa: str, dtype: torch.dtype) -> None
     assert torch.equal(weight, expected)
     functional.unmerge_(weight, original)
     assert torch.equal(bits(weight), torch.zeros_like(bits(weight)))
+
+
+def same_in_every_set(
+    isa: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 0.5
+) -> None:
+    """Merge copies by a set and by the portable loops, compare all bits, and unmerge them."""
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (isa, "portable"):
+            patch.setenv("LORA_FAST_CPU_ISA", name)
+            merged = weight.clone()
+            results.append((merged, functional.merge_(merged, lora_A, lora_B, scaling)))
+        (merged, record), (expected, plain) = results
+        assert torch.equal(bits(merged), bits(expected))
+        for mine, other in zip(record.codes, plain.codes, strict=True):
+            assert torch.equal(mine.code, other.code)
+        # Each undoes what the other did.
+        functional.unmerge_(merged, plain)
+        patch.setenv("LORA_FAST_CPU_ISA", isa)
+        functional.unmerge_(expected, record)
+    assert torch.equal(bits(merged), bits(weight))
+    assert torch.equal(bits(expected), bits(weight))
+
+
+def numbers(rows: int, cols: int, exponent: int) -> Tensor:
+    """bf16 numbers of either sign from 2^exponent to 2^(exponent + 1)."""
+    number = (1 + torch.rand(rows, cols)) * torch.randn(rows, cols).sign()
+    return torch.ldexp(number.double(), torch.tensor(exponent)).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5, 16])
+@pytest.mark.parametrize(
+    "exponent",
+    [
+        -4,
+        -56,  # the least whose products' last bits are no subnormals
+        -60,
+        -133,  # factors that are subnormal
+        42,  # the most whose sums can't be infinite, if the large ones below are counted
+        48,
+    ],
+)
+def test_sums_of_bf16_factors_are_added_in_order(isa: str, exponent: int, rank: int) -> None:
+    lora_A, lora_B = numbers(rank, K, exponent), numbers(N, rank, exponent)
+    if rank > 4:  # two that cancel: what the sums lose beside them shows in weights of their size
+        lora_A[3] = lora_A[4] = numbers(1, K, exponent + 10)[0]
+        lora_B[:, 3] = numbers(1, N, exponent + 9)[0]
+        lora_B[:, 4] = -lora_B[:, 3]
+    same_in_every_set(isa, numbers(N, K, max(2 * exponent, -130)), lora_A, lora_B)
+
+
+@pytest.mark.parametrize("exponents", [(-56, -56), (-57, -56), (-56, -57), (-100, -13)], ids=str)
+def test_a_sum_of_bf16_factors_that_is_subnormal_counts(
+    isa: str, exponents: tuple[int, int]
+) -> None:
+    step = 2.0**-7
+    ones_A, ones_B = torch.ones(1, K), torch.ones(N, 1)
+    # (1 + u)^2 - (1 + 2 u) = u^2, the least sum there can be.
+    lora_A = torch.cat([ones_A + step, ones_A + 2 * step]) * 2.0 ** exponents[0]
+    lora_B = torch.cat([ones_B + step, -ones_B], 1) * 2.0 ** exponents[1]
+    weight = torch.full((N, K), 2.0**-125).to(torch.bfloat16)
+    factors = lora_A.to(torch.bfloat16), lora_B.to(torch.bfloat16)
+    merged = weight.clone()
+    functional.merge_(merged, *factors, 0.5)
+    assert torch.equal(merged.double(), weight.double() + 2.0 ** (sum(exponents) - 15))
+    same_in_every_set(isa, weight, *factors)
+
+
+def test_subnormal_factors_count(isa: str) -> None:
+    weight = numbers(N, K, -20)
+    for lora_A, lora_B in [
+        (numbers(2, K, -130), numbers(N, 2, 110)),
+        (numbers(2, K, 110), numbers(N, 2, -130)),
+    ]:
+        same_in_every_set(isa, weight, lora_A, lora_B)
+
+
+def test_factors_that_bf16_cannot_hold(isa: str) -> None:
+    weight = numbers(N, K, -3)
+    lora_A, lora_B = numbers(4, K, -1).float(), numbers(N, 4, -1).float()
+    same_in_every_set(isa, weight, lora_A, lora_B)
+    # One number of one column tile, or of one row of tiles, is enough.
+    lora_A[3, 290] *= 1 + 2.0**-12
+    weight[:, 290] = -(lora_B @ lora_A)[:, 290] / 2
+    same_in_every_set(isa, weight, lora_A, lora_B)
+    lora_A[3, 290] = 0
+    lora_B[9, 0] *= 1 + 2.0**-12
+    weight[9] = -(lora_B @ lora_A)[9] / 2
+    same_in_every_set(isa, weight, lora_A, lora_B)
+
+
+@pytest.mark.parametrize("small", [0.0, -0.0, 2.0**-130, -(2.0**-130), 2.0**-126])
+def test_weights_that_are_or_become_zero_or_subnormal(isa: str, small: float) -> None:
+    weight = numbers(N, K, -3)
+    weight[:, 3::8] = small
+    lora_A, lora_B = numbers(2, K, -1), numbers(N, 2, -1)
+    lora_A[:, 1::16] = 0  # these stay as they are
+    same_in_every_set(isa, weight, lora_A, lora_B)
+    # delta = +-2^-125
+    lora_A, lora_B = torch.full((1, K), 2.0**-40), torch.full((N, 1), 2.0**-40)
+    lora_B[::2] *= -1
+    weight[:] = small
+    weight[:, ::3] = 2.0**-125 * (1 - 2.0**-5)  # becomes -2^-130 in every other row
+    same_in_every_set(isa, weight, lora_A.bfloat16(), lora_B.bfloat16(), 2.0**-45)
+
+
+@pytest.mark.parametrize("col", COLUMNS)
+def test_bf16_factors_that_make_a_weight_infinite_are_refused(isa: str, col: int) -> None:
+    for factor in (2.0**30, torch.inf, torch.nan):
+        weight = torch.ones(N, K, dtype=torch.bfloat16)
+        weight[:, col] = torch.finfo(torch.bfloat16).max
+        before = bits(weight)
+        lora_A = torch.zeros(1, K, dtype=torch.bfloat16)
+        lora_A[0, col] = factor
+        lora_B = torch.full((N, 1), 2.0**30, dtype=torch.bfloat16)
+        with pytest.raises(OverflowError):
+            functional.merge_(weight, lora_A, lora_B, 2.0**60)  # a delta of the last step
+        assert torch.equal(bits(weight), before)
