@@ -1,8 +1,8 @@
-"""Builds the compiled merge, lora_fast._C and lora_fast._C_cuda; pyproject.toml holds the rest.
+"""Builds the compiled ops, lora_fast._C and lora_fast._C_cuda; pyproject.toml holds the rest.
 
 LORA_FAST_BUILD chooses what is compiled:
     auto   what this machine has a compiler and a torch for (the default); failing is no error
-    none   nothing: merges keep a copy of the weight
+    none   nothing: merges keep a copy of the weight, a CPU drops as slowly as torch
     cpu    the CPU ops, or an error
     cuda   the CPU and the CUDA ops, or an error
 
@@ -49,7 +49,10 @@ def extensions(cpp):
     common = {"define_macros": LIMITED_API, "py_limited_api": True, "depends": headers}
     found = [
         cpp.CppExtension(
-            "lora_fast._C", ["csrc/merge_cpu.cpp"], extra_compile_args=CXX_FLAGS, **common
+            "lora_fast._C",
+            ["csrc/merge_cpu.cpp", "csrc/dropout_cpu.cpp"],
+            extra_compile_args=CXX_FLAGS,
+            **common,
         )
     ]
     has_nvcc = cpp.CUDA_HOME is not None or shutil.which("nvcc") is not None

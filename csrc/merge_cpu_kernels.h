@@ -1,14 +1,12 @@
 // The inner loops of merge_ and unmerge_ on the CPU, compiled once for each instruction set.
 //
 // The loops are plain C++ over merge_math.h; the compiler turns them into vectors. They serve every
-// weight; merge_cpu_cells.h does what nearly all are faster. Which set runs is decided when an op
-// is called, so one binary serves every x86-64, and the bits are the same in all.
+// weight; merge_cpu_cells.h does what nearly all are faster. The bits are the same in all.
 #pragma once
 
 #include <cfenv>
-#include <cstdlib>
-#include <string>
 
+#include "cpu_isa.h"
 #include "merge.h"
 #include "merge_cpu_vectors.h"
 
@@ -154,7 +152,7 @@ struct Kernels {
 
 LORA_FAST_KERNELS(Portable, , {}, {})
 #if defined(__x86_64__)
-LORA_FAST_KERNELS(Avx2, __attribute__((target("avx2,fma"))), avx2::cells<F>(), {})
+LORA_FAST_KERNELS(Avx2, __attribute__((target(LORA_FAST_AVX2))), avx2::cells<F>(), {})
 LORA_FAST_KERNELS(Avx512, __attribute__((target(LORA_FAST_AVX512))), avx512::cells<F>(), {})
 LORA_FAST_KERNELS(
     Avx512Bf16, __attribute__((target(LORA_FAST_AVX512))), avx512::cells<F>(),
@@ -162,26 +160,18 @@ LORA_FAST_KERNELS(
 #endif
 #undef LORA_FAST_KERNELS
 
-// The widest set that this machine has, or the one that LORA_FAST_CPU_ISA names.
 template <class F>
 Kernels<F> choose_kernels() {
-  const char* forced = std::getenv("LORA_FAST_CPU_ISA");
-  const std::string isa = forced == nullptr ? "" : forced;
+  switch (chosen_isa()) {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl");
-  const bool avx512_bf16 =
-      avx512 && __builtin_cpu_supports("avx512bf16") && avx512_bf16::adds_pairs_like_fma();
-  if (avx512_bf16 && (isa.empty() || isa == "avx512_bf16")) return Avx512Bf16<F>::all();
-  if (avx512 && (isa.empty() || isa == "avx512")) return Avx512<F>::all();
-  if (avx2 && (isa.empty() || isa == "avx2")) return Avx2<F>::all();
+    case Isa::kAvx512Bf16:
+      if (avx512_bf16::adds_pairs_like_fma()) return Avx512Bf16<F>::all();
+      [[fallthrough]];
+    case Isa::kAvx512: return Avx512<F>::all();
+    case Isa::kAvx2: return Avx2<F>::all();
 #endif
-  STD_TORCH_CHECK(
-      isa.empty() || isa == "portable", "LORA_FAST_CPU_ISA is '", isa,
-      "', expected portable, or avx2, avx512 or avx512_bf16 on a machine that has them");
-  return Portable<F>::all();
+    default: return Portable<F>::all();
+  }
 }
 
 }  // namespace lora_fast

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu_isa.h"
 #include "merge_math.h"
 
 namespace lora_fast {
@@ -48,8 +49,6 @@ struct Cells {
 #pragma GCC diagnostic pop
 
 #define LORA_FAST_VECTOR LORA_FAST_TARGET inline __attribute__((always_inline))
-
-#define LORA_FAST_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"
 
 namespace lora_fast::avx512 {
 
@@ -249,7 +248,7 @@ LORA_FAST_TARGET inline bool adds_pairs_like_fma() {
 
 namespace lora_fast::avx2 {
 
-#define LORA_FAST_TARGET __attribute__((target("avx2,fma")))
+#define LORA_FAST_TARGET __attribute__((target(LORA_FAST_AVX2)))
 
 using Floats = __m256;
 using Words = __m256i;

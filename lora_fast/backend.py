@@ -29,7 +29,7 @@ class Backend(Enum):
     EAGER = "eager"
     """`lora_fast.eager`: torch's own kernels, with a backward written by hand."""
     COMPILED = "compiled"
-    """The C++ and CUDA ops of csrc, for merges."""
+    """The merge in C++ and CUDA, from csrc."""
     REFERENCE = "reference"
     """`lora_fast.reference`: plain differentiable torch."""
 
@@ -39,9 +39,9 @@ _OPS = (
     *("lora_linear", "lora_merged_linear", "lora_embedding"),
     *("merged_weight", "merge_", "unmerge_"),
 )
-# Ops that have a fused kernel, and those whose hand-written backward beats autograd's.
 _TRITON_OPS = frozenset({"lora_linear", "lora_merged_linear", "lora_embedding", "merged_weight"})
-_EAGER_OPS = frozenset({"lora_merged_linear"})
+# Elements from which the eager Linear's faster dropout on a CPU outweighs its calls from Python.
+_MANY_DROPPED = 2**16
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int64, torch.int32)
 # Ops whose input and weight, the first two tensors, must have one dtype.
@@ -109,12 +109,13 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-def choose(op: str, *tensors: Tensor | None) -> Backend:
+def choose(op: str, *tensors: Tensor | None, drops: bool = False) -> Backend:
     """Return the implementation that serves this call of `op`.
 
     Args:
         op: name of the function in `lora_fast.functional`.
         tensors: its tensor arguments, the input first.
+        drops: whether the call draws a dropout mask.
 
     Raises:
         RuntimeError: the forced backend cannot serve the call.
@@ -123,8 +124,9 @@ def choose(op: str, *tensors: Tensor | None) -> Backend:
         return decided(op, Backend.REFERENCE, "chosen by set_backend")
     x = tensors[0]
     on_gpu = x is not None and x.is_cuda
-    if _selected == "auto" and not on_gpu and op not in _EAGER_OPS:
-        return decided(op, Backend.REFERENCE, "not a CUDA tensor")
+    otherwise = Backend.EAGER if _eager_pays(op, x, drops) else Backend.REFERENCE
+    if _selected == "auto" and not on_gpu and otherwise is Backend.REFERENCE:
+        return decided(op, otherwise, "not a CUDA tensor")
     special = _needs_reference(op, tensors)
     if _selected == "triton":
         reason = special or _why_not_triton(op, tensors)
@@ -140,7 +142,7 @@ def choose(op: str, *tensors: Tensor | None) -> Backend:
     reason = reason or _why_torch_is_as_fast(op, tensors)
     if reason is None:
         return decided(op, Backend.TRITON, "plain CUDA tensors")
-    return decided(op, Backend.EAGER if op in _EAGER_OPS else Backend.REFERENCE, reason)
+    return decided(op, otherwise, reason)
 
 
 def decided(op: str, backend: Backend, reason: str) -> Backend:
@@ -203,6 +205,15 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     if weight is not None and weight.dtype != x.dtype and not autocasts(x.device):
         return f"x is {x.dtype} and weight {weight.dtype}"
     return None if _TRITON_FOUND else "triton is not installed"
+
+
+def _eager_pays(op: str, x: Tensor | None, drops: bool) -> bool:
+    """Tell whether a backward written by hand, and what it spares forward, beats autograd's."""
+    if op == "lora_merged_linear":
+        return True
+    if op != "lora_linear" or not drops or torch.compiler.is_compiling():
+        return False
+    return x is not None and x.is_cpu and x.numel() >= _MANY_DROPPED and x.is_contiguous()
 
 
 def _why_torch_is_as_fast(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:

@@ -16,7 +16,6 @@ from lora_fast import ops, reference
 from lora_fast.record import Code, MergeRecord
 
 _log = logging.getLogger("lora_fast.merge")
-_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 # What the op returns in place of the length of an overflow list; csrc/merge.h.
 _NOT_FINITE = -1
 # Elements of one block, so that their indices fit an int32.
@@ -42,7 +41,7 @@ def why_not(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
         # A parameter may be one of a subclass, which only its data shows.
         if type(tensor) is not Tensor and type(tensor.data) is not Tensor:
             return f"a {type(tensor).__name__} is not a plain tensor"
-        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
+        if tensor.dtype not in ops.COMPILED_DTYPES or tensor.layout is not torch.strided:
             return f"{tensor.dtype} tensors of layout {tensor.layout} are not served"
     if lora_A.shape[0] == 0:
         return "there is nothing to add: no rank, or no enabled block"

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     for title, lines in (
         ("versions", _versions()),
         ("GPUs", _gpus()),
-        ("compiled merge", _compiled()),
+        ("compiled ops", _compiled()),
         ("settings", _settings()),
         ("what runs where", backend.explanation().splitlines()),
         ("measured tables", show.tables_in_force(rows=False)),

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fast.dropout import dropout
+
 Blocks = tuple[tuple[int, int], ...]
 """First and last + 1 column of every output block that has an adapter."""
 
@@ -65,7 +67,7 @@ class _LowRankLinear(torch.autograd.Function):
         dropped = x
         if dropout_p > 0.0:
             keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-            dropped, keep = _dropout(x, dropout_p)
+            dropped, keep = dropout(x, dropout_p)
         y = F.linear(x, weight, bias)
         s = F.linear(dropped, lora_A)
         y2 = y.view(-1, y.shape[-1])
@@ -147,15 +149,6 @@ def _backward_through_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ..
     grads = [next(found) if need else None for need in ctx.needs_input_grad[:4]]
     dbias = dy.reshape(-1, n).sum(0) if ctx.needs_input_grad[4] else None
     return (*grads, dbias)
-
-
-def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Draw as `F.dropout` on a CPU does, bit for bit; return the dropped x and what was kept."""
-    if p == 1.0:
-        return x * 0.0, torch.zeros_like(x, dtype=torch.bool)
-    noise = torch.empty_like(x).bernoulli_(1.0 - p)
-    keep = noise.bool()
-    return noise.div_(1.0 - p).mul_(x), keep
 
 
 def _columns(s: Tensor, rank: int, blocks: Blocks) -> list[Tensor]:

@@ -73,10 +73,16 @@ def lora_linear(
         if not torch.jit.is_tracing():
             checks.dropout_p("lora_linear", dropout_p)
             checks.linear_shapes(x, weight, lora_A, lora_B, bias)
-        if choose("lora_linear", x, weight, lora_A, lora_B, bias) is Backend.TRITON:
+        drops = training and dropout_p > 0.0
+        backend = choose("lora_linear", x, weight, lora_A, lora_B, bias, drops=drops)
+        if backend is Backend.TRITON:
             return autograd.lora_linear(
                 x, weight, lora_A, lora_B, scaling, bias, dropout_p, training
             )
+        if backend is Backend.EAGER:
+            factors = (reference.like(lora_A, x), reference.like(lora_B, x))
+            whole = ((0, weight.shape[0]),)
+            return eager.low_rank_linear(x, weight, *factors, scaling, bias, dropout_p, whole)
         if x.dim() > 2 and _flattens(x):
             rows = x.flatten(0, -2)
             y = reference.lora_linear(
@@ -145,8 +151,8 @@ def lora_merged_linear(
                     x, weight, lora_A, lora_B, scaling, bias, dropout_p, training, blocks
                 )
             p = dropout_p if training else 0.0
-            lora_A, lora_B = reference.like(lora_A, x), reference.like(lora_B, x)
-            return eager.low_rank_linear(x, weight, lora_A, lora_B, scaling, bias, p, blocks)
+            factors = (reference.like(lora_A, x), reference.like(lora_B, x))
+            return eager.low_rank_linear(x, weight, *factors, scaling, bias, p, blocks)
     return reference.lora_merged_linear(
         x,
         weight,

@@ -52,6 +52,12 @@ torch.library.define(
     "Tensor[] overflow_index, Tensor[] overflow_value) -> ()",
 )
 
+torch.library.define(
+    "lora_fast::dropout_",
+    "(Tensor x, Tensor(a!) dropped, Tensor(b!) keep, Tensor(c!) state, float keep_rate, "
+    "float scale) -> ()",
+)
+
 
 @torch.library.register_fake("lora_fast::lora_linear_fwd")
 def _(
@@ -145,6 +151,11 @@ def _(weight: list[Tensor], *args: Any) -> None:
     return None
 
 
+@torch.library.register_fake("lora_fast::dropout_")
+def _(x: Tensor, *args: Any) -> None:
+    return None
+
+
 @functools.cache
 def _kernel(op: str) -> Callable[..., Any]:
     """The launcher of a Triton op: the function named like the op, in the file named like it."""
@@ -182,11 +193,15 @@ lora_embedding_bwd = torch.ops.lora_fast.lora_embedding_bwd.default
 merged_weight = torch.ops.lora_fast.merged_weight.default
 merge_ = torch.ops.lora_fast.merge_.default
 unmerge_ = torch.ops.lora_fast.unmerge_.default
+dropout_ = torch.ops.lora_fast.dropout_.default
+
+COMPILED_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+"""Dtypes that the ops of csrc serve."""
 
 
 @functools.cache
 def load_compiled(device_type: str) -> str | None:
-    """Load the library with `merge_` and `unmerge_` for a device; return why it can't be, if so."""
+    """Load the library with the ops of csrc for a device; return why it can't be, if so."""
     module = {"cpu": "lora_fast._C", "cuda": "lora_fast._C_cuda"}.get(device_type)
     if module is None:
         return f"there are no compiled ops for {device_type} tensors"

@@ -64,7 +64,7 @@ def test_the_report_is_whole_and_all_is_well(capsys: pytest.CaptureFixture[str])
     assert any(line.startswith(f"torch {torch.__version__}, CUDA") for line in found["versions"])
     assert any(line.startswith("triton ") for line in found["versions"])
     assert found["GPUs"]
-    assert [line.partition(":")[0] for line in found["compiled merge"]] == ["cpu", "cuda"]
+    assert [line.partition(":")[0] for line in found["compiled ops"]] == ["cpu", "cuda"]
     assert found["what runs where"] == lora_fast.explain().splitlines()
     assert found["measured tables"][0].startswith("your tables are in ")
     tested = found["self-test against the reference in float64"]

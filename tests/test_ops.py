@@ -291,3 +291,14 @@ def test_compiled_merges(device: torch.device, dtype: torch.dtype, op: str) -> N
     if op == "unmerge_":
         ops.merge_(*args)
     torch.library.opcheck(getattr(ops, op), args, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_compiled_dropout(dtype: torch.dtype) -> None:
+    reason = ops.load_compiled("cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    x = torch.randn(40, dtype=dtype)
+    keep = torch.zeros_like(x, dtype=torch.bool)
+    args = (x, torch.zeros_like(x), keep, torch.get_rng_state(), 0.75, 1 / 0.75)
+    torch.library.opcheck(ops.dropout_, args, test_utils=CHECKS)

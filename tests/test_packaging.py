@@ -107,6 +107,8 @@ def test_kernels_know_nothing_of_the_rest(name):
         ),
         ("merging", {"backend", "checks", "compiled", "ops", "record", "reference", "sharded"}),
         ("compiled", {"ops", "record", "reference"}),
+        ("eager", {"dropout"}),
+        ("dropout", {"ops"}),
         ("scripting", set()),
     ],
 )

@@ -3,8 +3,6 @@
 A cell is 4 or 8 rows of two vectors, a tile 8 rows of 256 columns; see csrc/merge_cpu_cells.h.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -21,17 +19,6 @@ ROWS, COLUMNS = [0, 3, 4, 7, 8, 10], [0, 31, 40, 255, 256, 299]
 
 def bits(tensor: Tensor) -> Tensor:
     return tensor.view(INTEGERS[tensor.element_size()]).clone()
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each instruction set of this machine."""
-    monkeypatch.setenv("LORA_FAST_CPU_ISA", request.param)
-    try:
-        functional.merge_(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    yield request.param
 
 
 def column_of_large_weights(col: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
