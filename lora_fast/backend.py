@@ -174,7 +174,7 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
         return "forward-mode differentiation"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "inside a TorchDispatchMode"
-    if x is not None and not fusable and autocasts(x.device):
+    if x is not None and not fusable and autocasts(x):
         return "autocast"
     return None
 
@@ -202,7 +202,7 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
         if t is not None and t is not x and t.numel() == 0:
             return f"a parameter of shape {tuple(t.shape)} is empty"
     weight = tensors[1] if len(tensors) > 1 and op in _ONE_DTYPE_OPS else None
-    if weight is not None and weight.dtype != x.dtype and not autocasts(x.device):
+    if weight is not None and weight.dtype != x.dtype and not autocasts(x):
         return f"x is {x.dtype} and weight {weight.dtype}"
     return None if _TRITON_FOUND else "triton is not installed"
 

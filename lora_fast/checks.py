@@ -21,12 +21,13 @@ def linear_shapes(
             f"lora_linear: x must have {k} features in its last dimension, as weight "
             f"{tuple(weight.shape)} expects, got shape {tuple(x.shape)}"
         )
-    if lora_A.dim() != 2 or lora_A.shape[1] != k:
-        raise ValueError(f"lora_linear: lora_A must be (r, {k}), got {tuple(lora_A.shape)}")
-    if lora_B.dim() != 2 or lora_B.shape[0] != n or lora_B.shape[1] != lora_A.shape[0]:
+    a, b = lora_A.shape, lora_B.shape  # read once: it takes longer than all comparisons
+    if len(a) != 2 or a[1] != k:
+        raise ValueError(f"lora_linear: lora_A must be (r, {k}), got {tuple(a)}")
+    if len(b) != 2 or b[0] != n or b[1] != a[0]:
         raise ValueError(
-            f"lora_linear: lora_B must be ({n}, {lora_A.shape[0]}) to fit weight "
-            f"{tuple(weight.shape)} and lora_A {tuple(lora_A.shape)}, got {tuple(lora_B.shape)}"
+            f"lora_linear: lora_B must be ({n}, {a[0]}) to fit weight {tuple(weight.shape)} and "
+            f"lora_A {tuple(a)}, got {tuple(b)}"
         )
     _bias_shape("lora_linear", bias, n)
 
@@ -128,18 +129,19 @@ def embedding_shapes(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tens
             f"lora_embedding: input must hold integer indices, got dtype {input.dtype}; "
             "convert with input.long()"
         )
-    if lora_A.dim() != 2 or lora_A.shape[1] != num:
-        raise ValueError(f"lora_embedding: lora_A must be (r, {num}), got {tuple(lora_A.shape)}")
-    if tuple(lora_B.shape) != (dim, lora_A.shape[0]):
-        raise ValueError(
-            f"lora_embedding: lora_B must be ({dim}, {lora_A.shape[0]}), got {tuple(lora_B.shape)}"
-        )
+    a, b = lora_A.shape, lora_B.shape
+    if len(a) != 2 or a[1] != num:
+        raise ValueError(f"lora_embedding: lora_A must be (r, {num}), got {tuple(a)}")
+    if b != (dim, a[0]):
+        raise ValueError(f"lora_embedding: lora_B must be ({dim}, {a[0]}), got {tuple(b)}")
 
 
 def padding_idx(op: str, index: int | None, weight: Tensor) -> None:
     """Refuse a padding index that is no row of the table; it may count from the end."""
+    if index is None:
+        return
     num = weight.shape[0]
-    if index is not None and not -num <= index < num:
+    if not -num <= index < num:
         raise ValueError(
             f"{op}: padding_idx must be within the {num} rows of weight, from {-num} to {num - 1}, "
             f"got {index}"
@@ -207,11 +209,12 @@ def dropout_p(op: str, p: float) -> None:
 
 
 def _matrix(op: str, weight: Tensor) -> torch.Size:
-    if weight.dim() != 2:
-        raise ValueError(f"{op}: weight must have two dimensions, got shape {tuple(weight.shape)}")
-    return weight.shape
+    shape = weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"{op}: weight must have two dimensions, got shape {tuple(shape)}")
+    return shape
 
 
 def _bias_shape(op: str, bias: Tensor | None, n: int) -> None:
-    if bias is not None and tuple(bias.shape) != (n,):
+    if bias is not None and bias.shape != (n,):
         raise ValueError(f"{op}: bias must have shape ({n},), got {tuple(bias.shape)}")

@@ -54,7 +54,7 @@ def _adds_in_product(y: Tensor, s: Tensor, lora_B: Tensor) -> bool:
         return False
     if y.dtype is not lora_B.dtype or y.dtype is not s.dtype:
         return False
-    return not autocasts(y.device)  # the product would round to its dtype, which y need not have
+    return not autocasts(y)  # the product would round to its dtype, which y need not have
 
 
 def lora_merged_linear(
@@ -240,15 +240,17 @@ def like(adapter: Tensor, x: Tensor) -> Tensor:
     """`adapter` in the dtype of `x`; under autocast torch's own rules choose the dtype."""
     if adapter.dtype is x.dtype:
         return adapter
-    if isinstance(x, Tensor) and autocasts(x.device):  # no fx proxy, which cannot be asked
+    if isinstance(x, Tensor) and autocasts(x):  # no fx proxy, which cannot be asked
         return adapter
     return adapter.to(x.dtype)
 
 
-def autocasts(device: torch.device) -> bool:
-    """Tell whether autocast is on; torch cannot be asked for meta, which knows no autocast."""
-    kind = device.type
-    known = kind == "cpu" or kind == "cuda" or torch.amp.is_autocast_available(kind)
+def autocasts(x: Tensor) -> bool:
+    """Tell whether autocast is on where `x` is; torch can't be asked for meta, which knows none."""
+    if x.is_cpu:  # first, as the name of a device's type takes longer than all the rest
+        return torch.is_autocast_enabled("cpu")
+    kind = x.device.type
+    known = kind == "cuda" or torch.amp.is_autocast_available(kind)
     return known and torch.is_autocast_enabled(kind)
 
 
@@ -269,7 +271,7 @@ def merge_(
     """
     original = weight.clone()
     try:
-        with _no_autocast(weight.device):
+        with _no_autocast(weight):
             _add_delta_(weight, lora_A, lora_B, scaling, enable_lora, out_splits)
         if not finite_where(weight, original):
             raise OverflowError(overflow_message(weight))
@@ -300,8 +302,8 @@ def finite_where(weight: Tensor, original: Tensor) -> bool:
     return bool((weight.isfinite() | ~original.isfinite()).all())
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 def _add_delta_(
