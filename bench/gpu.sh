@@ -44,25 +44,51 @@ bench() {
     --out "$out/results" --benchmark-json "$out/$name.json" "$@"
 }
 
+lora_fast() {
+  local name=$1 limit=$2
+  shift 2
+  stage "$name" "$limit" "$python" -P -c \
+    'import sys; from lora_fast.cli import main; sys.exit(main())' "$@"
+}
+
+has() {
+  "$python" -c "import $1" 2> /dev/null
+}
+
+# Compiling is the tests' work, and that is the CPU's: as many processes as it has cores. A kernel
+# that hangs costs its own process a minute.
+tests() {
+  local name=$1 limit=$2 options=()
+  shift 2
+  if has xdist; then options+=(-n "$(nproc)" --dist loadgroup); fi
+  if has pytest_timeout; then options+=(--timeout 60 --timeout-method thread); fi
+  OMP_NUM_THREADS=1 stage "$name" "$limit" "$python" -P -m pytest -q -p no:cacheprovider \
+    --maxfail 60 "${options[@]}" "$@"
+}
+
 export -f build
 export python
+hopper=tests/kernels/test_lora_gemm_hopper.py
 : > "$out/stages.txt"
-stage build 180 bash -c build
-stage tests 150 "$python" -P -m pytest -q -p no:cacheprovider --maxfail 30 \
-  tests/kernels tests/csrc tests/fused tests/test_autograd.py
+stage build 150 bash -c build
+lora_fast doctor 40 doctor
+# Warps that wait for one another: by itself, for what it may leave behind.
+tests hopper 40 "$hopper"
+tests tests 120 --ignore "$hopper" tests/kernels tests/csrc tests/fused tests/test_autograd.py
 bench questions 40 bench/bench_gemm.py
 bench linear 100 bench/bench_linear.py --budget 0.3 \
   --peers 'loralib,peft,addmm-order,lora-first,lora_fast:*'
 bench merge 40 bench/bench_merge.py --budget 0.3
-stage gpu-tests 60 "$python" -P -m pytest -q -p no:cacheprovider --maxfail 30 -m gpu \
-  --continue-on-collection-errors --ignore tests/csrc --ignore tests/kernels tests
-stage tune 45 "$python" -P -c 'import sys; from lora_fast.cli import main; sys.exit(main())' \
-  tune --shapes 8192,4096,4096,16 1,4096,4096,16 --minutes 0.6 --out "$out/tuned.json"
+tests gpu-tests 60 -m gpu --continue-on-collection-errors --ignore tests/csrc \
+  --ignore tests/kernels --ignore tests/fused tests
+lora_fast tune 45 tune --shapes 8192,4096,4096,16 1,4096,4096,16 --minutes 0.6 \
+  --out "$out/tuned.json"
 bench layers 60 bench/bench_layers.py --budget 0.3 --peers 'loralib,peft,lora_fast:*'
 bench models 60 bench/bench_models.py --budget 0.5
 stage model 20 "$python" bench/model_table.py "$out/results"
 
-tail -n 3 "$out/tests.log" "$out/gpu-tests.log"
+if [ -f "$out/doctor.log" ]; then cat "$out/doctor.log"; fi
+tail -n 3 "$out"/{hopper,tests,gpu-tests}.log
 cat "$out/stages.txt"
 for table in gemm linear merge layers models; do
   [ -f "$out/results/$table.md" ] && printf '\n%s\n' "$table" && tail -n +5 "$out/results/$table.md"

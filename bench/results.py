@@ -41,10 +41,14 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(facts: dict[str, Any]) -> str:
-    """Return the folder of a machine's results: `nvidia-h200`, `xeon-2-cores`."""
+    """Return the folder of a machine's results: `nvidia-h200`, `epyc-25.17-2-cores`.
+
+    A processor's family and model are in it: a virtual machine's "EPYC" may be of any generation.
+    """
     if "gpu" in facts:
         return _slug(facts["gpu"])
-    name = re.sub(r"\(R\)|\(TM\)|\(.*?\)|@.*|\b(Intel|AMD|CPU|Processor)\b", " ", facts["cpu"])
+    cpu = re.sub(r"\(family (\d+) model (\d+)\)", r" \1.\2 ", facts["cpu"])
+    name = re.sub(r"\(.*?\)|@ \S+|\b(Intel|AMD|CPU|Processor)\b", " ", cpu)
     return f"{_slug(name) or 'cpu'}-{facts['cores']}-cores"
 
 

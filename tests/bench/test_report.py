@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import report
 import tables
-from results import number, read
+from results import device_name, number, read
 
 
 def row(name: str, **columns: Any) -> dict[str, Any]:
@@ -128,3 +128,17 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, folder):
     assert report.main([str(folder)]) == 2
     assert report.BEGIN in capsys.readouterr().err
     assert readme.read_text() == "no markers"
+
+
+@pytest.mark.parametrize(
+    ("facts", "folder"),
+    [
+        ({"gpu": "NVIDIA H200", "cpu": "AMD EPYC"}, "nvidia-h200"),
+        ({"cpu": "AMD EPYC (family 25 model 1)"}, "epyc-25.1-2-cores"),
+        ({"cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6 model 79)"}, "xeon-6.79-2-cores"),
+        ({"cpu": "unknown (family None model None)"}, "unknown-2-cores"),
+        ({"cpu": ""}, "cpu-2-cores"),
+    ],
+)
+def test_generations_of_one_processor_get_folders_of_their_own(facts, folder):
+    assert device_name({"cores": 2, **facts}) == folder
