@@ -53,7 +53,7 @@ def _draw(x: Tensor, p: float, generator: torch.Generator) -> tuple[Tensor, Tens
 @functools.lru_cache(maxsize=64)
 def _scale(p: float, dtype: torch.dtype) -> float:
     """What is kept is multiplied by this: 1 / (1 - p) as `dtype` holds it."""
-    return torch.ones((), dtype=dtype).div_(1.0 - p).item()
+    return torch.ones((), dtype=dtype, device="cpu").div_(1.0 - p).item()
 
 
 @functools.cache
@@ -61,7 +61,7 @@ def _draws_are_known(dtype: torch.dtype) -> bool:
     """Tell whether the op is there and makes torch's draws: asked of torch itself, once."""
     if dtype not in ops.COMPILED_DTYPES or ops.load_compiled("cpu") is not None:
         return False
-    x = torch.ones(2000, dtype=dtype)
+    x = torch.ones(2000, dtype=dtype, device="cpu")
     mine, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     drawn = _draw(x, 0.3, mine)
     noise = torch.empty_like(x).bernoulli_(0.7, generator=other)

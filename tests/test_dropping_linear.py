@@ -43,7 +43,9 @@ def chosen(caplog: pytest.LogCaptureFixture, call: Any) -> list[str]:
 
 @pytest.mark.parametrize("needs", ["xabc", "xwabc", "ab", "x", "b", "wc"])
 @pytest.mark.parametrize("shape", [(M, K), (2, 3, 61, K), (70000, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
 def test_values_gradients_and_draws(
     dtype: torch.dtype, shape: tuple[int, ...], needs: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -153,6 +153,17 @@ def test_draws_of_another_thread_are_not_undone(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_default_device_may_be_another(by_the_op: None) -> None:
+    x = torch.randn(1000)
+    expected, _, _ = drawn_by_torch(x, 0.2, 6, 0)
+    lora_fast.dropout._scale.cache_clear()
+    lora_fast.dropout._draws_are_known.cache_clear()
+    torch.manual_seed(6)
+    with torch.device("meta"):
+        dropped, _ = dropout(x, 0.2)
+    assert torch.equal(dropped, expected)
+
+
 def arguments(**changed: Tensor) -> dict[str, Any]:
     x = torch.ones(8)
     tensors = {
