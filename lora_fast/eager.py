@@ -109,7 +109,8 @@ class _LowRankLinear(torch.autograd.Function):
             ):
                 torch.mm(dy[:, lo:hi], b_block, out=out)
             ds.mul_(scaling * ctx.keep_scale)
-            keep2 = None if keep is None else keep.reshape(x2.shape).to(x2.dtype)
+            # As bytes, which torch converts in vectors; bool it converts one by one.
+            keep2 = None if keep is None else keep.view(torch.uint8).reshape(x2.shape).to(x2.dtype)
             dropped = x2 if keep2 is None else x2 * keep2
             if need_A:
                 dA = ds.t() @ dropped
