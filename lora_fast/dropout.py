@@ -20,7 +20,7 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Return `F.dropout(x, p)`, bit for bit, and what of x was kept.
 
     Args:
-        x: a plain tensor on a CPU, any shape and strides.
+        x: a plain tensor, any shape and strides; what is not on a CPU is torch's to draw.
         p: rate in (0, 1].
 
     Returns:
@@ -28,7 +28,7 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """
     if p == 1.0:
         return x * 0.0, torch.zeros_like(x, dtype=torch.bool)
-    if x.numel() >= _FEW and x.is_contiguous() and _draws_are_known(x.dtype):
+    if x.is_cpu and x.numel() >= _FEW and x.is_contiguous() and _draws_are_known(x.dtype):
         drawn = _draw(x, p, torch.default_generator)
         if drawn is not None:
             return drawn

@@ -131,6 +131,13 @@ def test_what_the_op_does_not_serve_is_torchs(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_another_device_is_left_to_torch(known: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "dropout_", None)
+    dropped, keep = dropout(torch.empty(100, 100, device="meta"), 0.3)
+    assert dropped.is_meta and keep.is_meta
+    assert keep.dtype == torch.bool
+
+
 def test_draws_of_another_thread_are_not_undone(
     by_the_op: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
