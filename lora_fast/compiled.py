@@ -4,9 +4,10 @@
 `lora_fast.reference`, which keeps a copy of the weight.
 """
 
+import functools
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,18 +63,25 @@ def merge(requests: Sequence[Merge]) -> list[MergeRecord | None]:
         A record for each, or None where a finite element would become infinite or NaN; that weight
         is as it was.
     """
-    records: list[MergeRecord | None] = [None] * len(requests)
-    left = {i: _new_job(request) for i, request in enumerate(requests)}
-    while left:
-        status = _run(ops.merge_, left.values())
-        failed = {i for i, lengths in zip(left, status, strict=True) if min(lengths) < 0}
-        # After a failure the op has put every weight back: go on with the others.
-        for i, lengths in zip(list(left), status, strict=True):
-            if not failed:
-                records[i] = left.pop(i).record(lengths)
-            elif i in failed:
-                job = left.pop(i)
-                records[i] = None if _NOT_FINITE in lengths else _merge_with_copy(job.request)
+    jobs = [_new_job(request) for request in requests]
+    status = _run(ops.merge_, jobs)
+    if all(min(lengths) >= 0 for lengths in status):
+        return [job.record(lengths) for job, lengths in zip(jobs, status, strict=True)]
+    # The op has put every weight back.
+    if len(requests) > 1:
+        return _merge_each(requests)
+    return [None if _NOT_FINITE in status[0] else _merge_with_copy(requests[0])]
+
+
+def _merge_each(requests: Sequence[Merge]) -> list[MergeRecord | None]:
+    records: list[MergeRecord | None] = []
+    try:
+        for request in requests:
+            records += merge([request])
+    except BaseException:
+        done = [(r.weight, record) for r, record in zip(requests, records, strict=False) if record]
+        unmerge([weight for weight, _ in done], [record for _, record in done])
+        raise
     return records
 
 
@@ -81,14 +89,15 @@ def unmerge(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
     """Restore weights of one device and dtype that `merge` merged."""
     jobs = []
     for weight, record in zip(weights, records, strict=True):
-        if record.original is not None:
-            weight.copy_(record.original)
-            continue
-        factors = (record.lora_A, record.lora_B, record.scaling)
-        request = Merge(weight, *factors, **record.blocks())
-        jobs.append(_Job(request, _blocks(request), record.codes))
+        if record.original is None:
+            factors = (record.lora_A, record.lora_B, record.scaling)
+            request = Merge(weight, *factors, record.enable_lora, record.out_splits)
+            jobs.append(_Job(request, _blocks(request), record.codes))
     if jobs:
         _run(ops.unmerge_, jobs)
+    for weight, record in zip(weights, records, strict=True):
+        if record.original is not None:
+            weight.copy_(record.original)
 
 
 class _Job(NamedTuple):
@@ -100,42 +109,39 @@ class _Job(NamedTuple):
 
     def record(self, lengths: Sequence[int]) -> MergeRecord:
         """Return the record of a merge whose overflow lists have these lengths."""
-        codes = []
-        for (code, index, value), n in zip(self.codes, lengths, strict=True):
-            # Copies: a slice would keep all the room of a list that is nearly always empty.
-            kept = (t[:n].clone() if n else t.new_empty(0) for t in (index, value))
-            codes.append(Code(code, *kept))
-        return _record(self.request, None, tuple(codes))
+        codes = tuple(map(_fitted, self.codes, lengths))
+        return _record(self.request, None, codes)
 
 
-def _run(op: Callable[..., Tensor | None], jobs: Collection[_Job]) -> list[list[int]]:
+def _run(op: Callable[..., Tensor | None], jobs: Sequence[_Job]) -> list[list[int]]:
     """Call `op` for all blocks of all jobs; return what it says of each job's blocks."""
-    blocks = [block for job in jobs for block in job.blocks]
-    codes = [code for job in jobs for code in job.codes]
-    scalings = [float(job.request.scaling) for job in jobs for _ in job.blocks]
-    status = op(*_columns(blocks), scalings, *_columns(codes))
+    rows = [
+        (*block, float(request.scaling), *code)
+        for request, blocks, codes in jobs
+        for block, code in zip(blocks, codes, strict=True)
+    ]
+    status = op(*map(list, zip(*rows, strict=True)))
     for job in jobs:
         _count_version(job.request.weight)
-    lengths = iter([] if status is None else status.tolist())
+    if status is None:
+        return []
+    lengths = iter(status.tolist())
     return [list(itertools.islice(lengths, len(job.blocks))) for job in jobs]
-
-
-def _columns(rows: Sequence[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
-    return map(list, zip(*rows, strict=True))
 
 
 def _blocks(request: Merge) -> list[reference.DeltaBlock]:
     """The blocks of a weight that one product B A each covers, none over `_MOST` elements."""
+    weight, lora_A, lora_B, _, enable_lora, out_splits = request
+    if weight.requires_grad:
+        weight = weight.detach()
     found = []
-    for weight, lora_A, lora_B in reference.delta_blocks(
-        request.weight, request.lora_A, request.lora_B, request.enable_lora, request.out_splits
-    ):
-        if weight.numel() <= _MOST:
-            found.append((weight, lora_A, lora_B))
+    for block in reference.delta_blocks(weight, lora_A, lora_B, enable_lora, out_splits):
+        if block[0].numel() <= _MOST:
+            found.append(block)
             continue
-        rows = max(1, _MOST // weight.shape[1])
-        parts = zip(weight.split(rows), lora_B.split(rows), strict=True)
-        found += [(part, lora_A, part_B) for part, part_B in parts]
+        rows = max(1, _MOST // block[0].shape[1])
+        parts = zip(block[0].split(rows), block[2].split(rows), strict=True)
+        found += [(part, block[1], part_B) for part, part_B in parts]
     return found
 
 
@@ -143,12 +149,36 @@ def _new_job(request: Merge) -> _Job:
     blocks = _blocks(request)
     codes = []
     for weight, _, _ in blocks:
+        code = torch.empty_like(weight, dtype=torch.int8)
         room = int(weight.numel() * _LIST_BYTES / (4 + weight.element_size()))
-        index = torch.empty(room, dtype=torch.int32, device=weight.device)
-        codes.append(
-            Code(torch.empty_like(weight, dtype=torch.int8), index, weight.new_empty(room))
-        )
+        codes.append(Code(code, *(_new_list(weight, room) if room else _no_list(weight))))
     return _Job(request, blocks, codes)
+
+
+def _fitted(code: Code, length: int) -> Code:
+    """A code whose list has this length, as nearly always none."""
+    if length == code.places.numel():
+        return code
+    # Copies: a slice would keep all the room.
+    lists = (code.places, code.value)
+    kept = [t[:length].clone() for t in lists] if length else _no_list(code.value)
+    return Code(code.code, *kept)
+
+
+def _new_list(weight: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(room, dtype=torch.int32), weight.new_empty(room)
+
+
+def _no_list(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The empty list of a block, one for all: making it costs what merging a small layer does."""
+    return _empty_list(weight.dtype, weight.device)
+
+
+@functools.cache
+def _empty_list(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        places = torch.empty(0, dtype=torch.int32, device=device)
+        return places, torch.empty(0, dtype=dtype, device=device)
 
 
 def _merge_with_copy(request: Merge) -> MergeRecord | None:
@@ -159,8 +189,7 @@ def _merge_with_copy(request: Merge) -> MergeRecord | None:
         tuple(weight.shape),
     )
     original = weight.clone()
-    none = torch.empty(0, dtype=torch.int8, device=weight.device)
-    no_code = Code(none, none.to(torch.int32), weight.new_empty(0))
+    no_code = Code(weight.new_empty(0, dtype=torch.int8), *_no_list(weight))
     blocks = _blocks(request)
     (status,) = _run(ops.merge_, [_Job(request, blocks, [no_code] * len(blocks))])
     if min(status) < 0:
@@ -170,7 +199,7 @@ def _merge_with_copy(request: Merge) -> MergeRecord | None:
 
 
 def _record(request: Merge, original: Tensor | None, codes: tuple[Code, ...]) -> MergeRecord:
-    lora_A, lora_B = request.lora_A.detach().clone(), request.lora_B.detach().clone()
+    lora_A, lora_B = request.lora_A.clone(), request.lora_B.clone()
     weight, settings = request.weight, (request.scaling, request.enable_lora, request.out_splits)
     return MergeRecord(weight.shape, weight.dtype, original, lora_A, lora_B, *settings, codes=codes)
 

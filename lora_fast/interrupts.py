@@ -18,7 +18,7 @@ class held_back:  # noqa: N801, it is used like a function
         """Put a handler that takes note in the place of the one that is set."""
         self.received: list[tuple[int, FrameType | None]] = []
         self.handler: Any = None
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != threading.main_thread().ident:
             return
         handler = _signal.getsignal(_signal.SIGINT)
         if not callable(handler):  # ignored, the system's own, or not Python's

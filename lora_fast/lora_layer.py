@@ -15,7 +15,7 @@ from lora_fast.record import MergeRecord
 
 _log = logging.getLogger("lora_fast.merge")
 # Merging and unmerging is seldom and short: one lock for all layers keeps them picklable.
-_merge_lock = threading.RLock()
+merge_lock = threading.RLock()
 
 
 def identity(x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class MergingLayer:
         return readers.why_not_merge(self, owner) or fsdp.why_not_merge(owner)
 
     def _merge(self) -> None:
-        with _merge_lock:
+        with merge_lock:
             if self.merged:
                 return
             obstacle = self._obstacle() if self._has_adapter() else None
@@ -154,39 +154,42 @@ class MergingLayer:
 
     def _merge_now(self) -> None:
         """Merge, or raise with the weight and the layer as they were."""
-        with _merge_lock, interrupts.held_back():
+        with merge_lock, interrupts.held_back():
             if self._has_adapter():
-                owner = self._weight_owner()
-                fsdp.show_shard(owner)
-                weight: Tensor = owner.weight  # type: ignore[assignment]
-                target = self._as_delta(weight.detach())
-                factors = (self.lora_A, self.lora_B, self.scaling)
-                record = functional.merge_(target, *factors, **self._blocks())
-                self._remember(True, record, _version(weight))
+                arguments = self._merge_arguments()
+                self._remember(True, functional.merge_(*arguments, **self._blocks()))
             else:
-                self._remember(True, None, None)
+                self._remember(True, None)
+
+    def _merge_arguments(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        owner = self._weight_owner()
+        fsdp.show_shard(owner)
+        target = self._as_delta(owner.weight.detach())  # type: ignore[operator]
+        return target, self.lora_A, self.lora_B, self.scaling
 
     def _unmerge(self) -> None:
-        with _merge_lock, interrupts.held_back():
+        with merge_lock, interrupts.held_back():
             if not self.merged:
                 return
             if self._has_adapter():
-                owner = self._weight_owner()
-                fsdp.show_shard(owner)
-                weight = readers.stored_weight(owner)
-                if weight is None:
-                    raise RuntimeError(
-                        f"{self._described()}: the weight was decomposed (by weight norm, say) "
-                        "while the adapter was merged into it, and the base weight cannot be "
-                        "restored; call train() first, then decompose it"
-                    )
-                self._restore(self._as_delta(weight.detach()), self._record)
-            self._remember(False, None, None)
+                self._restore(self._merged_target(), self._record)
+            self._remember(False, None)
 
-    def _remember(
-        self, merged: bool, record: MergeRecord | None, version: tuple[int, int] | None
-    ) -> None:
+    def _merged_target(self) -> Tensor:
+        owner = self._weight_owner()
+        fsdp.show_shard(owner)
+        weight = readers.stored_weight(owner)
+        if weight is None:
+            raise RuntimeError(
+                f"{self._described()}: the weight was decomposed (by weight norm, say) while the "
+                "adapter was merged into it, and the base weight cannot be restored; call train() "
+                "first, then decompose it"
+            )
+        return self._as_delta(weight.detach())
+
+    def _remember(self, merged: bool, record: MergeRecord | None) -> None:
         """Set what belongs together, past `nn.Module.__setattr__`, which looks for parameters."""
+        version = None if record is None else _version(self._weight_owner().weight)
         self.__dict__.update(merged=merged, _record=record, _merged_version=version)
 
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:

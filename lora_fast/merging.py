@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lora_fast import checks, compiled, ops, reference, sharded
 from lora_fast.backend import Backend, decided, get_backend
+from lora_fast.compiled import Merge
 from lora_fast.record import MergeRecord
 
 
-@torch.no_grad()
 def merge_(
     weight: Tensor,
     lora_A: Tensor,
@@ -44,24 +44,81 @@ def merge_(
     """
     enable = None if enable_lora is None else [bool(e) for e in enable_lora]
     widths = None if out_splits is None else list(out_splits)
-    checks.delta_shapes("merge_", weight, lora_A, lora_B, enable, widths)
-    if sharded.is_dtensor(weight):
-        return sharded.merge_(weight, lora_A, lora_B, scaling, enable, widths)
-    lora_A, lora_B = sharded.whole(lora_A), sharded.whole(lora_B)
-    if _chosen("merge_", weight, lora_A, lora_B) is Backend.COMPILED:
-        request = compiled.Merge(weight.detach(), lora_A, lora_B, scaling, enable, widths)
-        (record,) = compiled.merge([request])
-        if record is None:
-            raise OverflowError(reference.overflow_message(weight))
-        return record
-    original = reference.merge_(
-        weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
-    )
-    factors = (lora_A.clone(), lora_B.clone(), scaling)
-    return MergeRecord(original.shape, original.dtype, original, *factors, enable, widths)
+    (record,) = merge_many([Merge(weight, lora_A, lora_B, scaling, enable, widths)])
+    if record is None:
+        raise OverflowError(reference.overflow_message(weight))
+    return record
 
 
 @torch.no_grad()
+def merge_many(requests: Sequence[Merge]) -> list[MergeRecord | None]:
+    """`merge_` weights of one device and dtype, in one call of the compiled ops.
+
+    Args:
+        requests: the arguments of `merge_` for each; no two weights share memory.
+
+    Returns:
+        For each the record with which `unmerge_` restores the weight, or None where a finite
+        element would become infinite or NaN; that weight is as it was.
+
+    Raises:
+        ValueError: factors do not fit their weight. After this or any other error no weight has
+            changed.
+    """
+    requests = [_checked(request) for request in requests]
+    served = [i for i, request in enumerate(requests) if _is_served(request)]
+    records: list[MergeRecord | None] = [None] * len(requests)
+    try:
+        if served:
+            found = compiled.merge([requests[i] for i in served])
+            for i, record in zip(served, found, strict=True):
+                records[i] = record
+        for i in sorted(set(range(len(requests))) - set(served)):
+            records[i] = _merge_alone(requests[i])
+    except BaseException:
+        for request, record in zip(requests, records, strict=True):
+            if record is not None:
+                unmerge_(request.weight, record)
+        raise
+    return records
+
+
+def _checked(request: Merge) -> Merge:
+    weight, lora_A, lora_B, *_, enable_lora, out_splits = request
+    checks.delta_shapes("merge_", weight, lora_A, lora_B, enable_lora, out_splits)
+    if sharded.is_dtensor(weight) or not (sharded.is_dtensor(lora_A) or sharded.is_dtensor(lora_B)):
+        return request
+    return request._replace(lora_A=sharded.whole(lora_A), lora_B=sharded.whole(lora_B))
+
+
+def _is_served(request: Merge) -> bool:
+    """Tell whether the compiled ops serve a request, and log what serves it."""
+    weight, lora_A, lora_B, *_ = request
+    if sharded.is_dtensor(weight):  # whose shard comes here again
+        return False
+    if get_backend() == Backend.REFERENCE.value:
+        reason: str | None = "chosen by set_backend"
+    else:
+        reason = compiled.why_not(weight, lora_A, lora_B)
+    chosen = Backend.COMPILED if reason is None else Backend.REFERENCE
+    decided("merge_", chosen, reason or "plain tensors")
+    return reason is None
+
+
+def _merge_alone(request: Merge) -> MergeRecord | None:
+    weight, lora_A, lora_B, scaling, enable_lora, out_splits = request
+    try:
+        if sharded.is_dtensor(weight):
+            return sharded.merge_(*request)
+        original = reference.merge_(
+            weight, lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits
+        )
+    except OverflowError:
+        return None
+    kept = (lora_A.clone(), lora_B.clone(), scaling, enable_lora, out_splits)
+    return MergeRecord(original.shape, original.dtype, original, *kept)
+
+
 def unmerge_(weight: Tensor, record: MergeRecord) -> None:
     """W <- the weight that `merge_` found, bit for bit.
 
@@ -74,6 +131,21 @@ def unmerge_(weight: Tensor, record: MergeRecord) -> None:
         ValueError: the record was used before, or is not of a weight of this shape, dtype and
             device. The weight is as it was.
     """
+    unmerge_many([weight], [record])
+
+
+@torch.no_grad()
+def unmerge_many(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
+    """`unmerge_` weights of one device and dtype, in one call of the compiled ops."""
+    local = [_checked_local(w, record) for w, record in zip(weights, records, strict=True)]
+    compiled.unmerge(local, records)
+    for weight, record in zip(weights, records, strict=True):
+        sharded.count_version(weight)
+        record.spent = True
+
+
+def _checked_local(weight: Tensor, record: MergeRecord) -> Tensor:
+    """Return this rank's part of a weight; refuse what the record does not belong to."""
     if not isinstance(record, MergeRecord):
         raise TypeError(
             f"unmerge_: record must be the MergeRecord that merge_ returned, got "
@@ -81,15 +153,10 @@ def unmerge_(weight: Tensor, record: MergeRecord) -> None:
         )
     local = sharded.local(weight)
     record.check(local)
-    if record.original is not None:
-        reference.unmerge_(local, record.original)
-    else:
-        reason = ops.load_compiled(local.device.type)
-        if reason is not None:
-            raise RuntimeError(f"unmerge_: the weight was merged by the compiled ops, and {reason}")
-        compiled.unmerge([local.detach()], [record])
-    sharded.count_version(weight)
-    record.spent = True
+    reason = None if record.original is not None else ops.load_compiled(local.device.type)
+    if reason is not None:
+        raise RuntimeError(f"unmerge_: the weight was merged by the compiled ops, and {reason}")
+    return local
 
 
 def explain(device: str) -> tuple[str, str]:
@@ -98,12 +165,3 @@ def explain(device: str) -> tuple[str, str]:
     if reason is None:
         return Backend.COMPILED.value, "one pass, about a byte a weight while merged"
     return Backend.REFERENCE.value, f"keeps a copy of the weight: {reason}"
-
-
-def _chosen(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Backend:
-    if get_backend() == Backend.REFERENCE.value:
-        return decided(op, Backend.REFERENCE, "chosen by set_backend")
-    reason = compiled.why_not(weight, lora_A, lora_B)
-    if reason is None:
-        return decided(op, Backend.COMPILED, "plain tensors")
-    return decided(op, Backend.REFERENCE, reason)

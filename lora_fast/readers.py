@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 
 def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
     """Say why the weight of `layer`, held by `owner`, must not be written to, if so."""
-    if getattr(layer, "max_norm", None) is not None:
+    if vars(layer).get("max_norm") is not None:  # getattr searches long for what is not there
         return "max_norm limits the rows of the base weight, not of the merged one"
     if "weight" not in owner._parameters:
         return "the weight is computed (parametrization, pruning or weight norm)"

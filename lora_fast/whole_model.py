@@ -1,10 +1,18 @@
 """Merging and unmerging all adapters of a model at once."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lora_fast.lora_layer import MergingLayer
+from lora_fast import interrupts, merging, reference, sharded
+from lora_fast.compiled import Merge
+from lora_fast.lora_layer import MergingLayer, merge_lock
+from lora_fast.record import MergeRecord
+
+Layers = dict[str, MergingLayer]
+# Weights from which a batch is merged, and Ctrl-C heard, before the next begins.
+_BATCH = 2**26
 
 
 def merge(model: nn.Module, *, progress: bool = False) -> int:
@@ -36,9 +44,9 @@ def merge(model: nn.Module, *, progress: bool = False) -> int:
         raise RuntimeError("merge: nothing was merged. " + "; ".join(obstacles))
     done: list[MergingLayer] = []
     try:
-        for name, layer in _shown(todo, "merge", progress):
-            done.append(layer)
-            _merge_named(name, layer)
+        for batch in _shown(todo, "merge", progress):
+            done += batch.values()
+            _merge_batch(batch)
     except BaseException:
         for layer in done:
             layer._unmerge()
@@ -64,9 +72,9 @@ def unmerge(model: nn.Module, *, progress: bool = False) -> int:
         raise ValueError("unmerge: no LoRA layer of the model is merged")
     done: list[MergingLayer] = []
     try:
-        for _, layer in _shown(todo, "unmerge", progress):
-            done.append(layer)
-            layer._unmerge()
+        for batch in _shown(todo, "unmerge", progress):
+            done += batch.values()
+            _unmerge_batch(batch)
     except BaseException:
         for layer in done:
             if not layer.merged:
@@ -75,14 +83,43 @@ def unmerge(model: nn.Module, *, progress: bool = False) -> int:
     return len(done)
 
 
-def _merge_named(name: str, layer: MergingLayer) -> None:
-    try:
-        layer._merge_now()
-    except OverflowError as error:
-        raise RuntimeError(f"merge: nothing was merged. {name or 'the model'}: {error}") from error
+def _merge_batch(batch: Layers) -> None:
+    """Merge layers of one device and dtype together, on a GPU by one launch."""
+    with merge_lock, interrupts.held_back():
+        requests = [Merge(*m._merge_arguments(), **m._blocks()) for m in batch.values()]
+        records = merging.merge_many(requests)
+        for layer, record in zip(batch.values(), records, strict=True):
+            if record is not None:
+                layer._remember(True, record)
+    for (name, layer), record in zip(batch.items(), records, strict=True):
+        if record is None:
+            weight: Any = layer._weight_owner().weight
+            why = reference.overflow_message(weight)
+            raise RuntimeError(f"merge: nothing was merged. {name or 'the model'}: {why}")
 
 
-def _adapted(model: nn.Module) -> dict[str, MergingLayer]:
+def _unmerge_batch(batch: Layers) -> None:
+    """Unmerge layers likewise; those whose weight somebody changed, each by itself."""
+    with merge_lock, interrupts.held_back():
+        found = [(layer, _restorable(layer)) for layer in batch.values()]
+        together = [(layer, *pair) for layer, pair in found if pair is not None]
+        merging.unmerge_many([t for _, t, _ in together], [r for _, _, r in together])
+        for layer, _, _ in together:
+            layer._remember(False, None)
+        for layer, pair in found:
+            if pair is None:
+                layer._unmerge()
+
+
+def _restorable(layer: MergingLayer) -> tuple[Tensor, MergeRecord] | None:
+    """A merged weight and its record, if that is all it takes to restore it."""
+    target, record = layer._merged_target(), layer._record
+    if record is None or sharded.is_dtensor(target) or layer._changed_while_merged(target, record):
+        return None
+    return target, record
+
+
+def _adapted(model: nn.Module) -> Layers:
     return {
         name: module
         for name, module in model.named_modules()
@@ -90,13 +127,32 @@ def _adapted(model: nn.Module) -> dict[str, MergingLayer]:
     }
 
 
-def _shown(
-    layers: dict[str, MergingLayer], what: str, progress: bool
-) -> Iterator[tuple[str, MergingLayer]]:
-    pairs = list(layers.items())
+def _batches(layers: Layers) -> list[Layers]:
+    """Layers whose weights have one device and dtype, up to a size."""
+    batches: list[Layers] = []
+    open_batches: dict[Any, Layers] = {}
+    room: dict[Any, int] = {}
+    for name, layer in layers.items():
+        weight: Any = layer._weight_owner().weight
+        kind = (weight.device, weight.dtype)
+        if room.get(kind, 0) <= 0:
+            open_batches[kind] = {}
+            batches.append(open_batches[kind])
+            room[kind] = _BATCH
+        open_batches[kind][name] = layer
+        room[kind] -= weight.numel()
+    return batches
+
+
+def _shown(layers: Layers, what: str, progress: bool) -> Iterator[Layers]:
+    """Yield layers in batches; show on request how many are done."""
+    batches = _batches(layers)
     if not progress:
-        yield from pairs
+        yield from batches
         return
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    yield from tqdm(pairs, desc=what, unit="layer")
+    with tqdm(total=len(layers), desc=what, unit="layer") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fast as lora
-from lora_fast import compiled, functional, interrupts
+from lora_fast import compiled, functional, interrupts, ops, whole_model
 from lora_fast.testing import randomize_
 
 
@@ -90,9 +90,18 @@ def test_a_tied_weight_is_named_before_anything_is_merged() -> None:
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("name", ["merge", "unmerge"])
+@pytest.mark.parametrize("batches", ["of a layer each", "of a dtype each"])
 def test_an_exception_in_the_middle_leaves_every_layer_as_it_was(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch, name: str, error: type[BaseException]
+    model: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    batches: str,
+    name: str,
+    error: type[BaseException],
 ) -> None:
+    if batches == "of a layer each":
+        monkeypatch.setattr(whole_model, "_BATCH", 1)
+    else:
+        model[3].bfloat16()
     if name == "unmerge":
         lora.merge(model)
     before, states = weights(model), merged(model)
@@ -110,6 +119,113 @@ def test_an_exception_in_the_middle_leaves_every_layer_as_it_was(
         getattr(lora, name)(model)
     assert merged(model) == states
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+@pytest.fixture
+def close(model: nn.Module) -> nn.Module:
+    """The model with deltas far below the weights, whose code is enough."""
+    with torch.no_grad():
+        for layer in (model[0], model[1], model[3]):
+            layer.lora_B.mul_(1e-3)
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Every call of the ops: its name, and how many blocks it was given."""
+    seen = []
+
+    def counting(name: str, op: Any) -> Any:
+        def call(weight: list[Tensor], *args: Any) -> Any:
+            seen.append((name, len(weight)))
+            return op(weight, *args)
+
+        return call
+
+    for name in ("merge_", "unmerge_"):
+        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
+    return seen
+
+
+def test_layers_of_one_dtype_are_merged_by_one_call(
+    close: nn.Module, calls: list[tuple[str, int]]
+) -> None:
+    """The Embedding, two blocks of the MergedLinear, and in another dtype the Linear."""
+    close[3].bfloat16()
+    before = weights(close)
+    lora.merge(close)
+    lora.unmerge(close)
+    assert calls == [("merge_", 3), ("merge_", 1), ("unmerge_", 3), ("unmerge_", 1)]
+    assert all(torch.equal(a, b) for a, b in zip(weights(close), before, strict=True))
+
+
+def test_batches_are_of_a_size(
+    close: nn.Module, calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_model, "_BATCH", 30 * 16 + 1)
+    lora.merge(close)
+    assert calls == [("merge_", 3), ("merge_", 1)]
+
+
+def test_a_layer_that_needs_a_copy_is_merged_beside_the_others(
+    close: nn.Module, calls: list[tuple[str, int]]
+) -> None:
+    """Deltas far above the weights of one layer: all are put back, and each is merged by itself."""
+    with torch.no_grad():
+        close[3].lora_B.mul_(1e9)
+    before = weights(close)
+    lora.merge(close)
+    assert [m._record.original is None for m in (close[0], close[1], close[3])] == [1, 1, 0]
+    assert calls == [("merge_", n) for n in (4, 1, 2, 1, 1)]
+    lora.unmerge(close)
+    assert all(torch.equal(a, b) for a, b in zip(weights(close), before, strict=True))
+
+
+def test_an_error_while_each_is_merged_by_itself_undoes_the_others(
+    close: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        close[3].lora_B.mul_(1e9)
+    before = weights(close)
+
+    def no_memory(request: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(compiled, "_merge_with_copy", no_memory)
+    with pytest.raises(MemoryError):
+        lora.merge(close)
+    assert merged(close) == [False] * 3
+    assert all(torch.equal(a, b) for a, b in zip(weights(close), before, strict=True))
+
+
+def test_a_weight_that_was_written_to_while_merged_keeps_the_change(close: nn.Module) -> None:
+    before = weights(close)
+    lora.merge(close)
+    with torch.no_grad():
+        close[3].weight.add_(0.5)
+    lora.unmerge(close)
+    now = weights(close)
+    torch.testing.assert_close(now.pop(2), before.pop(2) + 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
+
+
+def test_what_the_ops_do_not_serve_is_merged_beside_the_rest(
+    close: nn.Module, calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = compiled.why_not
+    refused = close[3].weight
+
+    def refusing(weight: Tensor, *factors: Tensor) -> str | None:
+        return "no" if weight.data_ptr() == refused.data_ptr() else original(weight, *factors)
+
+    monkeypatch.setattr(compiled, "why_not", refusing)
+    before, ids = weights(close), torch.randint(30, (5,))
+    expected = close(ids)
+    lora.merge(close)
+    assert calls == [("merge_", 3)]
+    torch.testing.assert_close(close(ids), expected)
+    lora.unmerge(close)
+    assert all(torch.equal(a, b) for a, b in zip(weights(close), before, strict=True))
 
 
 def test_a_merge_that_ctrl_c_hits_is_finished_first() -> None:
