@@ -92,7 +92,7 @@ def unmerge(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
         if record.original is None:
             factors = (record.lora_A, record.lora_B, record.scaling)
             request = Merge(weight, *factors, record.enable_lora, record.out_splits)
-            jobs.append(_Job(request, _blocks(request), record.codes))
+            jobs.append(_Job(request, _blocks(request), record.codes, factors[:2]))
     if jobs:
         _run(ops.unmerge_, jobs)
     for weight, record in zip(weights, records, strict=True):
@@ -101,23 +101,27 @@ def unmerge(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
 
 
 class _Job(NamedTuple):
-    """A merge, the blocks that its weight is cut into, and the code for each of them."""
+    """A merge, the blocks that its weight is cut into, the code for each, and copies of A and B.
+
+    They are made before the op runs: without them, for want of memory, a merge could not be undone.
+    """
 
     request: Merge
     blocks: Sequence[reference.DeltaBlock]
     codes: Sequence[Code]
+    copies: tuple[Tensor, Tensor]
 
     def record(self, lengths: Sequence[int]) -> MergeRecord:
         """Return the record of a merge whose overflow lists have these lengths."""
         codes = tuple(map(_fitted, self.codes, lengths))
-        return _record(self.request, None, codes)
+        return _record(self, None, codes)
 
 
 def _run(op: Callable[..., Tensor | None], jobs: Sequence[_Job]) -> list[list[int]]:
     """Call `op` for all blocks of all jobs; return what it says of each job's blocks."""
     rows = [
         (*block, float(request.scaling), *code)
-        for request, blocks, codes in jobs
+        for request, blocks, codes, _ in jobs
         for block, code in zip(blocks, codes, strict=True)
     ]
     status = op(*map(list, zip(*rows, strict=True)))
@@ -152,7 +156,11 @@ def _new_job(request: Merge) -> _Job:
         code = torch.empty_like(weight, dtype=torch.int8)
         room = int(weight.numel() * _LIST_BYTES / (4 + weight.element_size()))
         codes.append(Code(code, *(_new_list(weight, room) if room else _no_list(weight))))
-    return _Job(request, blocks, codes)
+    return _Job(request, blocks, codes, _copies(request))
+
+
+def _copies(request: Merge) -> tuple[Tensor, Tensor]:
+    return request.lora_A.clone(), request.lora_B.clone()
 
 
 def _fitted(code: Code, length: int) -> Code:
@@ -191,16 +199,18 @@ def _merge_with_copy(request: Merge) -> MergeRecord | None:
     original = weight.clone()
     no_code = Code(weight.new_empty(0, dtype=torch.int8), *_no_list(weight))
     blocks = _blocks(request)
-    (status,) = _run(ops.merge_, [_Job(request, blocks, [no_code] * len(blocks))])
+    job = _Job(request, blocks, [no_code] * len(blocks), _copies(request))
+    (status,) = _run(ops.merge_, [job])
     if min(status) < 0:
         weight.copy_(original)
         return None
-    return _record(request, original, ())
+    return _record(job, original, ())
 
 
-def _record(request: Merge, original: Tensor | None, codes: tuple[Code, ...]) -> MergeRecord:
-    lora_A, lora_B = request.lora_A.clone(), request.lora_B.clone()
-    weight, settings = request.weight, (request.scaling, request.enable_lora, request.out_splits)
+def _record(job: _Job, original: Tensor | None, codes: tuple[Code, ...]) -> MergeRecord:
+    weight, _, _, scaling, enable_lora, out_splits = job.request
+    lora_A, lora_B = job.copies
+    settings = (scaling, enable_lora, out_splits)
     return MergeRecord(weight.shape, weight.dtype, original, lora_A, lora_B, *settings, codes=codes)
 
 

@@ -198,6 +198,22 @@ def test_an_error_while_each_is_merged_by_itself_undoes_the_others(
     assert all(torch.equal(a, b) for a, b in zip(weights(close), before, strict=True))
 
 
+def test_no_memory_for_the_copies_of_the_factors_changes_nothing(
+    close: nn.Module, calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = weights(close)
+
+    def no_memory(request: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(compiled, "_copies", no_memory)
+    with pytest.raises(MemoryError):
+        lora.merge(close)
+    assert calls == []
+    assert merged(close) == [False] * 3
+    assert all(torch.equal(a, b) for a, b in zip(weights(close), before, strict=True))
+
+
 def test_a_weight_that_was_written_to_while_merged_keeps_the_change(close: nn.Module) -> None:
     before = weights(close)
     lora.merge(close)
