@@ -42,7 +42,8 @@ GUARDS = (
     Guard(LayerRow("MergedLinear", 1024, 512, 16, 0.0, FP32, True), LORALIB, 2.3, 1.6),
     Guard(LayerRow("Embedding", 1024, 512, 16, 0.0, FP32, True), LORALIB, 0.97, 0.85),
     Guard(LayerRow("Conv2d", 64, 1024, 16, 0.0, FP32, True), LORALIB, 0.97, 0.85),
-    # With AVX2 alone the sums take longer than memory: 2.5 on an EPYC of family 25 model 1.
+    # With AVX2 alone the sums take longer than memory: 2.5 here on an EPYC
+    # of family 25 model 1, 2026-11-27.
     Guard(MergeRow("Linear-4096x4096", 16, FP32), LORALIB, 8.0, 1.8),
     # At most 1.5 times two clones.
     Guard(MergeRow("Linear-4096x4096", 16, FP32), CLONES, 1 / 1.5, 0.4),
