@@ -103,8 +103,10 @@ class Merger {
     alignas(64) Bits before[kTileCols];
     alignas(64) Bits after[kTileRows * kTileCols];
     alignas(64) int8_t code[kTileRows * kTileCols];
-    alignas(64) Bits spare_weight[kTileCols];  // zeros, for the rows that a tile lacks
-    alignas(64) int8_t spare_code[kTileCols];  // and for codes that nobody keeps
+    // For the rows that a tile lacks, and codes that nobody keeps; zeros, as any other number might
+    // stop the cells.
+    alignas(64) Bits spare_weight[kTileCols] = {};
+    alignas(64) int8_t spare_code[kTileCols] = {};
   };
 
   void add_tasks(size_t index, int64_t threads) {

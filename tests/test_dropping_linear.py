@@ -16,7 +16,8 @@ M, K, N, R, P = 256, 300, 70, 4, 0.25  # M K is over the number from which it pa
 
 def problem(shape: tuple[int, ...] = (M, K)) -> list[Tensor]:
     torch.manual_seed(0)
-    shapes = (shape, (N, K), (R, K), (N, R), (N,))
+    k = shape[-1]
+    shapes = (shape, (N, k), (R, k), (N, R), (N,))
     return [torch.randn(s, dtype=torch.float64) / 4 for s in shapes]
 
 
@@ -51,11 +52,7 @@ def test_values_gradients_and_draws(
     dtype: torch.dtype, shape: tuple[int, ...], needs: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """torch draws the same numbers in every dtype, so fp64 has the same mask."""
-    torch.manual_seed(0)
-    k = shape[-1]
-    shapes = (shape, (N, k), (R, k), (N, R), (N,))
-    wide = [torch.randn(s, dtype=torch.float64) / 4 for s in shapes]
-    tensors = [t.to(dtype) for t in wide]
+    tensors = [t.to(dtype) for t in problem(shape)]
     found: list[Tensor] = []
     said = chosen(caplog, lambda: found.extend(results(tensors, "auto", needs)))
     assert said == ["lora_linear -> eager: not a CUDA tensor"]
