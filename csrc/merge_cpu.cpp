@@ -27,22 +27,25 @@ struct Task {
   int64_t row, row_end, col, col_end;
 };
 
-// Up to kTileRows x kTileCols weights, and what is summed for them.
-template <class Compute>
+// Some of the weights of an item.
 struct Part {
   int64_t row, rows, col, cols;
-  const Compute* left;                  // [rank][kTileRows]
-  const Compute* right;                 // [rank][kTileCols]
-  const Compute* left_pairs = nullptr;  // the same as pairs, where their products are exact
-  const Compute* right_pairs = nullptr;
 
   int64_t index(const Item& item, int64_t r) const { return (row + r) * item.cols + col; }
 
   // Some of its rows and columns, counted from its first.
   Part part(int64_t first_row, int64_t end_row, int64_t first_col, int64_t end_col) const {
-    return {row + first_row,  end_row - first_row, col + first_col, end_col - first_col, left,
-            right + first_col};
+    return {row + first_row, end_row - first_row, col + first_col, end_col - first_col};
   }
+};
+
+// Up to kTileRows x kTileCols weights, and what is summed for them.
+template <class Compute>
+struct Tile : Part {
+  const Compute* left;                  // [rank][kTileRows]
+  const Compute* right;                 // panels of [rank][kPanelCols]
+  const Compute* left_pairs = nullptr;  // the same as pairs, where their products are exact
+  const Compute* right_pairs = nullptr;
 };
 
 // What the threads find out about one item, and how far each task got.
@@ -62,7 +65,7 @@ template <class F>
 class Merger {
   using Bits = typename F::Bits;
   using Compute = typename F::Compute;
-  using Tile = Part<Compute>;
+  using Tile = lora_fast::Tile<Compute>;
 
  public:
   explicit Merger(const std::vector<Item>& items)
@@ -94,7 +97,8 @@ class Merger {
 
  private:
   struct Scratch {
-    explicit Scratch(bool with_pairs) : right(kTileCols, with_pairs), left(kTileRows, with_pairs) {}
+    explicit Scratch(bool with_pairs)
+        : right(kPanelCols, with_pairs), left(kTileRows, with_pairs) {}
 
     Panel<F> right;                  // of all column tiles of a task
     const Task* right_of = nullptr;  // a task with this right factor
@@ -115,7 +119,7 @@ class Merger {
     weights_ += item.numel();
     const int64_t rows = std::min(kTaskRows, even_part(item.rows, 4 * threads, kTileRows));
     const int64_t bytes = std::max<int64_t>(1, item.rank * kTileCols * sizeof(Compute));
-    const int64_t most = std::max<int64_t>(1, kRightBytes / bytes) * kTileCols;
+    const int64_t most = std::max<int64_t>(1, right_bytes() / bytes) * kTileCols;
     const int64_t cols = even_part(item.cols, (item.cols + most - 1) / most, kTileCols);
     for (int64_t col = 0; col < item.cols; col += cols) {
       for (int64_t row = 0; row < item.rows; row += rows) {
@@ -152,7 +156,7 @@ class Merger {
       tile.left_pairs = has_pairs ? scratch.left.pairs(0) : nullptr;
       for (tile.col = task.col; tile.col < task.col_end; tile.col += kTileCols) {
         tile.cols = std::min<int64_t>(kTileCols, task.col_end - tile.col);
-        const int64_t part = (tile.col - task.col) / kTileCols;
+        const int64_t part = (tile.col - task.col) / kPanelCols;
         tile.right = scratch.right.values(part);
         tile.right_pairs = has_pairs ? scratch.right.pairs(part) : nullptr;
         if (mode == Mode::kMerge) {
@@ -189,60 +193,61 @@ class Merger {
     return rows;
   }
 
-  void accumulate(const Item& item, const Tile& tile, Scratch& scratch) {
-    kernels_.accumulate(tile.left, tile.right, item.rank, tile.cols, scratch.acc);
+  // The sums of the columns from begin to end of a tile, in scratch.acc.
+  void accumulate(
+      const Item& item, const Tile& tile, int64_t begin, int64_t end, Scratch& scratch) {
+    kernels_.accumulate(tile.left, tile.right, item.rank, begin, end, scratch.acc);
   }
 
-  // Goes through a tile by cells, and with slow(part, sums), which may refuse, where they stop and
-  // where there are none. Returns the row and the column where it was refused; {0, cols} if never.
+  // Goes through a tile by cells, and with slow(part, sums), which may refuse, where those don't
+  // serve. Returns the row and the column where it was refused; {0, cols} if never.
   template <class Slow>
   Stop walk(
       const Item& item, const Tile& tile, typename Cells<F>::Pass Cells<F>::* which,
       Scratch& scratch, const Slow& slow) {
     const bool has_pairs = tile.left_pairs != nullptr;
-    const auto pass = (has_pairs ? kernels_.pair_cells : kernels_.cells).*which;
-    const Compute* left = has_pairs ? tile.left_pairs : tile.left;
-    const Compute* right = has_pairs ? tile.right_pairs : tile.right;
-    const int64_t steps = has_pairs ? scratch.left.steps() : item.rank;
+    const Cells<F>& cells = has_pairs ? kernels_.pair_cells : kernels_.cells;
     int64_t col = 0;
-    const auto rows = pass == nullptr ? std::nullopt : rows_of(item, tile, scratch);
-    while (rows) {
-      const Stop stop =
-          pass(left, right, steps, static_cast<Compute>(item.scaling), *rows, col, tile.cols);
+    const auto rows = cells.*which == nullptr ? std::nullopt : rows_of(item, tile, scratch);
+    if (rows) {
+      const auto slow_row = [&](int64_t row, int64_t at, const Compute* sums) {
+        return row >= tile.rows || slow(tile.part(row, row + 1, at, at + cells.cols), sums);
+      };
+      using SlowRow = decltype(slow_row);
+      const auto call = [](const void* context, int64_t row, int64_t at, const Compute* sums) {
+        return (*static_cast<SlowRow*>(context))(row, at, sums);
+      };
+      const Stop stop = (cells.*which)(
+          {has_pairs ? tile.left_pairs : tile.left, has_pairs ? tile.right_pairs : tile.right,
+           has_pairs ? scratch.left.steps() : item.rank, static_cast<Compute>(item.scaling), *rows,
+           tile.cols, call, &slow_row});
+      if (stop.row < kTileRows) return stop;
       col = stop.col;
-      if (stop.row == kTileRows) break;
-      const int64_t end = col + kernels_.cells.cols;
-      const Tile cell = tile.part(stop.row, tile.rows, col, end);
-      accumulate(item, cell, scratch);
-      if (!slow(cell, scratch.acc + stop.row * kTileCols)) return stop;
-      col = end;
     }
     if (col == tile.cols) return {0, col};
-    const Tile rest = tile.part(0, tile.rows, col, tile.cols);
-    accumulate(item, rest, scratch);
-    return {0, slow(rest, scratch.acc) ? tile.cols : col};
+    accumulate(item, tile, col, tile.cols, scratch);
+    const Part rest = tile.part(0, tile.rows, col, tile.cols);
+    return {0, slow(rest, scratch.acc + col) ? tile.cols : col};
   }
 
   // False, with the weights untouched, if this tile can't be merged.
   bool merge_tile(const Item& item, size_t index, const Tile& tile, Scratch& scratch) {
-    const auto merge = [&](const Tile& part, const Compute* sums) {
+    const auto merge = [&](const Part& part, const Compute* sums) {
       return merge_part(item, index, part, sums, scratch);
     };
     const Stop stop = walk(item, tile, &Cells<F>::merge, scratch, merge);
     if (stop.col == tile.cols) return true;
     if (item.code == nullptr) return false;
-    // Take back the rows before the one that was refused, of which the sums are still there, and
-    // the columns before it.
-    const int64_t end = stop.col + kernels_.cells.cols;
-    unmerge_part(item, tile.part(0, stop.row, stop.col, end), scratch.acc, scratch);
-    const Tile before = tile.part(0, tile.rows, 0, stop.col);
-    accumulate(item, before, scratch);
-    unmerge_part(item, before, scratch.acc, scratch);
+    // Take back the rows before the one that was refused, and the columns before it.
+    const int64_t end = std::min(stop.col + kernels_.cells.cols, tile.cols);
+    accumulate(item, tile, 0, end, scratch);
+    unmerge_part(item, tile.part(0, stop.row, stop.col, end), scratch.acc + stop.col, scratch);
+    unmerge_part(item, tile.part(0, tile.rows, 0, stop.col), scratch.acc, scratch);
     return false;
   }
 
   void unmerge_tile(const Item& item, const Tile& tile, Scratch& scratch) {
-    const auto unmerge = [&](const Tile& part, const Compute* sums) {
+    const auto unmerge = [&](const Part& part, const Compute* sums) {
       unmerge_part(item, part, sums, scratch);
       return true;
     };
@@ -251,25 +256,25 @@ class Merger {
 
   // False, with the weights untouched, if this part of a tile can't be merged.
   bool merge_part(
-      const Item& item, size_t index, const Tile& tile, const Compute* sums, Scratch& scratch) {
+      const Item& item, size_t index, const Part& part, const Compute* sums, Scratch& scratch) {
     Bits* weight = static_cast<Bits*>(item.weight);
     const Compute scaling = static_cast<Compute>(item.scaling);
     TileFlags flags;
-    for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t r = 0; r < part.rows; ++r) {
       const int64_t at = r * kTileCols;
       kernels_.merge(
-          gather(weight, item.weight_view, tile.index(item, r), tile.cols, scratch.before),
-          sums + at, scaling, tile.cols, scratch.after + at, scratch.code + at, flags);
+          gather(weight, item.weight_view, part.index(item, r), part.cols, scratch.before),
+          sums + at, scaling, part.cols, scratch.after + at, scratch.code + at, flags);
     }
     if (!flags.finite) return fail(index, kNotFinite);
-    if (item.code != nullptr && flags.overflow && !list_overflow(item, index, tile, scratch)) {
+    if (item.code != nullptr && flags.overflow && !list_overflow(item, index, part, scratch)) {
       return fail(index, kListFull);
     }
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t at = r * kTileCols, to = tile.index(item, r);
-      scatter(weight, item.weight_view, to, tile.cols, scratch.after + at);
+    for (int64_t r = 0; r < part.rows; ++r) {
+      const int64_t at = r * kTileCols, to = part.index(item, r);
+      scatter(weight, item.weight_view, to, part.cols, scratch.after + at);
       if (item.code == nullptr) continue;
-      scatter(item.code, item.code_view, to, tile.cols, scratch.code + at);
+      scatter(item.code, item.code_view, to, part.cols, scratch.code + at);
     }
     return true;
   }
@@ -280,40 +285,40 @@ class Merger {
     return false;
   }
 
-  // Appends the weights of a tile whose code is kOverflow; false if they don't all fit.
-  bool list_overflow(const Item& item, size_t index, const Tile& tile, const Scratch& scratch) {
+  // Appends the weights of a part whose code is kOverflow; false if they don't all fit.
+  bool list_overflow(const Item& item, size_t index, const Part& part, const Scratch& scratch) {
     int64_t count = 0;
-    for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t r = 0; r < part.rows; ++r) {
       const int8_t* code = scratch.code + r * kTileCols;
-      count += std::count(code, code + tile.cols, kOverflow);
+      count += std::count(code, code + part.cols, kOverflow);
     }
     std::atomic<int64_t>& size = outcomes_[index].overflow;
     int64_t at = size;
     do {
       if (at + count > item.overflow_size) return false;
     } while (!size.compare_exchange_weak(at, at + count));
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      for (int64_t c = 0; c < tile.cols; ++c) {
+    for (int64_t r = 0; r < part.rows; ++r) {
+      for (int64_t c = 0; c < part.cols; ++c) {
         if (scratch.code[r * kTileCols + c] != kOverflow) continue;
         item.overflow_index[at] =
-            static_cast<int32_t>(item.passed_index(tile.row + r, tile.col + c));
+            static_cast<int32_t>(item.passed_index(part.row + r, part.col + c));
         static_cast<Bits*>(item.overflow_value)[at++] =
-            static_cast<const Bits*>(item.weight)[item.weight_view.offset(tile.index(item, r) + c)];
+            static_cast<const Bits*>(item.weight)[item.weight_view.offset(part.index(item, r) + c)];
       }
     }
     return true;
   }
 
-  void unmerge_part(const Item& item, const Tile& tile, const Compute* sums, Scratch& scratch) {
+  void unmerge_part(const Item& item, const Part& part, const Compute* sums, Scratch& scratch) {
     Bits* weight = static_cast<Bits*>(item.weight);
     const Compute scaling = static_cast<Compute>(item.scaling);
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t at = tile.index(item, r);
+    for (int64_t r = 0; r < part.rows; ++r) {
+      const int64_t at = part.index(item, r);
       kernels_.unmerge(
-          gather(weight, item.weight_view, at, tile.cols, scratch.before), sums + r * kTileCols,
-          scaling, gather(item.code, item.code_view, at, tile.cols, scratch.code), tile.cols,
+          gather(weight, item.weight_view, at, part.cols, scratch.before), sums + r * kTileCols,
+          scaling, gather(item.code, item.code_view, at, part.cols, scratch.code), part.cols,
           scratch.after);
-      scatter(weight, item.weight_view, at, tile.cols, scratch.after);
+      scatter(weight, item.weight_view, at, part.cols, scratch.after);
     }
   }
 

@@ -45,7 +45,7 @@ LORA_FAST_VECTOR void accumulate_cell(
   for (int64_t j = 0; j < steps; ++j) {
     Floats value[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) value[v] = load_floats(right + j * kTileCols + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) value[v] = load_floats(right + j * kPanelCols + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kCellRows; ++r) {
       const Floats factor = repeat(left[j * kTileRows + r]);
@@ -173,29 +173,38 @@ LORA_FAST_TARGET __attribute__((noinline)) bool cell_row_with_subnormals(
   return cell_row<F, kMerge>(weight, code, {sum, next_sum}, {repeat(scaling)});
 }
 
-// From column begin on, until fewer columns than a cell has are left before end, or until a row of
-// a cell needs more than this.
-template <class F, bool kMerge>
-LORA_FAST_TARGET Stop run_cells(
-    const float* left, const float* right, int64_t steps, float scaling,
-    const TileRows<typename F::Bits>& rows, int64_t begin, int64_t end) {
-  const Constants<F> constants = {repeat(scaling)};
-  int64_t col = begin;
-  for (; col + kCellCols <= end; col += kCellCols) {
+template <class F>
+LORA_FAST_TARGET __attribute__((noinline)) bool slow_row(
+    const CellPass<F>& pass, int64_t row, int64_t col, Floats sum, Floats next_sum) {
+  float sums[kCellCols];
+  store_words(sums, as_words(sum));
+  store_words(sums + kLanes, as_words(next_sum));
+  return pass.slow(pass.context, row, col, sums);
+}
+
+// F is the format, V the vectors for it.
+template <class F, class V, bool kMerge>
+LORA_FAST_TARGET Stop run_cells(const CellPass<F>& pass) {
+  const Constants<V> constants = {repeat(pass.scaling)};
+  int64_t col = 0;
+  for (; col + kCellCols <= pass.cols; col += kCellCols) {
+    const float* right = panel_at(pass.right, pass.steps, col);
     for (int first = 0; first < kTileRows; first += kCellRows) {
       Sums sum;
-      accumulate_cell(left + first, right + col, steps, sum);
+      accumulate_cell(pass.left + first, right, pass.steps, sum);
 #pragma GCC unroll 8
       for (int r = 0; r < kCellRows; ++r) {
-        typename F::Bits* weight = rows.weight[first + r] + col;
-        int8_t* code = rows.code[first + r] + col;
-        bool is_done = cell_row<F, kMerge>(weight, code, sum[r], constants);
-        if constexpr (F::kFlushes) {
+        typename V::Bits* weight = pass.rows.weight[first + r] + col;
+        int8_t* code = pass.rows.code[first + r] + col;
+        bool is_done = cell_row<V, kMerge>(weight, code, sum[r], constants);
+        if constexpr (V::kFlushes) {
           is_done = is_done ||
-              cell_row_with_subnormals<typename F::Exact, kMerge>(
-                        weight, code, sum[r][0], sum[r][1], scaling);
+              cell_row_with_subnormals<typename V::Exact, kMerge>(
+                        weight, code, sum[r][0], sum[r][1], pass.scaling);
         }
-        if (!is_done) return {first + r, col};
+        if (!is_done && !slow_row<F>(pass, first + r, col, sum[r][0], sum[r][1])) {
+          return {first + r, col};
+        }
       }
     }
   }
@@ -205,9 +214,9 @@ LORA_FAST_TARGET Stop run_cells(
 template <class F>
 Cells<F> cells() {
   if constexpr (std::is_same_v<F, Bf16>) {
-    return {run_cells<Bf16Vectors, true>, run_cells<Bf16Vectors, false>, kCellCols};
+    return {run_cells<F, Bf16Vectors, true>, run_cells<F, Bf16Vectors, false>, kCellCols};
   } else if constexpr (std::is_same_v<F, Fp32> && !Bf16Vectors::kFlushes) {
-    return {run_cells<Fp32Vectors, true>, run_cells<Fp32Vectors, false>, kCellCols};
+    return {run_cells<F, Fp32Vectors, true>, run_cells<F, Fp32Vectors, false>, kCellCols};
   } else {
     return {};
   }

@@ -4,6 +4,9 @@
 // weight; merge_cpu_cells.h does what nearly all are faster. The bits are the same in all.
 #pragma once
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cfenv>
 
 #include "cpu_isa.h"
@@ -13,7 +16,17 @@
 namespace lora_fast {
 
 constexpr int64_t kTaskRows = 256;
-constexpr int64_t kRightBytes = 256 * 1024;  // of the packed right factor: what an L2 cache holds
+
+// Of the packed right factor: half of what the L2 cache holds.
+inline int64_t right_bytes() {
+  constexpr int64_t kLeast = 256 * 1024;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or less where it is not known
+  return std::max(kLeast, found / 2);
+#else
+  return kLeast;
+#endif
+}
 
 // Subnormals must count, and rounding must be to nearest, whatever the calling thread has set.
 class DefaultFloatEnvironment {
@@ -39,21 +52,20 @@ struct TileFlags {
 // for each four operations.
 template <int kRank, class Compute>
 LORA_FAST_INLINE void accumulate_some(
-    const Compute* __restrict left, const Compute* __restrict right, int64_t cols,
-    Compute* __restrict acc) {
+    const Compute* __restrict left, const Compute* __restrict right, Compute* __restrict acc) {
   constexpr int kRows = 4;
   for (int first = 0; first < kTileRows; first += kRows, acc += kRows * kTileCols) {
     Compute factor[kRows][kRank];
     for (int r = 0; r < kRows; ++r) {
       for (int j = 0; j < kRank; ++j) factor[r][j] = left[j * kTileRows + first + r];
     }
-    for (int64_t c = 0; c < cols; ++c) {
+    for (int c = 0; c < kPanelCols; ++c) {
       Compute sum[kRows];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) sum[r] = acc[r * kTileCols + c];
 #pragma GCC unroll 8
       for (int j = 0; j < kRank; ++j) {
-        const Compute value = right[j * kTileCols + c];
+        const Compute value = right[j * kPanelCols + c];
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) sum[r] = fused(factor[r][j], value, sum[r]);
       }
@@ -63,21 +75,26 @@ LORA_FAST_INLINE void accumulate_some(
   }
 }
 
+// acc[r, c] for the columns c from begin to end, and for those beside them in their panels.
 template <class Compute>
 LORA_FAST_INLINE void accumulate_tile(
-    const Compute* __restrict left, const Compute* __restrict right, int64_t rank, int64_t cols,
-    Compute* __restrict acc) {
-  cols = (cols + 7) / 8 * 8;  // right is padded with zeros
-  for (int64_t r = 0; r < kTileRows; ++r) std::fill_n(acc + r * kTileCols, cols, Compute{0});
-  int64_t j = 0;
-  for (; j + 8 <= rank; j += 8) {
-    accumulate_some<8>(left + j * kTileRows, right + j * kTileCols, cols, acc);
-  }
-  for (; j + 4 <= rank; j += 4) {
-    accumulate_some<4>(left + j * kTileRows, right + j * kTileCols, cols, acc);
-  }
-  for (; j < rank; ++j) {
-    accumulate_some<1>(left + j * kTileRows, right + j * kTileCols, cols, acc);
+    const Compute* __restrict left, const Compute* __restrict panels, int64_t rank, int64_t begin,
+    int64_t end, Compute* __restrict acc) {
+  for (int64_t c = begin / kPanelCols * kPanelCols; c < end; c += kPanelCols) {
+    const Compute* right = panel_at(panels, rank, c);
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      std::fill_n(acc + r * kTileCols + c, kPanelCols, Compute{0});
+    }
+    int64_t j = 0;
+    for (; j + 8 <= rank; j += 8) {
+      accumulate_some<8>(left + j * kTileRows, right + j * kPanelCols, acc + c);
+    }
+    for (; j + 4 <= rank; j += 4) {
+      accumulate_some<4>(left + j * kTileRows, right + j * kPanelCols, acc + c);
+    }
+    for (; j < rank; ++j) {
+      accumulate_some<1>(left + j * kTileRows, right + j * kPanelCols, acc + c);
+    }
   }
 }
 
@@ -121,7 +138,7 @@ template <class F>
 struct Kernels {
   using Bits = typename F::Bits;
   using Compute = typename F::Compute;
-  void (*accumulate)(const Compute*, const Compute*, int64_t, int64_t, Compute*);
+  void (*accumulate)(const Compute*, const Compute*, int64_t, int64_t, int64_t, Compute*);
   void (*merge)(const Bits*, const Compute*, Compute, int64_t, Bits*, int8_t*, TileFlags&);
   void (*unmerge)(const Bits*, const Compute*, Compute, const int8_t*, int64_t, Bits*);
   Cells<F> cells;
@@ -134,8 +151,9 @@ struct Kernels {
     using Bits = typename F::Bits;                                                                 \
     using Compute = typename F::Compute;                                                           \
     TARGET static void accumulate(                                                                 \
-        const Compute* left, const Compute* right, int64_t rank, int64_t cols, Compute* acc) {     \
-      accumulate_tile(left, right, rank, cols, acc);                                               \
+        const Compute* left, const Compute* panels, int64_t rank, int64_t begin, int64_t end,      \
+        Compute* acc) {                                                                            \
+      accumulate_tile(left, panels, rank, begin, end, acc);                                        \
     }                                                                                              \
     TARGET static void merge(                                                                      \
         const Bits* before, const Compute* acc, Compute scaling, int64_t cols, Bits* after,        \
@@ -164,9 +182,11 @@ template <class F>
 Kernels<F> choose_kernels() {
   switch (chosen_isa()) {
 #if defined(__x86_64__)
-    case Isa::kAvx512Bf16:
-      if (avx512_bf16::adds_pairs_like_fma()) return Avx512Bf16<F>::all();
+    case Isa::kAvx512Bf16: {
+      static const bool adds_pairs_like_fma = avx512_bf16::adds_pairs_like_fma();
+      if (adds_pairs_like_fma) return Avx512Bf16<F>::all();
       [[fallthrough]];
+    }
     case Isa::kAvx512: return Avx512<F>::all();
     case Isa::kAvx2: return Avx2<F>::all();
 #endif

@@ -64,15 +64,27 @@ class Panel {
   void pack(const Factor& factor, int64_t rank, int64_t begin, int64_t end) {
     const int64_t parts = (end - begin + width_ - 1) / width_;
     rank_ = rank;
-    values_.assign(parts * rank * width_, Compute{0});
+    values_.resize(parts * rank * width_);
+    const int64_t missing = parts * width_ - (end - begin);
+    for (int64_t j = 0; missing > 0 && j < rank; ++j) {
+      std::fill_n(values_.data() + ((parts - 1) * rank + j + 1) * width_ - missing, missing, 0);
+    }
     dispatch_format(factor.dtype, [&](auto stored) {
       using Stored = decltype(stored);
       const auto* from = static_cast<const typename Stored::Bits*>(factor.data);
       for (int64_t p = 0; p < parts; ++p) {
         const int64_t first = begin + p * width_, count = std::min(width_, end - first);
+        const auto* part = from + first * factor.stride1;
+        Compute* to = values_.data() + p * rank * width_;
+        if (factor.stride0 == 1) {
+          // Along the rank, as the factor lies in memory.
+          for (int64_t c = 0; c < count; ++c) {
+            widen<Stored>(part + c * factor.stride1, 1, rank, to + c, width_);
+          }
+          continue;
+        }
         for (int64_t j = 0; j < rank; ++j) {
-          const int64_t at = j * factor.stride0 + first * factor.stride1;
-          widen<Stored>(from + at, factor.stride1, count, values_.data() + (p * rank + j) * width_);
+          widen<Stored>(part + j * factor.stride0, factor.stride1, count, to + j * width_, 1);
         }
       }
     });
@@ -92,12 +104,16 @@ class Panel {
 
  private:
   template <class Stored>
-  static void widen(const typename Stored::Bits* from, int64_t stride, int64_t count, Compute* to) {
-    if (stride == 1) {  // apart, so that it becomes vectors
+  static void widen(
+      const typename Stored::Bits* from, int64_t stride, int64_t count, Compute* to,
+      int64_t to_stride) {
+    if (stride == 1 && to_stride == 1) {  // apart, so that it becomes vectors
       for (int64_t c = 0; c < count; ++c) to[c] = Compute(Stored::widen(from[c]));
       return;
     }
-    for (int64_t c = 0; c < count; ++c) to[c] = Compute(Stored::widen(from[c * stride]));
+    for (int64_t c = 0; c < count; ++c) {
+      to[c * to_stride] = Compute(Stored::widen(from[c * stride]));
+    }
   }
 
   void pack_pairs(int64_t parts) {

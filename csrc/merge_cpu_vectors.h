@@ -14,6 +14,13 @@ namespace lora_fast {
 
 constexpr int kTileRows = 8;
 constexpr int kTileCols = 256;
+constexpr int kPanelCols = 32;  // of the right factor that lie together: what a cell reads is dense
+
+// Where column col begins in panels of [steps][kPanelCols].
+template <class Compute>
+const Compute* panel_at(const Compute* panels, int64_t steps, int64_t col) {
+  return panels + col / kPanelCols * kPanelCols * steps + col % kPanelCols;
+}
 
 // Where the rows of a tile begin; weights and codes lie side by side along a row.
 template <class Bits>
@@ -22,19 +29,31 @@ struct TileRows {
   int8_t* code[kTileRows];
 };
 
-// Where a pass over the cells of a tile stopped: before row `row` of the cell at col; at kTileRows
-// if only columns from col on are left, too few for a cell.
+// Where a pass over the cells of a tile stopped: at a row of the cell at col that slow refused; at
+// kTileRows if only columns from col on are left, too few for a cell.
 struct Stop {
   int64_t row, col;
+};
+
+template <class F>
+struct CellPass {
+  using Compute = typename F::Compute;
+  const Compute* left;   // [steps][kTileRows]
+  const Compute* right;  // panels of [steps][kPanelCols]
+  int64_t steps;
+  Compute scaling;
+  const TileRows<typename F::Bits>& rows;
+  int64_t cols;
+  // For a row of a cell that needs more than the cells do, with its sums; false if it can't be
+  // done.
+  bool (*slow)(const void* context, int64_t row, int64_t col, const Compute* sums);
+  const void* context;
 };
 
 // Passes over the cells of a tile, and how many columns a cell has; none where a format has none.
 template <class F>
 struct Cells {
-  using Compute = typename F::Compute;
-  using Pass = Stop (*)(
-      const Compute* left, const Compute* right, int64_t steps, Compute scaling,
-      const TileRows<typename F::Bits>& rows, int64_t begin, int64_t end);
+  using Pass = Stop (*)(const CellPass<F>&);
   Pass merge = nullptr, unmerge = nullptr;
   int64_t cols = 0;
 };
