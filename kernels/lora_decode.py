@@ -37,36 +37,15 @@ from lora_fast.kernels.slice_product import leave_partial
 @prepared
 @triton.jit
 def lora_decode_kernel(
-    x_ptr,
-    x_strides,
-    w_ptr,
-    w_strides,
-    a_ptr,
-    a_strides,
-    b_ptr,
-    b_strides,
-    bias_ptr,
-    y_ptr,
-    s_ptr,
-    partial_ptr,
-    counter_ptr,
-    blocks,
-    sizes,
-    slices,
-    multiplier,
-    SPLITS_W: tl.constexpr,
-    SPLITS_A: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    TILES_AT_ONCE: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    STAGES_A: tl.constexpr,
+    x_ptr, x_strides, w_ptr, w_strides, a_ptr, a_strides, b_ptr, b_strides, bias_ptr,
+    y_ptr, s_ptr, partial_ptr, counter_ptr,
+    blocks, sizes, slices, multiplier,
+    SPLITS_W: tl.constexpr, SPLITS_A: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    TILES_AT_ONCE: tl.constexpr, NUM_STAGES: tl.constexpr, STAGES_A: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Each program multiplies x by BLOCK_A rows of a or BLOCK_N rows of w over one slice of K.
 
     Grid: (cdiv(R, BLOCK_A) * SPLITS_A + cdiv(N, BLOCK_N) * SPLITS_W,), those of a first.

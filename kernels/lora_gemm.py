@@ -284,21 +284,16 @@ def lora_gemm(
     one_pass = t is None
     R = down.shape[0] if one_pass else t.shape[1]
     block_r, r_blocks = rank_blocks(R if one_pass else up.shape[1])
-    plain = blocks is None and not one_pass
-    if config.specialised and plain and tma_operands_fit(x, w, y, down):
+    tma_fits = config.tma and tma_operands_fit(x, w, y, down)
+    if config.specialised and tma_fits and blocks is None and not one_pass:
         from lora_fast.kernels.lora_gemm_hopper import lora_gemm_hopper  # Gluon, for it alone
 
         lora_gemm_hopper(x, w, up, t, y, config=config, bias=bias, keep=keep)
         return y, t
-    if config.tma and not tma_operands_fit(x, w, y, down):
-        config = config.without_tma()
     if one_pass:
         t = torch.empty((M, R), device=x.device, dtype=x.dtype)
-    if blocks is not None or (keep is not None and R > MAX_BLOCK_R):
-        # So that registers hold a part of the tile twice, with pointers their addresses as well,
-        # and in fp32, which has no tensor core, the operands.
-        columns = 16 if x.dtype is torch.float32 else 64 if config.tma else 32
-        config = replace(config, parts=max(config.parts, config.block_n // columns))
+    crowded = blocks is not None or (keep is not None and R > MAX_BLOCK_R)
+    config = fitting(config, x.dtype, tma_fits, crowded)
     constants = {
         **gemm_constants(config),
         "BLOCK_R": block_r,
@@ -306,31 +301,57 @@ def lora_gemm(
         "ONE_PASS": one_pass,
         "PRECISION": dot_precision(x.dtype),
     }
-    sizes = (M, N, K, R, multiplier)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    rest = (bias, keep, blocks, M, N, K, R, multiplier)
     if config.tma:
         w_is_kn = w.stride(1) != 1
-        block_w = [config.block_k, config.block_n] if w_is_kn else [config.block_n, config.block_k]
-        describe = TensorDescriptor.from_tensor
         lora_gemm_tma_kernel[(min(tiles, processor_count(x.device)),)](
-            describe(x, [config.block_m, config.block_k]),
-            describe(w.t() if w_is_kn else w, block_w),
-            describe(y, [config.block_m, config.block_n // config.parts]),
+            *described(x, w.t() if w_is_kn else w, y, config, w_is_kn),
             *(t, up, up.stride()),
-            None if down is None else describe(down, [block_r, config.block_k]),
-            *(bias, keep, blocks, *sizes),
+            None if down is None else tiled(down, block_r, config.block_k),
+            *rest,
             W_IS_KN=w_is_kn,
             **constants,
         )
-        return y, t
-    lora_gemm_kernel[(tiles,)](
-        *(x, x.stride(), w, w.stride(), y, t, up, up.stride()),
-        *(down, (0, 0) if down is None else down.stride()),
-        *(bias, keep, blocks, *sizes),
-        EVEN_K=K % config.block_k == 0,
-        **constants,
-    )
+    else:
+        lora_gemm_kernel[(tiles,)](
+            *(x, x.stride(), w, w.stride(), y, t, up, up.stride()),
+            *(down, (0, 0) if down is None else down.stride()),
+            *rest,
+            EVEN_K=K % config.block_k == 0,
+            **constants,
+        )
     return y, t
+
+
+def fitting(config: GemmConfig, dtype: torch.dtype, tma_fits: bool, crowded: bool) -> GemmConfig:
+    """The tile for operands that the accelerator takes or not, and for few or many of them."""
+    if config.tma and not tma_fits:
+        config = config.without_tma()
+    if not crowded:
+        return config
+    # So that registers hold a part of the tile twice, with pointers their addresses as well, and in
+    # fp32, which has no tensor core, the operands.
+    columns = 16 if dtype is torch.float32 else 64 if config.tma else 32
+    return replace(config, parts=max(config.parts, config.block_n // columns))
+
+
+def tiled(matrix: Tensor, *block: int) -> TensorDescriptor:
+    """A matrix as the tensor memory accelerator reads and writes it, in blocks."""
+    return TensorDescriptor.from_tensor(matrix, list(block))
+
+
+def described(
+    x: Tensor, w: Tensor, y: Tensor, config: GemmConfig, w_is_kn: bool
+) -> tuple[TensorDescriptor, ...]:
+    """x, w as it lies in memory, (K, N) or (N, K), and y."""
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    block_w = (block_k, block_n) if w_is_kn else (block_n, block_k)
+    return (
+        tiled(x, block_m, block_k),
+        tiled(w, *block_w),
+        tiled(y, block_m, block_n // config.parts),
+    )
 
 
 def gemm_constants(config: GemmConfig) -> dict[str, int]:

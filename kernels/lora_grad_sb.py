@@ -37,27 +37,11 @@ def chunk_columns(spans, chunk, N, CHUNK_N: tl.constexpr, BLOCK_N: tl.constexpr)
 @prepared
 @triton.jit
 def lora_grad_sb_kernel(
-    dy_ptr,
-    dy_strides,
-    b_ptr,
-    b_strides,
-    s_ptr,
-    ds_ptr,
-    db_ptr,
-    dbias_ptr,
-    spans,
-    M,
-    N,
-    R,
-    rows_b,
-    factor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dy_ptr, dy_strides, b_ptr, b_strides, s_ptr, ds_ptr, db_ptr, dbias_ptr,
+    spans, M, N, R, rows_b, factor,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Each program reads [BLOCK_M, columns of a chunk] of dy once and writes fp32 partial sums.
 
     Grid: (cdiv(M, BLOCK_M), chunks, cdiv(R, BLOCK_R)), where a chunk is CHUNK_N columns or, with
