@@ -13,6 +13,7 @@ from 2.10 and every Python from 3.10.
 import glob
 import os
 import shutil
+import subprocess
 import sys
 
 from setuptools import setup
@@ -24,8 +25,11 @@ if CHOICE not in CHOICES:
 
 LIMITED_API = [("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")]
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0", "-Wall", "-Werror=return-type"]
+# Each serves the later ones of its generation, and the last as PTX all that come.
+GPUS = ("8.0", "9.0", "10.0")
 # No --use_fast_math: the bits must be those of the CPU.
-NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo"]
+# USE_CUDA: without it torch's stable headers declare nothing of CUDA.
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-DUSE_CUDA"]
 
 
 def cpp_extension():
@@ -57,6 +61,7 @@ def extensions(cpp):
     ]
     has_nvcc = cpp.CUDA_HOME is not None or shutil.which("nvcc") is not None
     if CHOICE == "cuda" or (CHOICE == "auto" and has_nvcc and _torch_has_cuda()):
+        name_architectures(cpp.CUDA_HOME)
         found.append(
             cpp.CUDAExtension(
                 "lora_fast._C_cuda",
@@ -74,24 +79,48 @@ def _torch_has_cuda():
     return torch.version.cuda is not None
 
 
+def name_architectures(cuda_home):
+    """Name GPUs to compile for where none is to be seen: torch would find none, and fail."""
+    import torch
+
+    if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.device_count() > 0:
+        return
+    nvcc = shutil.which("nvcc", path=os.path.join(cuda_home, "bin") if cuda_home else None)
+    if nvcc is None:
+        return  # building says so
+    command = [nvcc, "--list-gpu-arch"]
+    known = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    names = [name for name in GPUS if f"compute_{name.replace('.', '')}" in known]
+    if names:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names) + "+PTX"
+
+
 def forgiving(build_ext):
     """Return a build_ext that goes on without an extension that does not build, for `auto`."""
 
     class BuildExt(build_ext):
         def run(self):
-            try:
-                super().run()
-            except Exception as error:
-                self.give_up(error)
+            begun_with = self.compiler, self.inplace  # an attempt changes them
+            while self.extensions:
+                self.compiler, self.inplace = begun_with
+                try:
+                    return super().run()
+                except Exception as error:
+                    # The last one asks the most of a machine.
+                    self.give_up(self.extensions.pop(), error)
 
-        def give_up(self, error):
+        def give_up(self, extension, error):
+            lost = (
+                "merges on a GPU"
+                if extension.name.endswith("_cuda")
+                else "a CPU drops as slowly as torch, and merges"
+            )
             print(
-                f"lora_fast: the ops were not compiled: {error}\n"
-                "lora_fast: merges will keep a copy of the weight; LORA_FAST_BUILD=cpu or cuda "
+                f"lora_fast: {extension.name} was not compiled: {error}\n"
+                f"lora_fast: {lost} will keep a copy of the weight; LORA_FAST_BUILD=cpu or cuda "
                 "makes this an error",
                 file=sys.stderr,
             )
-            self.extensions = []
 
     return BuildExt
 

@@ -32,8 +32,16 @@ build() {
   fi
   nvidia-smi
   TORCH_CUDA_ARCH_LIST=$("$python" -c \
-    'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
-    LORA_FAST_BUILD=cuda "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e .
+    'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+  # The nvcc on the path may be a script that stands elsewhere: it knows where its libraries are.
+  CUDA_HOME=${CUDA_HOME:-$(nvcc --dryrun -x cu -c /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')}
+  export TORCH_CUDA_ARCH_LIST CUDA_HOME
+  # All but the merge can be measured without the CUDA ops.
+  install cuda || install cpu
+}
+
+install() {
+  LORA_FAST_BUILD=$1 "$python" -m pip install -v --no-index --no-deps --no-build-isolation -e .
 }
 
 # -P: the checkout on sys.path would hide the installed package.
@@ -66,7 +74,7 @@ tests() {
     --maxfail 60 "${options[@]}" "$@"
 }
 
-export -f build
+export -f build install
 export python
 hopper=tests/kernels/test_lora_gemm_hopper.py
 : > "$out/stages.txt"
