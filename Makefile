@@ -71,8 +71,11 @@ $(READY): pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 	  echo "no Python >= 3.10 found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
 	  echo "installing torch into $(VENV)"; $(PIP) $(TORCH); }
-	@# The torch that is here stays, whichever version it is.
-	@sed -E '/^(torch|triton)==/d' constraints.txt > $(VENV)/constraints.txt
+	@# The torch that is here stays, whichever version it is, and so do Triton and setuptools, of
+	@# which older ones take older versions.
+	@sed -E '/^(torch|triton|setuptools)==/d' constraints.txt > $(VENV)/constraints.txt
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+	  >> $(VENV)/constraints.txt
 	@echo "installing lora_fast and its tools into $(VENV)"
 	@$(PIP) -c $(VENV)/constraints.txt "setuptools>=77" wheel ninja
 	@$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,bench,demo,lint]"

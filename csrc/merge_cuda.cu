@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <memory>
 
@@ -53,7 +54,7 @@ class Launcher {
  public:
   Launcher(const std::vector<Item>& items, int32_t device) : items_(items) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
     for (size_t i = 0; i < items.size(); ++i) {
       if (items[i].numel() != 0) add(i);
