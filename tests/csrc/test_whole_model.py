@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +25,14 @@ def model() -> nn.Module:
         lora.Linear(12, 4),
     )
     return randomize_(made)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler: a process that a shell begins in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def weights(model: nn.Module) -> list[Tensor]:
@@ -239,7 +248,7 @@ def test_what_the_ops_do_not_serve_is_merged_beside_the_rest(
     assert all(torch.equal(a, b) for a, b in zip(weights(close), before, strict=True))
 
 
-def test_a_merge_that_ctrl_c_hits_is_finished_first() -> None:
+def test_a_merge_that_ctrl_c_hits_is_finished_first(ctrl_c: None) -> None:
     """Python sees the signal when the op returns: between the write and the record of it."""
     layer = randomize_(lora.Linear(1500, 1500, r=64))
     before = layer.weight.detach().clone()
@@ -261,7 +270,7 @@ def test_a_merge_that_ctrl_c_hits_is_finished_first() -> None:
     assert seen
 
 
-def test_held_back_delivers_once_and_restores_the_handler() -> None:
+def test_held_back_delivers_once_and_restores_the_handler(ctrl_c: None) -> None:
     handler = signal.getsignal(signal.SIGINT)
     finished = False
     with pytest.raises(KeyboardInterrupt), interrupts.held_back():
