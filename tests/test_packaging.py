@@ -314,6 +314,40 @@ def test_editable_install(environment, checkout, tmp_path):
     assert plain == "None"
 
 
+# What is compiled
+
+# A torch with CUDA as setup.py sees it, where an nvcc refuses everything.
+BUILD_FOR_A_GPU = """
+import os, runpy, sys, torch
+from torch.utils import cpp_extension
+torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", os.environ["CUDA_HOME"]
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_what_cannot_be_built_takes_nothing_else_with_it(checkout, tmp_path):
+    source = shutil.copytree(checkout, tmp_path / "source")
+    for path in (source / "csrc").glob("*.cpp"):
+        path.write_text("")  # compiles soon
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho refused >&2; exit 1\n")
+    nvcc.chmod(0o755)
+    said = run(
+        *(sys.executable, "-c", BUILD_FOR_A_GPU),
+        cwd=source,
+        CUDA_HOME=str(tmp_path / "cuda"),
+        LORA_FAST_BUILD="auto",
+    )
+    (built,) = (source / "lora_fast").glob("*.so")
+    assert built.name.startswith("_C.")
+    assert "lora_fast: lora_fast._C_cuda was not compiled: " in said
+    assert "lora_fast._C was not" not in said
+
+
 # The tree
 
 
