@@ -24,7 +24,7 @@ def profile(row: Row, lab: Lab, peer: str, folder: Path) -> dict[str, Any]:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with contestant.around():
         contestant.steps[0]()
-        with torch.profiler.profile(activities=activities) as found:
+        with torch.profiler.profile(activities=activities, acc_events=True) as found:
             for i in range(CALLS):
                 contestant.steps[i % len(contestant.steps)]()
             if lab.clock.is_cuda:

@@ -160,7 +160,9 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     x = tensors[0]
     # The fused operators trace as one node each and cast by themselves under autocast.
     fusable = x is not None and (x.is_cuda or _selected == "triton")
-    if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not fusable):
+    # Not is_exporting(), which torch.compile takes for true up to torch 2.11.
+    exporting = torch.compiler._is_exporting_flag
+    if torch.compiler.is_compiling() and (exporting or not fusable):
         return "traced by torch.compile or torch.export"
     for t in tensors:
         if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
