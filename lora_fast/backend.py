@@ -160,9 +160,7 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     x = tensors[0]
     # The fused operators trace as one node each and cast by themselves under autocast.
     fusable = x is not None and (x.is_cuda or _selected == "triton")
-    # Not is_exporting(), which torch.compile takes for true up to torch 2.11.
-    exporting = torch.compiler._is_exporting_flag
-    if torch.compiler.is_compiling() and (exporting or not fusable):
+    if torch.compiler.is_compiling() and (_exporting() or not fusable):
         return "traced by torch.compile or torch.export"
     for t in tensors:
         if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
@@ -182,6 +180,12 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     if x is not None and not fusable and autocasts(x):
         return "autocast"
     return None
+
+
+def _exporting() -> bool:
+    # torch.compile of torch 2.11 takes is_exporting() for true, but not the flag behind it.
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else bool(flag)
 
 
 def _in_functorch_transform(tensors: tuple[Tensor | None, ...]) -> bool:
