@@ -54,6 +54,9 @@ class NotingDriver:
     def load_binary(self, name: str, *rest: Any) -> tuple[Any, ...]:
         return name, object(), 16, 0, 1024
 
+    def unload_module(self, module: Any) -> None:
+        """Triton 3.8's, of a kernel that nobody holds any more."""
+
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def note(x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
             args = list(rest[4:])  # behind the metadata and the hooks
