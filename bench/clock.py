@@ -232,9 +232,11 @@ def _nothing() -> None:
 def _cpu_peak_bytes(call: Step) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop
     activities = [torch.profiler.ProfilerActivity.CPU]
-    # acc_events: torch 2.11 warns without it.
-    options = {"profile_memory": True, "acc_events": True}
-    with torch.profiler.profile(activities=activities, **options) as profile:
+    with torch.profiler.profile(
+        activities=activities,
+        profile_memory=True,
+        acc_events=True,  # torch 2.11 warns without it
+    ) as profile:
         call()
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

@@ -2,13 +2,14 @@
 //
 // Included once for each instruction set, inside its namespace and after its vectors: so no "pragma
 // once". It does what merge_math.h says for the weights that nearly all are, finite and with a code
-// that fits, and leaves the others alone.
+// that fits, and has pass.slow do a row that holds others.
 //
 // A step of the sums is one of left's rows times one of right's, or two in one step where both hold
 // pairs of bf16 numbers: merge_cpu_pack.h.
 
 constexpr int kVectors = 2;
 constexpr int kCellCols = kVectors * kLanes;
+static_assert(kPanelCols % kCellCols == 0, "a cell reads one panel");
 
 // A weight as it is stored is already the word and the fp32 number that it stands for.
 struct Fp32Vectors : Fp32Lanes {

@@ -35,6 +35,7 @@ struct Stop {
   int64_t row, col;
 };
 
+// What a pass over the cells of a tile reads and writes, and whom it asks.
 template <class F>
 struct CellPass {
   using Compute = typename F::Compute;
@@ -44,8 +45,7 @@ struct CellPass {
   Compute scaling;
   const TileRows<typename F::Bits>& rows;
   int64_t cols;
-  // For a row of a cell that needs more than the cells do, with its sums; false if it can't be
-  // done.
+  // Does a row of a cell that needs more than the cells do, from its sums; false if it can't be.
   bool (*slow)(const void* context, int64_t row, int64_t col, const Compute* sums);
   const void* context;
 };

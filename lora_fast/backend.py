@@ -125,9 +125,8 @@ def choose(op: str, *tensors: Tensor | None, drops: bool = False) -> Backend:
         return decided(op, Backend.REFERENCE, "chosen by set_backend")
     x = tensors[0]
     on_gpu = x is not None and x.is_cuda
-    otherwise = Backend.REFERENCE
-    if (drops or op == "lora_merged_linear") and _eager_pays(op, x):
-        otherwise = Backend.EAGER
+    eager = op == "lora_merged_linear" or (drops and _dropping_eagerly_pays(op, x))
+    otherwise = Backend.EAGER if eager else Backend.REFERENCE
     if _selected == "auto" and not on_gpu and otherwise is Backend.REFERENCE:
         return decided(op, otherwise, "not a CUDA tensor")
     special = _needs_reference(op, tensors)
@@ -216,13 +215,8 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     return None if _TRITON_FOUND else "triton is not installed"
 
 
-def _eager_pays(op: str, x: Tensor | None) -> bool:
-    """Tell whether a backward written by hand, and what it spares forward, beats autograd's.
-
-    Of a call with dropout, or of `lora_merged_linear`.
-    """
-    if op == "lora_merged_linear":
-        return True
+def _dropping_eagerly_pays(op: str, x: Tensor | None) -> bool:
+    """Tell whether a dropout and a backward written by hand beat torch's."""
     if op != "lora_linear" or torch.compiler.is_compiling():
         return False
     return x is not None and x.is_cpu and x.numel() >= _MANY_DROPPED and x.is_contiguous()

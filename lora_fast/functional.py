@@ -71,7 +71,7 @@ def lora_linear(
     """
     if isinstance(x, Tensor):  # an fx proxy has no shape to check
         if not torch.jit.is_tracing():
-            if dropout_p:
+            if dropout_p:  # most calls have none, and are spared the question
                 checks.dropout_p("lora_linear", dropout_p)
             checks.linear_shapes(x, weight, lora_A, lora_B, bias)
         drops = training and dropout_p > 0.0
@@ -142,7 +142,7 @@ def lora_merged_linear(
     widths = None if out_splits is None else list(out_splits)
     if isinstance(x, Tensor):
         if not torch.jit.is_tracing():
-            if dropout_p:
+            if dropout_p:  # most calls have none, and are spared the question
                 checks.dropout_p("lora_merged_linear", dropout_p)
             checks.merged_linear_shapes(x, weight, lora_A, lora_B, bias, enable, widths)
         backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias)
