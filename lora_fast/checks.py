@@ -15,19 +15,34 @@ def linear_shapes(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> None:
     """Refuse shapes that do not fit `lora_linear`."""
+    # Size by size: a torch.Size takes longer to make than all comparisons.
+    if weight.dim() == lora_A.dim() == lora_B.dim() == 2 and x.dim() > 0:
+        n, k = weight.size(0), weight.size(1)
+        if type(n) is Tensor:  # torch.jit traces sizes, and warns where they are compared
+            return
+        fits = x.size(-1) == k == lora_A.size(1)
+        fits = fits and lora_B.size(0) == n and lora_B.size(1) == lora_A.size(0)
+        if fits and (bias is None or (bias.dim() == 1 and bias.size(0) == n)):
+            return
+    _refuse_linear_shapes(x, weight, lora_A, lora_B, bias)
+
+
+def _refuse_linear_shapes(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> None:
     n, k = _matrix("lora_linear", weight)
     if x.dim() == 0 or x.size(-1) != k:
         raise ValueError(
             f"lora_linear: x must have {k} features in its last dimension, as weight "
             f"{tuple(weight.shape)} expects, got shape {tuple(x.shape)}"
         )
-    a, b = lora_A.shape, lora_B.shape  # read once: it takes longer than all comparisons
+    a, b = tuple(lora_A.shape), tuple(lora_B.shape)
     if len(a) != 2 or a[1] != k:
-        raise ValueError(f"lora_linear: lora_A must be (r, {k}), got {tuple(a)}")
-    if len(b) != 2 or b[0] != n or b[1] != a[0]:
+        raise ValueError(f"lora_linear: lora_A must be (r, {k}), got {a}")
+    if b != (n, a[0]):
         raise ValueError(
             f"lora_linear: lora_B must be ({n}, {a[0]}) to fit weight {tuple(weight.shape)} and "
-            f"lora_A {tuple(a)}, got {tuple(b)}"
+            f"lora_A {a}, got {b}"
         )
     _bias_shape("lora_linear", bias, n)
 
@@ -43,6 +58,8 @@ def merged_linear_shapes(
 ) -> None:
     """Refuse shapes that do not fit `lora_merged_linear`."""
     n, k = _matrix("lora_merged_linear", weight)
+    if type(n) is Tensor:  # traced by torch.jit
+        return
     if x.dim() == 0 or x.size(-1) != k:
         raise ValueError(
             f"lora_merged_linear: x must have {k} features in its last dimension, as weight "
@@ -123,24 +140,31 @@ def edge_splits(edges: Sequence[int], out_features: int) -> tuple[list[bool], li
 
 def embedding_shapes(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """Refuse tensors that do not fit `lora_embedding`."""
-    num, dim = _matrix("lora_embedding", weight)
     if input.is_floating_point() or input.is_complex():
         raise TypeError(
             f"lora_embedding: input must hold integer indices, got dtype {input.dtype}; "
             "convert with input.long()"
         )
-    a, b = lora_A.shape, lora_B.shape
+    if weight.dim() == lora_A.dim() == lora_B.dim() == 2:
+        num, dim = weight.size(0), weight.size(1)
+        if type(num) is Tensor:  # traced by torch.jit
+            return
+        if lora_A.size(1) == num and lora_B.size(0) == dim and lora_B.size(1) == lora_A.size(0):
+            return
+    num, dim = _matrix("lora_embedding", weight)
+    a, b = tuple(lora_A.shape), tuple(lora_B.shape)
     if len(a) != 2 or a[1] != num:
-        raise ValueError(f"lora_embedding: lora_A must be (r, {num}), got {tuple(a)}")
-    if b != (dim, a[0]):
-        raise ValueError(f"lora_embedding: lora_B must be ({dim}, {a[0]}), got {tuple(b)}")
+        raise ValueError(f"lora_embedding: lora_A must be (r, {num}), got {a}")
+    raise ValueError(f"lora_embedding: lora_B must be ({dim}, {a[0]}), got {b}")
 
 
 def padding_idx(op: str, index: int | None, weight: Tensor) -> None:
     """Refuse a padding index that is no row of the table; it may count from the end."""
     if index is None:
         return
-    num = weight.shape[0]
+    num = weight.size(0)
+    if type(num) is Tensor:  # traced by torch.jit
+        return
     if not -num <= index < num:
         raise ValueError(
             f"{op}: padding_idx must be within the {num} rows of weight, from {-num} to {num - 1}, "
@@ -157,6 +181,8 @@ def delta_shapes(
     out_splits: Sequence[int] | None,
 ) -> None:
     """Refuse a weight that the delta of A and B does not cover exactly."""
+    if enable_lora is None and _covers(weight, lora_A, lora_B):
+        return
     if lora_A.dim() != 2 or lora_B.dim() != 2:
         raise ValueError(
             f"{op}: lora_A and lora_B must have two dimensions, got {tuple(lora_A.shape)} and "
@@ -164,16 +190,27 @@ def delta_shapes(
         )
     if enable_lora is not None:
         n, k = _matrix(op, weight)
+        if type(n) is Tensor:  # traced by torch.jit
+            return
         grouped_factors(op, (n, k), lora_A, lora_B, enable_lora, out_splits)
         return
-    fits = tuple(weight.shape) == (lora_B.shape[0], lora_A.shape[1]) or (
-        weight.dim() > 2 and weight.numel() == lora_B.shape[0] * lora_A.shape[1]
+    raise ValueError(
+        f"{op}: lora_B {tuple(lora_B.shape)} @ lora_A {tuple(lora_A.shape)} does not give a "
+        f"delta for a weight of shape {tuple(weight.shape)}"
     )
-    if lora_B.shape[1] != lora_A.shape[0] or not fits:
-        raise ValueError(
-            f"{op}: lora_B {tuple(lora_B.shape)} @ lora_A {tuple(lora_A.shape)} does not give a "
-            f"delta for a weight of shape {tuple(weight.shape)}"
-        )
+
+
+def _covers(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    if lora_A.dim() != 2 or lora_B.dim() != 2:
+        return False
+    n, k = lora_B.size(0), lora_A.size(1)
+    if type(n) is Tensor:  # traced by torch.jit
+        return True
+    if lora_B.size(1) != lora_A.size(0):
+        return False
+    if weight.dim() == 2:
+        return weight.size(0) == n and weight.size(1) == k
+    return weight.dim() > 2 and weight.numel() == n * k
 
 
 def rank(r: Any) -> int:

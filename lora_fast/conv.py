@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora_fast import readers, scripting
+from lora_fast import functional, readers, scripting
 from lora_fast.lora_layer import LoRALayer, MergingLayer, merge_after_load, tell_no_gradient
 
 # What a caller finds on a plain nn.Conv*d and may read here too.
@@ -113,7 +113,9 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         if self.r > 0 and not self.merged:
             conv: Any = self.conv
             readers.recompute_weight(conv, x)
-            return cast(Tensor, conv._conv_forward(x, self.effective_weight(), conv.bias))
+            lora_A, lora_B = self._look_up(x, "lora_A", "lora_B")
+            weight = functional.merged_weight(conv.weight, lora_A, lora_B, self.scaling)
+            return cast(Tensor, conv._conv_forward(x, weight, conv.bias))
         tell_no_gradient(self)
         return cast(Tensor, self.conv(x))
 

@@ -70,10 +70,9 @@ def lora_linear(
         Source: loralib/layers.py:147-152.
     """
     if isinstance(x, Tensor):  # an fx proxy has no shape to check
-        if not torch.jit.is_tracing():
-            if dropout_p:  # most calls have none, and are spared the question
-                checks.dropout_p("lora_linear", dropout_p)
-            checks.linear_shapes(x, weight, lora_A, lora_B, bias)
+        if dropout_p:  # most calls have none, and are spared the question
+            checks.dropout_p("lora_linear", dropout_p)
+        checks.linear_shapes(x, weight, lora_A, lora_B, bias)
         drops = training and dropout_p > 0.0
         backend = choose("lora_linear", x, weight, lora_A, lora_B, bias, drops=drops)
         if backend is Backend.TRITON:
@@ -141,10 +140,9 @@ def lora_merged_linear(
     enable = [bool(e) for e in enable_lora]
     widths = None if out_splits is None else list(out_splits)
     if isinstance(x, Tensor):
-        if not torch.jit.is_tracing():
-            if dropout_p:  # most calls have none, and are spared the question
-                checks.dropout_p("lora_merged_linear", dropout_p)
-            checks.merged_linear_shapes(x, weight, lora_A, lora_B, bias, enable, widths)
+        if dropout_p:
+            checks.dropout_p("lora_merged_linear", dropout_p)
+        checks.merged_linear_shapes(x, weight, lora_A, lora_B, bias, enable, widths)
         backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias)
         if backend is not Backend.REFERENCE:
             blocks = enabled_blocks(weight.shape[0], enable, widths)
@@ -211,9 +209,8 @@ def lora_embedding(
     options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     arguments = (input, weight, *factors, *options)
     if isinstance(input, Tensor):
-        if not torch.jit.is_tracing():
-            checks.embedding_shapes(input, weight, lora_A, lora_B)
-            checks.padding_idx("lora_embedding", padding_idx, weight)
+        checks.embedding_shapes(input, weight, lora_A, lora_B)
+        checks.padding_idx("lora_embedding", padding_idx, weight)
         if choose("lora_embedding", input, weight, lora_A, lora_B) is Backend.TRITON:
             return autograd_embedding.lora_embedding(*arguments)
         if input.dim() != 1 and _flattens(input):
@@ -359,8 +356,7 @@ def merged_weight(
     enable = None if enable_lora is None else [bool(e) for e in enable_lora]
     widths = None if out_splits is None else list(out_splits)
     if isinstance(lora_A, Tensor):
-        if not torch.jit.is_tracing():
-            checks.delta_shapes("merged_weight", weight, lora_A, lora_B, enable, widths)
+        checks.delta_shapes("merged_weight", weight, lora_A, lora_B, enable, widths)
         one_block = enable is None and isinstance(weight, Tensor)
         if one_block and choose("merged_weight", weight, lora_A, lora_B) is Backend.TRITON:
             return autograd_weight.merged_weight(weight, lora_A, lora_B, scaling)

@@ -100,9 +100,7 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
         if self.r > 0 and not self.merged:
             return functional.lora_embedding(
                 x,
-                self.weight,
-                self.lora_A,
-                self.lora_B,
+                *self._look_up(x, "weight", "lora_A", "lora_B"),
                 self.scaling,
                 self.padding_idx,
                 self.max_norm,
@@ -171,6 +169,11 @@ class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
     def _frozen(self, x: Tensor) -> Tensor:
         return F.linear(x, self._as_delta(self.weight), self.bias)
 
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the weight as the delta lies in it, A, B and the bias, for a forward of `x`."""
+        weight, lora_A, lora_B, bias = self._look_up(x, "weight", "lora_A", "lora_B", "bias")
+        return (weight.t() if self.fan_in_fan_out else weight), lora_A, lora_B, bias
+
     def _dropout_rate(self) -> float | None:
         """Return the rate that applies now, or None where the module must be called."""
         dropout = self.lora_dropout
@@ -224,16 +227,13 @@ class Linear(_LinearBase):
         if self.r <= 0 or self.merged:
             tell_no_gradient(self)
             return self._frozen(x)
-        weight = self._as_delta(self.weight)
-        p = self._dropout_rate()
+        weight, lora_A, lora_B, bias = self._operands(x)
+        p = 0.0 if self.lora_dropout is identity else self._dropout_rate()
         if p is None:
-            y = F.linear(x, weight, self.bias)
-            return reference.lora_update(
-                y, self.lora_dropout(x), self.lora_A, self.lora_B, self.scaling
-            )
-        return functional.lora_linear(
-            x, weight, self.lora_A, self.lora_B, self.scaling, self.bias, p, p > 0.0
-        )
+            dropped = self.lora_dropout(x)
+            s = F.linear(dropped, reference.like(lora_A, dropped))
+            return reference.lora_expand(F.linear(x, weight, bias), s, lora_B, self.scaling)
+        return functional.lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, p, p > 0.0)
 
     def _forward_in_script(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
@@ -339,29 +339,16 @@ class MergedLinear(_LinearBase):
         if self.merged or not self._has_adapter():
             tell_no_gradient(self)
             return self._frozen(x)
-        weight = self._as_delta(self.weight)
+        weight, *factors, bias = self._operands(x)
         p = self._dropout_rate()
         if p is None:
             no_weight = weight.new_zeros(()).expand_as(weight)
             update = functional.lora_merged_linear(
-                self.lora_dropout(x),
-                no_weight,
-                self.lora_A,
-                self.lora_B,
-                self.scaling,
-                **self._blocks(),
+                self.lora_dropout(x), no_weight, *factors, self.scaling, **self._blocks()
             )
-            return self._frozen(x) + update
+            return F.linear(x, weight, bias) + update
         return functional.lora_merged_linear(
-            x,
-            weight,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            self.bias,
-            p,
-            p > 0.0,
-            **self._blocks(),
+            x, weight, *factors, self.scaling, bias, p, p > 0.0, **self._blocks()
         )
 
     def _forward_in_script(self, x: Tensor) -> Tensor:

@@ -63,11 +63,19 @@ class MergingLayer:
     _record: MergeRecord | None = None
     _merged_version: tuple[int, int] | None = None
     _merge_weights: bool = True
+    _in_python = True
     __jit_unused_properties__: tuple[str, ...] = ("merge_weights",)
 
     def _has_adapter(self) -> bool:
         # The dictionary first: hasattr takes ten times as long. A parametrized A is not in it.
         return "lora_A" in self.__dict__["_parameters"] or hasattr(self, "lora_A")
+
+    def _look_up(self, x: Tensor, *names: str) -> list[Any]:
+        """Return parameters by name, for a forward of `x`."""
+        # Straight from the dictionary: nn.Module's lookups, a call each, take a twentieth of a
+        # short step. What is parametrized is not there, and fx puts proxies before it.
+        own = self.__dict__["_parameters"] if type(x) is Tensor else {}
+        return [own[name] if name in own else getattr(self, name) for name in names]
 
     def _weight_owner(self) -> nn.Module:
         """Return the module that holds `weight`."""
@@ -83,10 +91,11 @@ class MergingLayer:
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer's output for `x`, as the layer it replaces, and add the adapter's."""
-        if torch.jit.is_scripting():
-            return self._forward_in_script(x)
-        else:
+        # As torch.jit.is_scripting(), without the call: a script has no attributes of the class.
+        if hasattr(self, "_in_python"):
             return self._forward(x)
+        else:
+            return self._forward_in_script(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -24,11 +24,8 @@ def lora_linear(
 ) -> Tensor:
     """Y = X W^T + scaling (dropout(X) A^T) B^T + bias. Source: loralib/layers.py:147-152."""
     y = F.linear(x, weight, bias)
-    return lora_update(y, dropout(x, dropout_p, training), lora_A, lora_B, scaling)
-
-
-def lora_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Y + scaling (X A^T) B^T, out of place: what an adapter adds to the frozen layer's output."""
+    if training and dropout_p > 0.0:  # `dropout` below, without its call
+        x = F.dropout(x, dropout_p)
     return lora_expand(y, F.linear(x, like(lora_A, x)), lora_B, scaling)
 
 
@@ -38,23 +35,19 @@ _FEW_ROWS = 32
 
 
 def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Y + scaling S B^T, out of place."""
-    if not _adds_in_product(y, s, lora_B):
+    """Y + scaling S B^T, out of place: what an adapter adds to the frozen layer's output."""
+    if (
+        type(y) is not Tensor
+        or y.dim() != 2
+        or not s.dtype is y.dtype is lora_B.dtype
+        or (y.dtype.itemsize == 2 and y.shape[0] < _FEW_ROWS)
+        or torch.compiler.is_dynamo_compiling()  # it fuses them, and takes alpha for a constant
+        or autocasts(y)  # the product would round to its dtype, which y need not have
+    ):
         return y + F.linear(s * scaling, like(lora_B, y))
     if y.dtype.itemsize > 2:
         return torch.addmm(y, s, lora_B.t(), alpha=scaling)
     return torch.addmm(y, s * scaling, lora_B.t())
-
-
-def _adds_in_product(y: Tensor, s: Tensor, lora_B: Tensor) -> bool:
-    """Tell whether the product adds to Y itself, in the place of another operation."""
-    if type(y) is not Tensor or y.dim() != 2 or torch.compiler.is_compiling():
-        return False  # a compiler fuses them, and takes alpha for a constant
-    if y.dtype.itemsize == 2 and y.shape[0] < _FEW_ROWS:
-        return False
-    if y.dtype is not lora_B.dtype or y.dtype is not s.dtype:
-        return False
-    return not autocasts(y)  # the product would round to its dtype, which y need not have
 
 
 def lora_merged_linear(

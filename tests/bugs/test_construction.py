@@ -19,10 +19,11 @@ SPATIAL = {1: lora.Conv1d, 2: lora.Conv2d, 3: lora.Conv3d}
 @pytest.mark.parametrize("kernel", [1, 2, 3])
 @pytest.mark.parametrize("d", SPATIAL)
 def test_b08_convolutions_of_every_dimension_work(d: int, kernel: int, groups: int) -> None:
-    layer = randomize_(SPATIAL[d](4, 6, kernel, r=2, lora_alpha=3, groups=groups, padding=1))
+    options = {"groups": groups, "padding": 1, "dtype": torch.float64}
+    layer = randomize_(SPATIAL[d](4, 6, kernel, r=2, lora_alpha=3, **options))
     assert layer.lora_A.shape == (2 * kernel, 4 * kernel)
     assert layer.lora_B.shape == (6 // groups * kernel ** (d - 1), 2 * kernel)
-    x = torch.randn(2, 4, *[5] * d, requires_grad=True)
+    x = torch.randn(2, 4, *[5] * d, dtype=torch.float64, requires_grad=True)
     a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
     weight = layer.weight + 1.5 * (b @ a).reshape(layer.weight.shape)
     convolve = getattr(torch.nn.functional, f"conv{d}d")
