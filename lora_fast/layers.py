@@ -33,6 +33,9 @@ __all__ = [
 ]
 
 
+_OPERANDS = ("weight", "lora_A", "lora_B", "bias")
+
+
 class Embedding(MergingLayer, nn.Embedding, LoRALayer):
     """`nn.Embedding` with an adapter: Y = W[x] + lora_alpha / r * A^T[x] B^T.
 
@@ -169,11 +172,6 @@ class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
     def _frozen(self, x: Tensor) -> Tensor:
         return F.linear(x, self._as_delta(self.weight), self.bias)
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return the weight as the delta lies in it, A, B and the bias, for a forward of `x`."""
-        weight, lora_A, lora_B, bias = self._look_up(x, "weight", "lora_A", "lora_B", "bias")
-        return (weight.t() if self.fan_in_fan_out else weight), lora_A, lora_B, bias
-
     def _dropout_rate(self) -> float | None:
         """Return the rate that applies now, or None where the module must be called."""
         dropout = self.lora_dropout
@@ -227,7 +225,9 @@ class Linear(_LinearBase):
         if self.r <= 0 or self.merged:
             tell_no_gradient(self)
             return self._frozen(x)
-        weight, lora_A, lora_B, bias = self._operands(x)
+        weight, lora_A, lora_B, bias = self._look_up(x, *_OPERANDS)
+        if self.fan_in_fan_out:
+            weight = weight.t()
         p = 0.0 if self.lora_dropout is identity else self._dropout_rate()
         if p is None:
             dropped = self.lora_dropout(x)
@@ -339,7 +339,9 @@ class MergedLinear(_LinearBase):
         if self.merged or not self._has_adapter():
             tell_no_gradient(self)
             return self._frozen(x)
-        weight, *factors, bias = self._operands(x)
+        weight, *factors, bias = self._look_up(x, *_OPERANDS)
+        if self.fan_in_fan_out:
+            weight = weight.t()
         p = self._dropout_rate()
         if p is None:
             no_weight = weight.new_zeros(()).expand_as(weight)

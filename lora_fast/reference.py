@@ -26,7 +26,8 @@ def lora_linear(
     y = F.linear(x, weight, bias)
     if training and dropout_p > 0.0:  # `dropout` below, without its call
         x = F.dropout(x, dropout_p)
-    return lora_expand(y, F.linear(x, like(lora_A, x)), lora_B, scaling)
+    lora_A = lora_A if lora_A.dtype is x.dtype else like(lora_A, x)
+    return lora_expand(y, F.linear(x, lora_A), lora_B, scaling)
 
 
 # In 16 bits oneDNN takes longer to add a few rows to a product than another operation does, and
