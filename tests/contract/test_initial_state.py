@@ -50,7 +50,8 @@ def test_only_the_later_factor_is_random(drawn: Any) -> None:
     if drawn.cls == "Embedding":
         random, zero = zero, random
     assert not zero.any()
-    assert random.all()
+    # A generator of 16-bit numbers draws a zero now and then.
+    assert random.count_nonzero() > random.numel() / 2
 
 
 def test_the_padding_row_is_zero(drawn_embedding: Any) -> None:
