@@ -18,7 +18,7 @@ def linear_shapes(
     # Size by size: a torch.Size takes longer to make than all comparisons.
     if weight.dim() == lora_A.dim() == lora_B.dim() == 2 and x.dim() > 0:
         n, k = weight.size(0), weight.size(1)
-        if type(n) is Tensor:  # torch.jit traces sizes, and warns where they are compared
+        if isinstance(n, Tensor):  # torch.jit traces sizes, and warns where they are compared
             return
         fits = x.size(-1) == k == lora_A.size(1)
         fits = fits and lora_B.size(0) == n and lora_B.size(1) == lora_A.size(0)
@@ -58,7 +58,7 @@ def merged_linear_shapes(
 ) -> None:
     """Refuse shapes that do not fit `lora_merged_linear`."""
     n, k = _matrix("lora_merged_linear", weight)
-    if type(n) is Tensor:  # traced by torch.jit
+    if isinstance(n, Tensor):  # traced by torch.jit
         return
     if x.dim() == 0 or x.size(-1) != k:
         raise ValueError(
@@ -147,7 +147,7 @@ def embedding_shapes(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tens
         )
     if weight.dim() == lora_A.dim() == lora_B.dim() == 2:
         num, dim = weight.size(0), weight.size(1)
-        if type(num) is Tensor:  # traced by torch.jit
+        if isinstance(num, Tensor):  # traced by torch.jit
             return
         if lora_A.size(1) == num and lora_B.size(0) == dim and lora_B.size(1) == lora_A.size(0):
             return
@@ -163,7 +163,7 @@ def padding_idx(op: str, index: int | None, weight: Tensor) -> None:
     if index is None:
         return
     num = weight.size(0)
-    if type(num) is Tensor:  # traced by torch.jit
+    if isinstance(num, Tensor):  # traced by torch.jit
         return
     if not -num <= index < num:
         raise ValueError(
@@ -190,7 +190,7 @@ def delta_shapes(
         )
     if enable_lora is not None:
         n, k = _matrix(op, weight)
-        if type(n) is Tensor:  # traced by torch.jit
+        if isinstance(n, Tensor):  # traced by torch.jit
             return
         grouped_factors(op, (n, k), lora_A, lora_B, enable_lora, out_splits)
         return
@@ -204,7 +204,7 @@ def _covers(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     if lora_A.dim() != 2 or lora_B.dim() != 2:
         return False
     n, k = lora_B.size(0), lora_A.size(1)
-    if type(n) is Tensor:  # traced by torch.jit
+    if isinstance(n, Tensor):  # traced by torch.jit
         return True
     if lora_B.size(1) != lora_A.size(0):
         return False

@@ -101,9 +101,12 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
     def _forward(self, x: Tensor) -> Tensor:
         """Look up `x`, integer indices of any shape; returns (*x.shape, embedding_dim)."""
         if self.r > 0 and not self.merged:
+            weight, lora_A, lora_B = self._look_up(x, "weight", "lora_A", "lora_B")
             return functional.lora_embedding(
                 x,
-                *self._look_up(x, "weight", "lora_A", "lora_B"),
+                weight,
+                lora_A,
+                lora_B,
                 self.scaling,
                 self.padding_idx,
                 self.max_norm,
@@ -339,18 +342,18 @@ class MergedLinear(_LinearBase):
         if self.merged or not self._has_adapter():
             tell_no_gradient(self)
             return self._frozen(x)
-        weight, *factors, bias = self._look_up(x, *_OPERANDS)
+        weight, lora_A, lora_B, bias = self._look_up(x, *_OPERANDS)
         if self.fan_in_fan_out:
             weight = weight.t()
         p = self._dropout_rate()
         if p is None:
             no_weight = weight.new_zeros(()).expand_as(weight)
             update = functional.lora_merged_linear(
-                self.lora_dropout(x), no_weight, *factors, self.scaling, **self._blocks()
+                self.lora_dropout(x), no_weight, lora_A, lora_B, self.scaling, **self._blocks()
             )
             return F.linear(x, weight, bias) + update
         return functional.lora_merged_linear(
-            x, weight, *factors, self.scaling, bias, p, p > 0.0, **self._blocks()
+            x, weight, lora_A, lora_B, self.scaling, bias, p, p > 0.0, **self._blocks()
         )
 
     def _forward_in_script(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_fast import checks, fsdp, functional, interrupts, readers, sharded
 from lora_fast.record import MergeRecord
+from lora_fast.saved_state import SavedState
 
 _log = logging.getLogger("lora_fast.merge")
 # Merging and unmerging is seldom and short: one lock for all layers keeps them picklable.
@@ -46,7 +47,7 @@ class LoRALayer:
         self.merge_weights = merge_weights
 
 
-class MergingLayer:
+class MergingLayer(SavedState):
     """The part of a LoRA layer that `eval()` merges into the weight and `train()` takes out again.
 
     A layer tells through `_weight_owner`, `_as_delta` and `_blocks` where its weight is and how the
@@ -198,7 +199,7 @@ class MergingLayer:
 
     def _remember(self, merged: bool, record: MergeRecord | None) -> None:
         """Set what belongs together, past `nn.Module.__setattr__`, which looks for parameters."""
-        version = None if record is None else _version(self._weight_owner().weight)
+        version = None if record is None else sharded.version(self._weight_owner().weight)
         self.__dict__.update(merged=merged, _record=record, _merged_version=version)
 
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
@@ -220,7 +221,7 @@ class MergingLayer:
         """Tell whether somebody wrote to the weight since the merge, so that nothing is lost."""
         if (
             self._merged_version is None
-            or _version(self._weight_owner().weight) == self._merged_version
+            or sharded.version(self._weight_owner().weight) == self._merged_version
         ):
             return False
         shard = sharded.local(target)
@@ -229,24 +230,6 @@ class MergingLayer:
         factors = (record.lora_A, record.lora_B, record.scaling)
         functional.merge_(original, *factors, **record.blocks())
         return not torch.equal(original, shard)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled or copied: a copy of the base weight, which any machine reads."""
-        state = self.__dict__.copy()
-        record = self._record
-        weight = readers.stored_weight(self._weight_owner())
-        if record is not None and record.codes and weight is not None:
-            original = self._as_delta(weight.detach()).clone()
-            self._restore(original, replace(record))
-            mine = sharded.local(original)
-            state["_record"] = replace(
-                record,
-                shape=mine.shape,
-                original=mine,
-                codes=(),
-                of_shard=sharded.is_dtensor(weight),
-            )
-        return state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or convert the original weight, not the merged one, and merge again."""
@@ -261,113 +244,13 @@ class MergingLayer:
             if remerge and not (was_meta and not self._weight_owner().weight.is_meta):
                 self._merge()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a pickled or copied layer; its tensors start to count their versions anew."""
-        super().__setstate__(state)  # type: ignore[misc]
-        readers.forget_holders()
-        if self._merged_version is not None:
-            self._merged_version = _version(self._weight_owner().weight)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if metadata is not None and self._has_adapter():
-            metadata["lora_merged"] = self.merged
-            metadata["lora_r"] = self.r
-            metadata["lora_scaling"] = float(self.scaling)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        if self._has_adapter():
-            errors = self._misfits(state_dict, prefix)
-            if errors:  # all of a layer is loaded or nothing
-                error_msgs.extend(errors)
-                for key in [k for k in state_dict if k.startswith(prefix)]:
-                    del state_dict[key]
-                return
-            self._unmerge()
-            self._undo_saved_merge(state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(  # type: ignore[misc]
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
-
-    def _weight_key(self) -> str:
-        return "weight"
-
-    def _misfits(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
-        errors = []
-        if self._was_loaded_in_place(state_dict.get(prefix + self._weight_key())):
-            errors.append(
-                f"{prefix + self._weight_key()}: the values were written into the model's own "
-                "memory while the adapter was merged, and the base weight cannot be told from "
-                "them; call train() before loading"
-            )
-        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and value.shape != parameter.shape:
-                errors.append(
-                    f"size mismatch for {prefix + name}: the checkpoint has "
-                    f"{tuple(value.shape)}, the layer {tuple(parameter.shape)}; nothing of the "
-                    "layer was loaded"
-                )
-        return errors
-
-    def _was_loaded_in_place(self, value: Any) -> bool:
-        """Tell whether a merged weight was overwritten, as torch.distributed.checkpoint does."""
-        if not self.merged or not isinstance(value, Tensor):
-            return False
-        fsdp.show_shard(self._weight_owner())
-        weight = readers.stored_weight(self._weight_owner())
-        if weight is None:
-            return False
-        storages = (sharded.local(t).untyped_storage() for t in (value, weight))
-        if len({storage._cdata for storage in storages}) > 1:
-            return False
-        # Whether a shard was written to may differ between the ranks; they must agree.
-        return (
-            sharded.is_dtensor(weight)
-            or _version(self._weight_owner().weight) != self._merged_version
-        )
-
-    def _undo_saved_merge(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
-    ) -> None:
-        """Put the base weight where the checkpoint holds a merged one."""
-        scaling = metadata.get("lora_scaling", self.scaling)
-        if scaling != self.scaling and prefix + "lora_A" in state_dict:
-            warnings.warn(
-                f"{prefix or 'the layer'}: the adapter was saved with scaling {scaling}, the layer "
-                f"has {self.scaling}; build the layer with the same r and lora_alpha",
-                UserWarning,
-                stacklevel=2,
-            )
-        keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
-        if not metadata.get("lora_merged") or not all(k in state_dict for k in keys):
-            return
-        weight, lora_A, lora_B = (state_dict[k] for k in keys)
-        with torch.no_grad():
-            weight = weight.clone()
-            functional.merge_(self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks())
-        state_dict[keys[0]] = weight
-
     def _described(self) -> str:
-        return repr(self).split("\n")[0]
+        """Return the layer in one line, whatever modules it holds."""
+        owner: Any = self._weight_owner()
+        settings = (
+            self.extra_repr() if owner is self else f"{owner.extra_repr()}, {self.extra_repr()}"
+        )
+        return f"{type(self).__name__}({settings})"
 
     def extra_repr(self) -> str:
         """Return the layer's own settings and the adapter's."""
@@ -398,11 +281,3 @@ def tell_no_gradient(layer: MergingLayer) -> None:
             "none. Call train(), or set merge_weights=False; for inference use torch.no_grad().",
             layer._described(),
         )
-
-
-def _version(weight: Any) -> tuple[int, int] | None:
-    """Return a number that grows with every write to a weight, where torch counts them."""
-    if weight.is_inference():
-        return None
-    # A DTensor and the shard that it holds count separately.
-    return weight._version, sharded.local(weight)._version

@@ -89,6 +89,13 @@ def count_version(weight: Tensor) -> None:
         torch.autograd.graph.increment_version(weight)
 
 
+def version(weight: Any) -> tuple[int, int] | None:
+    """Return what grows with every write to a weight or to its shard, where torch counts them."""
+    if weight.is_inference():
+        return None
+    return weight._version, local(weight)._version  # a DTensor's and its shard's count separately
+
+
 def _refuse_together(weight: Any, error: Exception | None) -> None:
     """Raise on every rank where any rank has an error."""
     mesh = weight.device_mesh

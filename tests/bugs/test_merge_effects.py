@@ -162,12 +162,16 @@ def test_b20_training_in_eval_mode_fails_as_in_loralib_and_says_why(
 
 
 def test_b20_every_layer_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Sequential(lora.Linear(4, 5, r=1), lora.Linear(5, 6, r=1)).eval()
+    model = nn.Sequential(
+        lora.Linear(4, 5, r=1), lora.Linear(5, 6, r=1, lora_dropout=0.1), lora.Conv1d(2, 3, 1, r=1)
+    ).eval()
     for _ in range(2):
-        model(torch.randn(2, 4))
+        model[2](model[:2](torch.randn(2, 4))[None])
+    # In one line each, of what holds a module too.
     assert [m.split(",")[0] for m in merge_records(caplog)] == [
         "Linear(in_features=4",
         "Linear(in_features=5",
+        "Conv1d(2",
     ]
 
 

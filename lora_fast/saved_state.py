@@ -1,0 +1,155 @@
+"""What of a LoRA layer is pickled, copied, saved and loaded, merged or not."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fast import fsdp, functional, readers, sharded
+from lora_fast.record import MergeRecord
+
+
+class SavedState:
+    """The part of a LoRA layer that writes and reads its state, without losing the base weight.
+
+    A merged layer is pickled with a copy of the base weight, and its `state_dict` says that it is
+    merged. `lora_fast.lora_layer.MergingLayer` has what is only declared here.
+    """
+
+    r: int
+    scaling: float
+    merged: bool
+    _record: MergeRecord | None
+    _merged_version: tuple[int, int] | None
+    _has_adapter: Callable[[], bool]
+    _weight_owner: Callable[[], nn.Module]
+    _as_delta: Callable[[Tensor], Tensor]
+    _blocks: Callable[[], dict[str, Any]]
+    _unmerge: Callable[[], None]
+    _restore: Callable[[Tensor, MergeRecord | None], None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled or copied: a copy of the base weight, which any machine reads."""
+        state = self.__dict__.copy()
+        record = self._record
+        weight = readers.stored_weight(self._weight_owner())
+        if record is not None and record.codes and weight is not None:
+            original = self._as_delta(weight.detach()).clone()
+            self._restore(original, replace(record))
+            mine = sharded.local(original)
+            state["_record"] = replace(
+                record,
+                shape=mine.shape,
+                original=mine,
+                codes=(),
+                of_shard=sharded.is_dtensor(weight),
+            )
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled or copied layer; its tensors start to count their versions anew."""
+        super().__setstate__(state)  # type: ignore[misc]
+        readers.forget_holders()
+        if self._merged_version is not None:
+            self._merged_version = sharded.version(self._weight_owner().weight)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None and self._has_adapter():
+            metadata["lora_merged"] = self.merged
+            metadata["lora_r"] = self.r
+            metadata["lora_scaling"] = float(self.scaling)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self._has_adapter():
+            errors = self._misfits(state_dict, prefix)
+            if errors:  # all of a layer is loaded or nothing
+                error_msgs.extend(errors)
+                for key in [k for k in state_dict if k.startswith(prefix)]:
+                    del state_dict[key]
+                return
+            self._unmerge()
+            self._undo_saved_merge(state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _weight_key(self) -> str:
+        return "weight"
+
+    def _misfits(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        errors = []
+        if self._was_loaded_in_place(state_dict.get(prefix + self._weight_key())):
+            errors.append(
+                f"{prefix + self._weight_key()}: the values were written into the model's own "
+                "memory while the adapter was merged, and the base weight cannot be told from "
+                "them; call train() before loading"
+            )
+        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.shape != parameter.shape:
+                errors.append(
+                    f"size mismatch for {prefix + name}: the checkpoint has "
+                    f"{tuple(value.shape)}, the layer {tuple(parameter.shape)}; nothing of the "
+                    "layer was loaded"
+                )
+        return errors
+
+    def _was_loaded_in_place(self, value: Any) -> bool:
+        """Tell whether a merged weight was overwritten, as torch.distributed.checkpoint does."""
+        if not self.merged or not isinstance(value, Tensor):
+            return False
+        fsdp.show_shard(self._weight_owner())
+        weight = readers.stored_weight(self._weight_owner())
+        if weight is None:
+            return False
+        storages = (sharded.local(t).untyped_storage() for t in (value, weight))
+        if len({storage._cdata for storage in storages}) > 1:
+            return False
+        # Whether a shard was written to may differ between the ranks; they must agree.
+        return (
+            sharded.is_dtensor(weight)
+            or sharded.version(self._weight_owner().weight) != self._merged_version
+        )
+
+    def _undo_saved_merge(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        """Put the base weight where the checkpoint holds a merged one."""
+        scaling = metadata.get("lora_scaling", self.scaling)
+        if scaling != self.scaling and prefix + "lora_A" in state_dict:
+            warnings.warn(
+                f"{prefix or 'the layer'}: the adapter was saved with scaling {scaling}, the layer "
+                f"has {self.scaling}; build the layer with the same r and lora_alpha",
+                UserWarning,
+                stacklevel=2,
+            )
+        keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
+        if not metadata.get("lora_merged") or not all(k in state_dict for k in keys):
+            return
+        weight, lora_A, lora_B = (state_dict[k] for k in keys)
+        with torch.no_grad():
+            weight = weight.clone()
+            functional.merge_(self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks())
+        state_dict[keys[0]] = weight
