@@ -86,6 +86,14 @@ struct Item {
   }
 };
 
+// How many dimensions have more than one element.
+inline int wide_dims(const Tensor& tensor) {
+  int count = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) count += tensor.size(d) != 1;
+  return count;
+}
+
+// transposed: of a tensor with two wide dimensions.
 inline View view_of(const Tensor& tensor, bool transposed) {
   View whole;
   for (int64_t d = 0; d < tensor.dim(); ++d) {
@@ -164,10 +172,11 @@ inline Item make_item(
       "a weight beyond 2**31 - 1 elements must be passed in parts");
   if (item.numel() == 0) return item;
 
-  // One row or column of stride 0 or of a lone element leaves nothing to transpose.
+  // One row or column of stride 0 or of a lone element leaves nothing to transpose; where more than
+  // two dimensions join to a matrix, swapping two of them is no transposition of it.
   const View plain = view_of(weight, false);
-  item.transposed = plain.dims == 2 && plain.size[0] == item.rows && plain.size[1] == item.cols &&
-      plain.stride[0] < plain.stride[1];
+  item.transposed = wide_dims(weight) == 2 && plain.dims == 2 && plain.size[0] == item.rows &&
+      plain.size[1] == item.cols && plain.stride[0] < plain.stride[1];
   item.weight = weight.mutable_data_ptr();
   item.weight_view = view_of(weight, item.transposed);
   item.left = factor_of(lora_b, "lora_B", false);

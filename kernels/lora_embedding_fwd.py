@@ -9,6 +9,7 @@ from lora_fast.kernels.configs import EmbeddingConfig, architecture
 from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.plans import embedding_plan
 from lora_fast.kernels.primitives import (
+    as_own,
     block_offsets,
     dot_precision,
     mma,
@@ -188,4 +189,4 @@ def lora_embedding_fwd(
                 num_warps=config.num_warps,
                 sanitize_overflow=False,  # debug mode would check every sum of int32 too
             )
-    return y.view(*input.shape, D)
+    return as_own(y, (*input.shape, D))

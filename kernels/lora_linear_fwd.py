@@ -24,6 +24,7 @@ from lora_fast.kernels.lora_update import add_update
 from lora_fast.kernels.plans import ForwardPlan, forward_plan
 from lora_fast.kernels.primitives import (
     MAX_SIZE,
+    as_own,
     block_offsets,
     dot_precision,
     mma,
@@ -229,7 +230,7 @@ def lora_linear_fwd(
             *(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed),
             *(column_blocks(edges, N), plan),
         )
-    return y.view(shape), s, no_mask if keep is None else keep
+    return as_own(y, shape), s, no_mask if keep is None else keep
 
 
 def run_plan(

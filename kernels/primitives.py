@@ -73,6 +73,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+def as_own(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Give a new tensor another shape, as no view: autograd refuses writes to an op's views."""
+    if y.dim() == len(shape):
+        return y
+    return torch.ops.aten._unsafe_view.default(y, shape)  # type: ignore[no-any-return]
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU current: Triton launches on the current one, wherever the data is."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():

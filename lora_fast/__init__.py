@@ -1,5 +1,13 @@
 """LoRA layers that replace `loralib`: same layers, helpers and checkpoints, fused kernels."""
 
+# What `from loralib import *` brings along, too.
+import math
+from typing import Dict, List, Optional  # noqa: UP035
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 from lora_fast import layers, utils
 from lora_fast.backend import explain, get_backend, set_backend, use_backend
 from lora_fast.checkpoint import load, save
@@ -24,20 +32,27 @@ __all__ = [
     "Conv2d",
     "Conv3d",
     "ConvLoRA",
+    "Dict",
     "Embedding",
+    "F",
     "Linear",
+    "List",
     "LoRALayer",
     "MergedLinear",
+    "Optional",
     "explain",
     "get_backend",
     "layers",
     "load",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
+    "math",
     "merge",
     "name",
+    "nn",
     "save",
     "set_backend",
+    "torch",
     "unmerge",
     "use_backend",
     "utils",

@@ -4,6 +4,7 @@
 `lora_fast.dispatch`; a forced backend that cannot serve it raises.
 """
 
+import functools
 import importlib.util
 import logging
 import os
@@ -44,6 +45,7 @@ _TRITON_OPS = frozenset({"lora_linear", "lora_merged_linear", "lora_embedding", 
 # fp32, p = 0.1, 256 to 1024 features, one thread of an EPYC of family 25 model 1, 2026-11-27.
 _MANY_DROPPED = 2**16
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TENSOR_SCALING = "scaling is a tensor, which may want a gradient"
 _INDEX_DTYPES = (torch.int64, torch.int32)
 # Ops whose input and weight, the first two tensors, must have one dtype.
 _ONE_DTYPE_OPS = frozenset({"lora_linear", "lora_merged_linear"})
@@ -110,13 +112,16 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-def choose(op: str, *tensors: Tensor | None, drops: bool = False) -> Backend:
+def choose(
+    op: str, *tensors: Tensor | None, drops: bool = False, scaling: object = None
+) -> Backend:
     """Return the implementation that serves this call of `op`.
 
     Args:
         op: name of the function in `lora_fast.functional`.
         tensors: its tensor arguments, the input first.
         drops: whether the call draws a dropout mask.
+        scaling: its factor of the update.
 
     Raises:
         RuntimeError: the forced backend cannot serve the call.
@@ -129,7 +134,7 @@ def choose(op: str, *tensors: Tensor | None, drops: bool = False) -> Backend:
     otherwise = Backend.EAGER if eager else Backend.REFERENCE
     if _selected == "auto" and not on_gpu and otherwise is Backend.REFERENCE:
         return decided(op, otherwise, "not a CUDA tensor")
-    special = _needs_reference(op, tensors)
+    special = _TENSOR_SCALING if isinstance(scaling, Tensor) else _needs_reference(op, tensors)
     if _selected == "triton":
         reason = special or _why_not_triton(op, tensors)
         if reason:
@@ -167,6 +172,8 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
             return f"a {type(t).__name__} is not a plain tensor"
     if x is not None and x.is_nested:
         return "a nested tensor"
+    if x is not None and x.is_complex():
+        return "complex numbers"
     if _in_functorch_transform(tensors):
         return "inside a functorch transform"
     if torch.compiler.is_compiling():
@@ -200,6 +207,9 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     assert x is not None
     if not x.is_cuda and not (x.device.type == "cpu" and _interpreted()):
         return f"the input is on {x.device}, the kernels need CUDA (or TRITON_INTERPRET=1)"
+    # Not asked while a graph is traced: an answer from the driver would break it.
+    if x.is_cuda and not torch.compiler.is_compiling() and _is_too_old(x.device):
+        return "the kernels need a GPU of compute capability 8.0 or later"
     looks_up = op == "lora_embedding"
     if looks_up and x.dtype not in _INDEX_DTYPES:
         return f"indices of dtype {x.dtype} are not int64 or int32"
@@ -214,6 +224,14 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     if weight is not None and weight.dtype != x.dtype and not autocasts(x):
         return f"x is {x.dtype} and weight {weight.dtype}"
     return None if _TRITON_FOUND else "triton is not installed"
+
+
+@functools.cache
+def _is_too_old(device: torch.device) -> bool:
+    """Tell whether a GPU has too little shared memory for the kernels' tiles (Turing: 64 KiB)."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def _dropping_eagerly_pays(op: str, x: Tensor | None) -> bool:

@@ -4,7 +4,7 @@ Every refusal names the argument, what was expected and what came.
 """
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, SupportsFloat
 
 import torch
@@ -221,6 +221,14 @@ def rank(r: Any) -> int:
     return operator.index(r)
 
 
+def lora_alpha(alpha: Any) -> None:
+    """Refuse a scale of the update that is no number."""
+    if not isinstance(alpha, SupportsFloat):
+        raise TypeError(
+            f"lora_alpha must be a number, got {alpha!r} of type {type(alpha).__name__}"
+        )
+
+
 def lora_dropout(p: Any) -> None:
     """Refuse a layer's dropout rate that is no number in [0, 1]."""
     if not isinstance(p, SupportsFloat):
@@ -237,6 +245,17 @@ def enabled(op: str, enable_lora: Any) -> list[bool]:
             f"has an adapter, got {enable_lora!r}"
         )
     return [bool(e) for e in enable_lora]
+
+
+def widths(op: str, out_splits: Any) -> None:
+    """Refuse `out_splits` that are no integers."""
+    if not isinstance(out_splits, Collection) or not all(
+        hasattr(width, "__index__") for width in out_splits
+    ):
+        raise TypeError(
+            f"{op}: out_splits must be None or a list of integers, one for each block, got "
+            f"{out_splits!r}"
+        )
 
 
 def dropout_p(op: str, p: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lora_fast import functional, readers, scripting
-from lora_fast.lora_layer import LoRALayer, MergingLayer, merge_after_load, tell_no_gradient
+from lora_fast.lora_layer import LoRALayer, MergingLayer, tell_no_gradient
 
 # What a caller finds on a plain nn.Conv*d and may read here too.
 _CONV_ATTRIBUTES = frozenset(
@@ -88,7 +88,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
             self.scaling = self.lora_alpha / self.r
             weight.requires_grad = False
         self.reset_parameters()
-        self.register_load_state_dict_post_hook(merge_after_load)
+        self._register_hooks()
 
     def reset_parameters(self) -> None:
         """Draw the convolution and A anew; B is zero, so the adapter's update is too."""

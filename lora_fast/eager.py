@@ -64,25 +64,24 @@ class _LowRankLinear(torch.autograd.Function):
         blocks: Blocks,
     ) -> Tensor:
         keep, keep_scale = None, 1.0
-        dropped = x
+        x2 = dropped = _as_matrix(x)
         if dropout_p > 0.0:
             keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
             dropped, keep = dropout(x, dropout_p)
-        y = F.linear(x, weight, bias)
+            dropped = _as_matrix(dropped)
+        y = F.linear(x2, weight, bias)
         s = F.linear(dropped, lora_A)
-        y2 = y.view(-1, y.shape[-1])
-        s2 = s.view(y2.shape[0], s.shape[-1])
         rank = lora_B.shape[1]
         for (lo, hi), s_block, b_block in zip(
-            blocks, _columns(s2, rank, blocks), _rows(lora_B, blocks), strict=True
+            blocks, _columns(s, rank, blocks), _rows(lora_B, blocks), strict=True
         ):
-            y2[:, lo:hi].addmm_(s_block, b_block.t(), alpha=scaling)
+            y[:, lo:hi].addmm_(s_block, b_block.t(), alpha=scaling)
         # Without dX the weight plays no part, and a merge between forward and backward is harmless.
         kept_weight = weight if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else None
         ctx.save_for_backward(x, kept_weight, lora_A, lora_B, s, keep)
         ctx.scaling, ctx.blocks, ctx.keep_scale = scaling, blocks, keep_scale
         ctx.out_features, ctx.in_features = weight.shape
-        return y
+        return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,21 +92,15 @@ class _LowRankLinear(torch.autograd.Function):
         scaling, blocks, rank = ctx.scaling, ctx.blocks, lora_B.shape[1]
         dy = grads[0].reshape(-1, ctx.out_features)
         x2 = x.reshape(dy.shape[0], ctx.in_features)
-        s2 = s.view(dy.shape[0], s.shape[-1])
         dx = dW = dA = dB = dbias = None
+        # Nothing is written with `out=`, which vmap over the gradients has no rule for.
         if need_B:
-            dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
-            for (lo, hi), s_block, out in zip(
-                blocks, _columns(s2, rank, blocks), _rows(dB, blocks), strict=True
-            ):
-                torch.mm(dy[:, lo:hi].t(), s_block, out=out)
+            pairs = zip(blocks, _columns(s, rank, blocks), strict=True)
+            dB = _joined([dy[:, lo:hi].t() @ s_block for (lo, hi), s_block in pairs], 0)
             dB.mul_(scaling)
         if need_x or need_A:
-            ds = torch.empty_like(s2)
-            for (lo, hi), out, b_block in zip(
-                blocks, _columns(ds, rank, blocks), _rows(lora_B, blocks), strict=True
-            ):
-                torch.mm(dy[:, lo:hi], b_block, out=out)
+            factors = zip(blocks, _rows(lora_B, blocks), strict=True)
+            ds = _joined([dy[:, lo:hi] @ b_block for (lo, hi), b_block in factors], 1)
             ds.mul_(scaling * ctx.keep_scale)
             # As bytes, which torch converts in vectors; bool it converts one by one.
             keep2 = None if keep is None else keep.view(torch.uint8).reshape(x2.shape).to(x2.dtype)
@@ -119,7 +112,8 @@ class _LowRankLinear(torch.autograd.Function):
                 if keep2 is None:
                     dx.addmm_(ds, lora_A)
                 else:
-                    dx.addcmul_(torch.mm(ds, lora_A, out=dropped), keep2)
+                    del dropped  # its memory serves the next product
+                    dx.addcmul_(ds @ lora_A, keep2)
                 dx = dx.view(x.shape)
         if need_weight:
             dW = dy.t() @ x2
@@ -150,6 +144,22 @@ def _backward_through_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ..
     grads = [next(found) if need else None for need in ctx.needs_input_grad[:4]]
     dbias = dy.reshape(-1, n).sum(0) if ctx.needs_input_grad[4] else None
     return (*grads, dbias)
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+def as_own(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Give a new tensor another shape, as no view: autograd restricts who may write to a view."""
+    return _unsafe_view(y, shape)  # type: ignore[no-any-return]
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    return x.flatten(0, -2) if x.dim() > 2 else x.view(1, -1) if x.dim() == 1 else x
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _columns(s: Tensor, rank: int, blocks: Blocks) -> list[Tensor]:

@@ -74,7 +74,9 @@ def lora_linear(
             checks.dropout_p("lora_linear", dropout_p)
         checks.linear_shapes(x, weight, lora_A, lora_B, bias)
         drops = training and dropout_p > 0.0
-        backend = choose("lora_linear", x, weight, lora_A, lora_B, bias, drops=drops)
+        backend = choose(
+            "lora_linear", x, weight, lora_A, lora_B, bias, drops=drops, scaling=scaling
+        )
         if backend is Backend.TRITON:
             return autograd.lora_linear(
                 x, weight, lora_A, lora_B, scaling, bias, dropout_p, training
@@ -88,7 +90,7 @@ def lora_linear(
             y = reference.lora_linear(
                 rows, weight, lora_A, lora_B, scaling, bias, dropout_p, training
             )
-            return y.view(*x.shape[:-1], y.shape[-1])
+            return eager.as_own(y, (*x.shape[:-1], y.shape[-1]))
     return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, training)
 
 
@@ -143,7 +145,7 @@ def lora_merged_linear(
         if dropout_p:
             checks.dropout_p("lora_merged_linear", dropout_p)
         checks.merged_linear_shapes(x, weight, lora_A, lora_B, bias, enable, widths)
-        backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias)
+        backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias, scaling=scaling)
         if backend is not Backend.REFERENCE:
             blocks = enabled_blocks(weight.shape[0], enable, widths)
             if backend is Backend.TRITON:
@@ -211,11 +213,12 @@ def lora_embedding(
     if isinstance(input, Tensor):
         checks.embedding_shapes(input, weight, lora_A, lora_B)
         checks.padding_idx("lora_embedding", padding_idx, weight)
-        if choose("lora_embedding", input, weight, lora_A, lora_B) is Backend.TRITON:
+        backend = choose("lora_embedding", input, weight, lora_A, lora_B, scaling=scaling)
+        if backend is Backend.TRITON:
             return autograd_embedding.lora_embedding(*arguments)
         if input.dim() != 1 and _flattens(input):
             y = _embedding_in_torch(input.flatten(), *arguments[1:])
-            return y.view(*input.shape, y.shape[-1])
+            return eager.as_own(y, (*input.shape, y.shape[-1]))
         return _embedding_in_torch(*arguments)
     return reference.lora_embedding(*arguments)
 
@@ -358,8 +361,10 @@ def merged_weight(
     if isinstance(lora_A, Tensor):
         checks.delta_shapes("merged_weight", weight, lora_A, lora_B, enable, widths)
         one_block = enable is None and isinstance(weight, Tensor)
-        if one_block and choose("merged_weight", weight, lora_A, lora_B) is Backend.TRITON:
-            return autograd_weight.merged_weight(weight, lora_A, lora_B, scaling)
+        if one_block:
+            backend = choose("merged_weight", weight, lora_A, lora_B, scaling=scaling)
+            if backend is Backend.TRITON:
+                return autograd_weight.merged_weight(weight, lora_A, lora_B, scaling)
     return reference.merged_weight(
         weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
     )

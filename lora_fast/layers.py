@@ -17,7 +17,6 @@ from lora_fast.lora_layer import (
     LoRALayer,
     MergingLayer,
     identity,
-    merge_after_load,
     tell_no_gradient,
 )
 
@@ -78,7 +77,7 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
             self.reset_parameters()
         else:
             self._reset_adapter()
-        self.register_load_state_dict_post_hook(merge_after_load)
+        self._register_hooks()
 
     def reset_parameters(self) -> None:
         """Draw the table and the adapter anew; the adapter's update is zero."""
@@ -149,7 +148,7 @@ class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
         self.reset_parameters()
         if self.fan_in_fan_out:
             self.weight.data = self.weight.data.transpose(0, 1)
-        self.register_load_state_dict_post_hook(merge_after_load)
+        self._register_hooks()
 
     def reset_parameters(self) -> None:
         """Draw weight, bias and A anew; B is zero, so the adapter's update is too."""
@@ -180,9 +179,13 @@ class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
         dropout = self.lora_dropout
         if dropout is identity:
             return 0.0
-        if type(dropout) is nn.Dropout and not dropout._forward_hooks:
-            return dropout.p if dropout.training else 0.0
-        return None
+        if type(dropout) is not nn.Dropout or dropout.inplace:
+            return None
+        if dropout._forward_hooks or dropout._forward_pre_hooks:
+            return None
+        if dropout._backward_hooks or dropout._backward_pre_hooks:
+            return None
+        return dropout.p if dropout.training else 0.0
 
 
 class Linear(_LinearBase):
@@ -233,9 +236,10 @@ class Linear(_LinearBase):
             weight = weight.t()
         p = 0.0 if self.lora_dropout is identity else self._dropout_rate()
         if p is None:
+            y = F.linear(x, weight, bias)  # before a dropout that works in place
             dropped = self.lora_dropout(x)
             s = F.linear(dropped, reference.like(lora_A, dropped))
-            return reference.lora_expand(F.linear(x, weight, bias), s, lora_B, self.scaling)
+            return reference.lora_expand(y, s, lora_B, self.scaling)
         return functional.lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, p, p > 0.0)
 
     def _forward_in_script(self, x: Tensor) -> Tensor:
@@ -285,6 +289,8 @@ class MergedLinear(_LinearBase):
         **kwargs: Any,
     ) -> None:
         enabled = checks.enabled("MergedLinear", enable_lora)
+        if out_splits is not None:
+            checks.widths("MergedLinear", out_splits)
         widths = checks.splits("MergedLinear", out_features, enabled, out_splits)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(
@@ -311,9 +317,24 @@ class MergedLinear(_LinearBase):
         mask = [on for w, on in zip(widths, self.enable_lora, strict=True) for _ in range(w)]
         return torch.tensor(mask, device=self.weight.device)
 
+    @lora_ind.setter
+    def lora_ind(self, mask: Tensor) -> None:
+        """Accept the mask that it is, on any device; it follows from the blocks."""
+        if not torch.equal(mask.to(self.lora_ind.device), self.lora_ind):
+            raise ValueError(
+                "lora_ind follows from enable_lora and out_splits and cannot be another mask; "
+                "build the layer with other blocks"
+            )
+
     def zero_pad(self, x: Tensor) -> Tensor:
         """Spread the enabled blocks' rows of `x` over all output features, zeros elsewhere."""
         widths = reference.block_widths(self.out_features, self.enable_lora, self.out_splits)
+        rows = sum(w for w, on in zip(widths, self.enable_lora, strict=True) if on)
+        if x.dim() == 0 or x.shape[0] != rows:
+            raise ValueError(
+                f"zero_pad: x must have {rows} rows, those of the enabled blocks, got shape "
+                f"{tuple(x.shape)}"
+            )
         blocks, row = [], 0
         for width, enabled in zip(widths, self.enable_lora, strict=True):
             if enabled:
@@ -347,11 +368,12 @@ class MergedLinear(_LinearBase):
             weight = weight.t()
         p = self._dropout_rate()
         if p is None:
+            y = F.linear(x, weight, bias)  # before a dropout that works in place
             no_weight = weight.new_zeros(()).expand_as(weight)
             update = functional.lora_merged_linear(
                 self.lora_dropout(x), no_weight, lora_A, lora_B, self.scaling, **self._blocks()
             )
-            return F.linear(x, weight, bias) + update
+            return y + update
         return functional.lora_merged_linear(
             x, weight, lora_A, lora_B, self.scaling, bias, p, p > 0.0, **self._blocks()
         )

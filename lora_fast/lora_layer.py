@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_fast import checks, fsdp, functional, interrupts, readers, sharded
 from lora_fast.record import MergeRecord
-from lora_fast.saved_state import SavedState
+from lora_fast.saved_state import SavedState, remember_view
 
 _log = logging.getLogger("lora_fast.merge")
 # Merging and unmerging is seldom and short: one lock for all layers keeps them picklable.
@@ -41,6 +41,8 @@ class LoRALayer:
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
         checks.lora_dropout(lora_dropout)
         self.r = checks.rank(r)
+        if self.r > 0:
+            checks.lora_alpha(lora_alpha)
         self.lora_alpha = lora_alpha
         self.lora_dropout = nn.Dropout(p=lora_dropout) if lora_dropout > 0.0 else identity
         self.merged = False
@@ -62,14 +64,23 @@ class MergingLayer(SavedState):
     lora_B: nn.Parameter
     scaling: float
     _record: MergeRecord | None = None
-    _merged_version: tuple[int, int] | None = None
+    _merged_version: tuple[int, ...] | None = None
     _merge_weights: bool = True
     _in_python = True
+    # TorchScript takes the annotations of a class for its own types.
+    __jit_ignored_attributes__ = ("_record", "_merged_version")
     __jit_unused_properties__: tuple[str, ...] = ("merge_weights",)
 
     def _has_adapter(self) -> bool:
-        # The dictionary first: hasattr takes ten times as long. A parametrized A is not in it.
-        return "lora_A" in self.__dict__["_parameters"] or hasattr(self, "lora_A")
+        # The dictionary first: hasattr takes ten times as long, but finds a parametrized A too. As
+        # in loralib, an `r` that is set to 0 switches the adapter off.
+        exists = "lora_A" in self.__dict__["_parameters"] or hasattr(self, "lora_A")
+        return exists and self.r > 0
+
+    def _register_hooks(self) -> None:
+        module: Any = self
+        module.register_load_state_dict_post_hook(merge_after_load)
+        module.register_state_dict_post_hook(remember_view)
 
     def _look_up(self, x: Tensor, *names: str) -> list[Any]:
         """Return parameters by name, for a forward of `x`."""
@@ -181,7 +192,7 @@ class MergingLayer(SavedState):
         with merge_lock, interrupts.held_back():
             if not self.merged:
                 return
-            if self._has_adapter():
+            if self._record is not None or self._has_adapter():
                 self._restore(self._merged_target(), self._record)
             self._remember(False, None)
 
@@ -211,8 +222,9 @@ class MergingLayer(SavedState):
             target.copy_(sharded.like(whole, target))
         elif self._changed_while_merged(target, record):
             _log.debug("%s: the weight changed while merged; subtracting", self._described())
-            factors = (record.lora_A, record.lora_B, -record.scaling)
-            functional.merge_(sharded.local(target), *factors, **record.blocks())
+            shard = sharded.local(target)
+            lora_A, lora_B = record.lora_A.to(shard.device), record.lora_B.to(shard.device)
+            functional.merge_(shard, lora_A, lora_B, -record.scaling, **record.blocks())
             sharded.count_version(target)
         else:
             functional.unmerge_(target, record)
@@ -225,6 +237,8 @@ class MergingLayer(SavedState):
         ):
             return False
         shard = sharded.local(target)
+        if shard.dtype != record.dtype or shard.device != record.lora_A.device:
+            return True  # through `.data`
         original = shard.clone()
         functional.unmerge_(original, replace(record))
         factors = (record.lora_A, record.lora_B, record.scaling)
@@ -247,10 +261,8 @@ class MergingLayer(SavedState):
     def _described(self) -> str:
         """Return the layer in one line, whatever modules it holds."""
         owner: Any = self._weight_owner()
-        settings = (
-            self.extra_repr() if owner is self else f"{owner.extra_repr()}, {self.extra_repr()}"
-        )
-        return f"{type(self).__name__}({settings})"
+        parts = [self.extra_repr()] if owner is self else [owner.extra_repr(), self.extra_repr()]
+        return f"{type(self).__name__}({', '.join(filter(None, parts))})"
 
     def extra_repr(self) -> str:
         """Return the layer's own settings and the adapter's."""

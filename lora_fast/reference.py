@@ -37,6 +37,8 @@ _FEW_ROWS = 32
 
 def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Y + scaling S B^T, out of place: what an adapter adds to the frozen layer's output."""
+    if isinstance(scaling, Tensor):  # of one's own, perhaps trained; one for each feature, too
+        return y + F.linear(s, like(lora_B, y)) * scaling
     if (
         type(y) is not Tensor
         or y.dim() != 2
@@ -45,7 +47,8 @@ def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         or torch.compiler.is_dynamo_compiling()  # it fuses them, and takes alpha for a constant
         or autocasts(y)  # the product would round to its dtype, which y need not have
     ):
-        return y + F.linear(s * scaling, like(lora_B, y))
+        update = F.linear(s * scaling, like(lora_B, y))
+        return y + (update if update.dtype is y.dtype else update.to(y.dtype))  # autocast's, say
     if y.dtype.itemsize > 2:
         return torch.addmm(y, s, lora_B.t(), alpha=scaling)
     return torch.addmm(y, s * scaling, lora_B.t())
@@ -290,7 +293,7 @@ def finite_where(weight: Tensor, original: Tensor) -> bool:
     """Tell whether `weight` is finite wherever `original` was."""
     if weight.is_meta:
         return True
-    accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    accumulate = torch.promote_types(weight.dtype, torch.float32)
     if bool(weight.sum(dtype=accumulate).isfinite()):  # one pass, and nearly always enough
         return True
     return bool((weight.isfinite() | ~original.isfinite()).all())
@@ -308,7 +311,7 @@ def _add_delta_(
     enable_lora: list[bool] | None,
     out_splits: list[int] | None,
 ) -> None:
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     factors = (lora_A.to(dtype), lora_B.to(dtype))
     for block, block_A, block_B in delta_blocks(weight, *factors, enable_lora, out_splits):
         if block.dim() == 2:

@@ -1,15 +1,21 @@
 """What of a LoRA layer is pickled, copied, saved and loaded, merged or not."""
 
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_fast import fsdp, functional, readers, sharded
 from lora_fast.record import MergeRecord
+
+# The weights that `state_dict()` took from merged layers, and whose they are: they are views, and
+# show the original as soon as the layer is in train mode again, whatever the dict's mark says.
+_views_of_merged = WeakTensorKeyDictionary()
 
 
 class SavedState:
@@ -22,8 +28,10 @@ class SavedState:
     r: int
     scaling: float
     merged: bool
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
     _record: MergeRecord | None
-    _merged_version: tuple[int, int] | None
+    _merged_version: tuple[int, ...] | None
     _has_adapter: Callable[[], bool]
     _weight_owner: Callable[[], nn.Module]
     _as_delta: Callable[[Tensor], Tensor]
@@ -36,13 +44,16 @@ class SavedState:
         state = self.__dict__.copy()
         record = self._record
         weight = readers.stored_weight(self._weight_owner())
-        if record is not None and record.codes and weight is not None:
+        if not self.merged:  # by hand, perhaps: then the record is of no use
+            state["_record"] = None
+        elif record is not None and record.codes and weight is not None:
             original = self._as_delta(weight.detach()).clone()
             self._restore(original, replace(record))
             mine = sharded.local(original)
             state["_record"] = replace(
                 record,
                 shape=mine.shape,
+                dtype=mine.dtype,
                 original=mine,
                 codes=(),
                 of_shard=sharded.is_dtensor(weight),
@@ -83,8 +94,14 @@ class SavedState:
                 for key in [k for k in state_dict if k.startswith(prefix)]:
                     del state_dict[key]
                 return
+            holds_mine = self._holds_what_is_here(state_dict, prefix)
             self._unmerge()
-            self._undo_saved_merge(state_dict, prefix, local_metadata)
+            self._warn_of_another_scaling(state_dict, prefix, local_metadata)
+            key = prefix + self._weight_key()
+            if holds_mine:
+                state_dict[key] = self._weight_owner().weight.detach()  # type: ignore[operator]
+            elif self._is_still_merged(state_dict.get(key), local_metadata):
+                self._undo_saved_merge(state_dict, prefix, local_metadata)
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict,
             prefix,
@@ -133,10 +150,42 @@ class SavedState:
             or sharded.version(self._weight_owner().weight) != self._merged_version
         )
 
+    def _holds_what_is_here(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Tell whether a merged layer gets its own merged weight back, even without a mark."""
+        weight: Any = self._weight_owner().weight
+        if not self.merged or sharded.is_dtensor(weight) or weight.is_meta:
+            return False
+        if prefix + self._weight_key() not in state_dict:
+            return False
+        mine = {self._weight_key(): weight, "lora_A": self.lora_A, "lora_B": self.lora_B}
+        return all(
+            prefix + name not in state_dict or _are_equal(state_dict[prefix + name], tensor)
+            for name, tensor in mine.items()
+        )
+
+    def _is_still_merged(self, value: Any, metadata: dict[str, Any]) -> bool:
+        """Tell whether a saved weight is merged: a view of a layer's own is what that layer is."""
+        source = _views_of_merged.get(value) if isinstance(value, Tensor) else None
+        layer = None if source is None else source()
+        return bool(metadata.get("lora_merged") if layer is None else layer.merged)
+
     def _undo_saved_merge(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
         """Put the base weight where the checkpoint holds a merged one."""
+        scaling = metadata.get("lora_scaling", self.scaling)
+        keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
+        if not all(k in state_dict for k in keys):
+            return
+        weight, lora_A, lora_B = (state_dict[k] for k in keys)
+        with torch.no_grad():
+            weight = weight.clone()
+            functional.merge_(self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks())
+        state_dict[keys[0]] = weight
+
+    def _warn_of_another_scaling(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
         scaling = metadata.get("lora_scaling", self.scaling)
         if scaling != self.scaling and prefix + "lora_A" in state_dict:
             warnings.warn(
@@ -145,11 +194,18 @@ class SavedState:
                 UserWarning,
                 stacklevel=2,
             )
-        keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
-        if not metadata.get("lora_merged") or not all(k in state_dict for k in keys):
-            return
-        weight, lora_A, lora_B = (state_dict[k] for k in keys)
-        with torch.no_grad():
-            weight = weight.clone()
-            functional.merge_(self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks())
-        state_dict[keys[0]] = weight
+
+
+def remember_view(
+    layer: SavedState, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """Note whose the weight is that was just saved of a merged layer (a state_dict post-hook)."""
+    value = state_dict.get(prefix + layer._weight_key())
+    if layer.merged and isinstance(value, Tensor):
+        _views_of_merged[value] = weakref.ref(layer)
+
+
+def _are_equal(value: Any, tensor: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.is_meta or value.dtype != tensor.dtype:
+        return False
+    return torch.equal(value.to(tensor.device), tensor)

@@ -89,11 +89,16 @@ def count_version(weight: Tensor) -> None:
         torch.autograd.graph.increment_version(weight)
 
 
-def version(weight: Any) -> tuple[int, int] | None:
-    """Return what grows with every write to a weight or to its shard, where torch counts them."""
+def version(weight: Any) -> tuple[int, ...] | None:
+    """Return what changes with every write to a weight or to its shard, where torch counts them.
+
+    And with other memory through `weight.data = ...`; a write through `.data` counts nowhere.
+    """
     if weight.is_inference():
         return None
-    return weight._version, local(weight)._version  # a DTensor's and its shard's count separately
+    # A DTensor's and its shard's count separately.
+    shard = local(weight)
+    return weight._version, shard._version, shard.untyped_storage()._cdata
 
 
 def _refuse_together(weight: Any, error: Exception | None) -> None:

@@ -25,8 +25,9 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         UnknownBiasError: `bias` is something else; nothing was frozen.
 
     Note:
-        A parameter belongs to an adapter when its own name begins with `lora_`. Parameters that
-        were frozen before stay frozen. Source: loralib/utils.py:13-31.
+        A parameter belongs to an adapter when its own name begins with `lora_`, or that of what it
+        parametrizes. Parameters that were frozen before stay frozen.
+        Source: loralib/utils.py:13-31.
     """
     _check_bias(bias)
     for name, parameter in model.named_parameters():
@@ -69,7 +70,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     for key, value in state.items():
         if _is_lora(key):
             kept[key] = value
-            prefix = key[: len(key) - len(_leaf(key))]
+            prefix = key[: key.rindex(_leaf(key))].removesuffix("parametrizations.")
             for bias_key in (prefix + "bias", prefix + "conv.bias"):
                 if bias_key in state:
                     kept[bias_key] = state[bias_key]
@@ -82,7 +83,9 @@ def _check_bias(bias: str) -> None:
 
 
 def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
+    """Return a parameter's own name; of a parametrization's the name of what it computes."""
+    _, is_parametrized, computed = name.rpartition("parametrizations.")
+    return computed.partition(".")[0] if is_parametrized else name.rpartition(".")[2]
 
 
 def _is_lora(name: str) -> bool:
@@ -97,5 +100,6 @@ def _is_bias(name: str) -> bool:
 
 def _adapted(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
-        if isinstance(module, LoRALayer) and hasattr(module, "lora_A"):
+        names = (name for name, _ in module.named_parameters())
+        if isinstance(module, LoRALayer) and any(map(_is_lora, names)):
             yield module
