@@ -113,11 +113,15 @@ def _read(path: Path) -> "OrderedDict[str, Any]":
             f"load: {path} is damaged or no {kind} file; nothing was loaded ({why})"
         ) from error
     if not isinstance(loaded, dict) or not all(
-        isinstance(value, Tensor) or _is_extra(key) for key, value in loaded.items()
+        isinstance(key, str) and (isinstance(value, Tensor) or _is_extra(key))
+        for key, value in loaded.items()
     ):
         raise ValueError(f"load: {path} does not hold a state dict of tensors")
+    metadata = getattr(loaded, "_metadata", OrderedDict())
+    if not isinstance(metadata, dict) or not all(isinstance(m, dict) for m in metadata.values()):
+        raise ValueError(f"load: what {path} says of its layers is damaged; nothing was loaded")
     state = OrderedDict(loaded)
-    state._metadata = getattr(loaded, "_metadata", OrderedDict())  # type: ignore[attr-defined]
+    state._metadata = metadata  # type: ignore[attr-defined]
     return state
 
 
@@ -141,6 +145,9 @@ def _problems(model: nn.Module, state: "OrderedDict[str, Any]", strict: bool) ->
     own = model.state_dict()
     names = {key: _released_conv_key(model, key) for key in state}
     problems = [f"{key}: not in the model" for key, new in names.items() if new not in own]
+    for key, value in state.items():
+        if not _is_extra(key) and not _is_dense(value):
+            problems.append(f"{key}: the file has no plain values for it, but {_kind(value)} ones")
     for key, new in names.items():
         if new in own and not _is_extra(key) and own[new].shape != state[key].shape:
             problems.append(
@@ -160,6 +167,14 @@ def _problems(model: nn.Module, state: "OrderedDict[str, Any]", strict: bool) ->
                         f"{getattr(layer, mine)}"
                     )
     return problems
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.layout is torch.strided and not value.is_quantized and not value.is_meta
+
+
+def _kind(value: Tensor) -> str:
+    return "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
 
 
 def _released_conv_key(model: nn.Module, key: str) -> str:

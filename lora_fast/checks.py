@@ -213,6 +213,17 @@ def _covers(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     return weight.dim() > 2 and weight.numel() == n * k
 
 
+def mergeable(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Refuse a weight that holds no fractions, and factors on other devices."""
+    if not weight.is_floating_point() and not weight.is_complex():
+        raise TypeError(f"{op}: weight must have a floating-point dtype, got {weight.dtype}")
+    if weight.device != lora_A.device or weight.device != lora_B.device:
+        raise ValueError(
+            f"{op}: weight, lora_A and lora_B must be on one device, got {weight.device}, "
+            f"{lora_A.device} and {lora_B.device}"
+        )
+
+
 def rank(r: Any) -> int:
     """`r` as an int; refuse what is no integer."""
     # loralib takes False for 0, which is what nn.Linear(4, 8, False) becomes here.

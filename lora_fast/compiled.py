@@ -46,11 +46,23 @@ def why_not(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
             return f"{tensor.dtype} tensors of layout {tensor.layout} are not served"
     if lora_A.shape[0] == 0:
         return "there is nothing to add: no rank, or no enabled block"
-    if torch._debug_has_internal_overlap(weight) == 1:
+    overlap = torch._debug_has_internal_overlap(weight)
+    if overlap == 1 or (overlap == 2 and _overlaps(weight)):  # 2: torch has not looked closely
         return "elements of the weight share memory"
     if weight.numel() > _MOST and weight.dim() != 2:
         return "more than 2**31 - 1 elements in other than two dimensions"
     return ops.load_compiled(weight.device.type)
+
+
+def _overlaps(weight: Tensor) -> bool:
+    """Tell whether a step in one dimension may land among the elements of smaller steps."""
+    reach = 0
+    sizes = zip(weight.stride(), weight.shape, strict=True)
+    for stride, size in sorted(pair for pair in sizes if pair[1] > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def merge(requests: Sequence[Merge]) -> list[MergeRecord | None]:
@@ -66,7 +78,12 @@ def merge(requests: Sequence[Merge]) -> list[MergeRecord | None]:
     jobs = [_new_job(request) for request in requests]
     status = _run(ops.merge_, jobs)
     if all(min(lengths) >= 0 for lengths in status):
-        return [job.record(lengths) for job, lengths in zip(jobs, status, strict=True)]
+        try:
+            return [job.record(lengths) for job, lengths in zip(jobs, status, strict=True)]
+        except BaseException:  # no memory for a list, say: what has no record must not stay merged
+            _run(ops.unmerge_, [job.cut(n) for job, n in zip(jobs, status, strict=True)])
+            raise
+    del jobs  # their codes are large, and what follows makes its own
     # The op has put every weight back.
     if len(requests) > 1:
         return _merge_each(requests)
@@ -87,6 +104,10 @@ def _merge_each(requests: Sequence[Merge]) -> list[MergeRecord | None]:
 
 def unmerge(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
     """Restore weights of one device and dtype that `merge` merged."""
+    # First what may be done again, should the other half fail.
+    for weight, record in zip(weights, records, strict=True):
+        if record.original is not None:
+            weight.copy_(record.original)
     jobs = []
     for weight, record in zip(weights, records, strict=True):
         if record.original is None:
@@ -95,9 +116,6 @@ def unmerge(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
             jobs.append(_Job(request, _blocks(request), record.codes, factors[:2]))
     if jobs:
         _run(ops.unmerge_, jobs)
-    for weight, record in zip(weights, records, strict=True):
-        if record.original is not None:
-            weight.copy_(record.original)
 
 
 class _Job(NamedTuple):
@@ -110,6 +128,11 @@ class _Job(NamedTuple):
     blocks: Sequence[reference.DeltaBlock]
     codes: Sequence[Code]
     copies: tuple[Tensor, Tensor]
+
+    def cut(self, lengths: Sequence[int]) -> "_Job":
+        """Return the job with lists of these lengths, which share the memory of the long ones."""
+        pairs = zip(self.codes, lengths, strict=True)
+        return self._replace(codes=[Code(c.code, c.places[:n], c.value[:n]) for c, n in pairs])
 
     def record(self, lengths: Sequence[int]) -> MergeRecord:
         """Return the record of a merge whose overflow lists have these lengths."""

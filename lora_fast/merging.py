@@ -86,6 +86,7 @@ def merge_many(requests: Sequence[Merge]) -> list[MergeRecord | None]:
 def _checked(request: Merge) -> Merge:
     weight, lora_A, lora_B, *_, enable_lora, out_splits = request
     checks.delta_shapes("merge_", weight, lora_A, lora_B, enable_lora, out_splits)
+    checks.mergeable("merge_", weight, lora_A, lora_B)
     if sharded.is_dtensor(weight) or not (sharded.is_dtensor(lora_A) or sharded.is_dtensor(lora_B)):
         return request
     return request._replace(lora_A=sharded.whole(lora_A), lora_B=sharded.whole(lora_B))

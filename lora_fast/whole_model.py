@@ -33,7 +33,11 @@ def merge(model: nn.Module, *, progress: bool = False) -> int:
         RuntimeError: a layer can't be merged, because its weight is tied, say, or would overflow.
             The message names it; every layer is as it was. The same holds for any other exception.
     """
-    layers = _adapted(model)
+    with merge_lock:  # what is to be merged must be so until it is
+        return _merge(_adapted(model), progress)
+
+
+def _merge(layers: Layers, progress: bool) -> int:
     todo = {name: layer for name, layer in layers.items() if not layer.merged}
     if not layers:
         raise ValueError("merge: the model has no LoRA layer with r > 0")
@@ -48,8 +52,9 @@ def merge(model: nn.Module, *, progress: bool = False) -> int:
             done += batch.values()
             _merge_batch(batch)
     except BaseException:
-        for layer in done:
-            layer._unmerge()
+        with interrupts.held_back():
+            for layer in done:
+                layer._unmerge()
         raise
     return len(done)
 
@@ -67,7 +72,12 @@ def unmerge(model: nn.Module, *, progress: bool = False) -> int:
     Raises:
         ValueError: there is nothing to unmerge: no LoRA layer is merged.
     """
-    todo = {name: layer for name, layer in _adapted(model).items() if layer.merged}
+    with merge_lock:
+        return _unmerge(_adapted(model), progress)
+
+
+def _unmerge(layers: Layers, progress: bool) -> int:
+    todo = {name: layer for name, layer in layers.items() if layer.merged}
     if not todo:
         raise ValueError("unmerge: no LoRA layer of the model is merged")
     done: list[MergingLayer] = []
@@ -76,16 +86,17 @@ def unmerge(model: nn.Module, *, progress: bool = False) -> int:
             done += batch.values()
             _unmerge_batch(batch)
     except BaseException:
-        for layer in done:
-            if not layer.merged:
-                layer._merge_now()
+        with interrupts.held_back():
+            for layer in done:
+                if not layer.merged:
+                    layer._merge_now()
         raise
     return len(done)
 
 
 def _merge_batch(batch: Layers) -> None:
     """Merge layers of one device and dtype together, on a GPU by one launch."""
-    with merge_lock, interrupts.held_back():
+    with interrupts.held_back():
         requests = [Merge(*m._merge_arguments(), **m._blocks()) for m in batch.values()]
         records = merging.merge_many(requests)
         for layer, record in zip(batch.values(), records, strict=True):
@@ -100,7 +111,7 @@ def _merge_batch(batch: Layers) -> None:
 
 def _unmerge_batch(batch: Layers) -> None:
     """Unmerge layers likewise; those whose weight somebody changed, each by itself."""
-    with merge_lock, interrupts.held_back():
+    with interrupts.held_back():
         found = [(layer, _restorable(layer)) for layer in batch.values()]
         together = [(layer, *pair) for layer, pair in found if pair is not None]
         merging.unmerge_many([t for _, t, _ in together], [r for _, _, r in together])

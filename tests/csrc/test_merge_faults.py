@@ -1,0 +1,151 @@
+"""What goes wrong while weights are merged leaves them as they were, or merged with a way back."""
+
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fast as lora
+from lora_fast import compiled, functional, whole_model
+from lora_fast.testing import randomize_
+
+
+def test_no_memory_for_a_list_undoes_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(randomize_(lora.Linear(64, 64, r=2)) for _ in range(3)))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight[0, :3] = 1e-30  # too far from what the way back gives: into the list
+    bases = [layer.weight.detach().clone() for layer in model]
+    fitted, calls = compiled._fitted, iter(range(9))
+
+    def failing(*args: Any) -> Any:
+        if next(calls) == 1:
+            raise MemoryError
+        return fitted(*args)
+
+    monkeypatch.setattr(compiled, "_fitted", failing)
+    with pytest.raises(MemoryError):
+        lora.merge(model)
+    for layer, base in zip(model, bases, strict=True):
+        assert not layer.merged
+        assert torch.equal(layer.weight, base)
+
+
+def test_a_copy_that_fails_in_an_unmerge_leaves_every_record_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(*(randomize_(lora.Linear(32, 32, r=2)) for _ in range(3)))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-12)  # its way back is a copy
+    bases = [layer.weight.detach().clone() for layer in model]
+    lora.merge(model)
+    assert [layer._record.original is None for layer in model] == [True, False, True]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", lambda *args: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            lora.unmerge(model)
+    model.train()
+    for layer, base in zip(model, bases, strict=True):
+        assert torch.equal(layer.weight, base)
+
+
+def test_merges_of_two_threads() -> None:
+    layer = randomize_(lora.Linear(64, 64, r=4))
+    base = layer.weight.detach().clone()
+
+    def whole() -> None:
+        for _ in range(300):
+            for change in (lora.merge, lora.unmerge):
+                with suppress(ValueError):  # the other thread was faster
+                    change(layer)
+
+    def modes() -> None:
+        for _ in range(300):
+            layer.eval()
+            layer.train()
+
+    threads = [threading.Thread(target=f) for f in (whole, whole, modes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    layer.train()
+    assert torch.equal(layer.weight, base)
+
+
+def test_nobody_merges_between_the_question_and_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = randomize_(lora.Linear(16, 16, r=4))
+    base = layer.weight.detach().clone()
+    batch = whole_model._merge_batch
+
+    def late(layers: Any) -> None:
+        other = threading.Thread(target=layer.eval)
+        other.start()
+        other.join(0.2)  # it waits for the lock
+        batch(layers)
+
+    monkeypatch.setattr(whole_model, "_merge_batch", late)
+    lora.merge(layer)
+    assert torch.equal(layer.train().weight, base)
+
+
+def test_factors_elsewhere_are_refused() -> None:
+    layer = randomize_(lora.Linear(16, 16, r=4))
+    base = layer.weight.detach().clone()
+    layer.lora_A = nn.Parameter(layer.lora_A.detach().to("meta"))
+    with pytest.raises(ValueError, match="on one device, got cpu, meta and cpu"):
+        functional.merge_(layer.weight.detach(), layer.lora_A, layer.lora_B, 1.0)
+    with pytest.warns(RuntimeWarning, match="was not merged"):
+        assert not layer.eval().merged
+    assert torch.equal(layer.weight, base)
+
+
+def test_integers_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"floating-point dtype, got torch\.int32"):
+        functional.merge_(
+            torch.ones(3, 2, dtype=torch.int32), torch.ones(1, 2), torch.ones(3, 1), 1
+        )
+
+
+@pytest.mark.parametrize("strides", [(3, 2), (1, 1), (2, 47)], ids=str)
+def test_a_weight_whose_elements_share_memory_comes_back(strides: Any) -> None:
+    memory = torch.randn(4000)
+    before = memory.clone()
+    weight = torch.as_strided(memory, (64, 48), strides)
+    assert compiled._overlaps(weight)
+    record = functional.merge_(weight, torch.randn(2, 48), torch.randn(64, 2), 1.0)
+    assert record.original is not None
+    functional.unmerge_(weight, record)
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("strides", [(48, 1), (1, 64), (100, 2), (3, 200)], ids=str)
+def test_gaps_are_no_overlap(strides: Any) -> None:
+    weight = torch.as_strided(torch.randn(20000), (64, 48), strides)
+    assert not compiled._overlaps(weight)
+    assert compiled.why_not(weight, torch.randn(2, 48), torch.randn(64, 2)) is None
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_a_file_of_other_values_loads_nothing(tmp_path: Path, kind: str) -> None:
+    model = nn.Sequential(randomize_(lora.Linear(4, 4, r=2)), randomize_(lora.Linear(4, 4, r=2)))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {k: torch.zeros_like(v) for k, v in lora.lora_state_dict(model).items()}
+    last = "1.lora_B"
+    state[last] = state[last].to_sparse() if kind == "sparse" else state[last].to("meta")
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"1\.lora_B: the file has no plain values"):
+        lora.load(model, tmp_path / "a.pt")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_a_file_with_other_keys_or_words_loads_nothing(tmp_path: Path) -> None:
+    layer = lora.Linear(4, 4, r=2)
+    torch.save({1: torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="does not hold a state dict"):
+        lora.load(layer, tmp_path / "a.pt")
