@@ -172,7 +172,7 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
             return f"a {type(t).__name__} is not a plain tensor"
     if x is not None and x.is_nested:
         return "a nested tensor"
-    if x is not None and x.is_complex():
+    if x is not None and x.is_complex() and _selected != "triton":  # which names the dtype
         return "complex numbers"
     if _in_functorch_transform(tensors):
         return "inside a functorch transform"
