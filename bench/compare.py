@@ -16,6 +16,8 @@ from typing import Any
 
 from results import markdown, read
 
+from lora_fast.commands import share, status_of
+
 OURS = "lora_fast"
 YARDSTICKS = ("frozen", "loralib", "clones")
 
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path, metavar="OLD", help="folder of results")
     parser.add_argument("new", type=Path, metavar="NEW", help="folder of results")
-    parser.add_argument("--slack", type=float, default=0.03, help="ratios this near are the same")
+    parser.add_argument("--slack", type=share, default=0.03, help="ratios this near are the same")
     arguments = parser.parse_args(argv)
     try:
         lines = compare(arguments.old, arguments.new, arguments.slack)
@@ -96,4 +98,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of("compare.py", main))

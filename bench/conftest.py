@@ -21,6 +21,8 @@ from measured import Measured, Replay, Store
 from results import RESULTS, device_name, machine
 from selection import parse
 
+from lora_fast.commands import positive, writable_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 _STORE = pytest.StashKey[Store]()
 
@@ -42,9 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="who takes part beside lora_fast and the frozen layer: names or patterns, with commas",
     )
     add("--lorafusion", metavar="DIR", help="a checkout of LoRAFusion, another peer")
-    add("--rounds", type=int, default=31, help="the most rounds of a row")
+    add("--rounds", type=positive, default=31, help="the most rounds of a row")
     add("--budget", type=float, default=1.0, help="seconds for a row, five rounds in any case")
-    add("--threads", type=int, default=2, help="threads on a CPU, bound to as many cores")
+    add("--threads", type=positive, default=2, help="threads on a CPU, bound to as many cores")
     add("--out", type=Path, metavar="FOLDER", help="where results go")
     add("--profile", metavar="ROW", help="no times, a profile of every peer in this row")
 
@@ -91,6 +93,8 @@ def _store(config: pytest.Config) -> Store:
     partial = selection.narrowed or option("--quick") or config.option.keyword or profiling
     default = ROOT / "bench-out" if partial else RESULTS
     out = option("--out") or default / device_name(facts)
+    if measuring or profiling:
+        writable_folder(out, "--out")
     known = {
         p: reason for p, reason in absent.items() if not selection.peers or p in selection.peers
     }

@@ -18,6 +18,8 @@ from floor import DESIGNS, Ceilings, extra_seconds, frozen_seconds
 from results import markdown, read
 from shapes import DTYPES, find_shapes
 
+from lora_fast.commands import more_than_zero, positive, status_of
+
 
 def modelled(ceilings: Ceilings, M: int, r: int) -> Iterator[dict[str, Any]]:
     """Yield the modelled times of every shape, pass and dropout, in us."""
@@ -72,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER")
-    parser.add_argument("--tflops", type=float, default=790.0, help="dense rate, TFLOP/s")
-    parser.add_argument("--bandwidth", type=float, default=4.3, help="of a copy, TB/s")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--tflops", type=more_than_zero, default=790.0, help="dense rate, TFLOP/s")
+    parser.add_argument("--bandwidth", type=more_than_zero, default=4.3, help="of a copy, TB/s")
+    parser.add_argument("--tokens", type=positive, default=8192)
+    parser.add_argument("--rank", type=positive, default=16)
     arguments = parser.parse_args(argv)
     if arguments.folder is None:
         ceilings = Ceilings(arguments.tflops * 1e12, arguments.bandwidth * 1e12)
@@ -94,4 +96,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of("model_table.py", main))

@@ -12,8 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from results import RESULTS, ROOT, markdown, read
+from results import ROOT, markdown, read, result_folders
 from tables import facts_line, full_rows, ordered, readme_rows, summary_rows
+
+from lora_fast.commands import status_of
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -86,18 +88,6 @@ def with_section(text: str, generated: str) -> str:
     return f"{before}{BEGIN}\n\n{generated}\n\n{END}{rest.split(END)[1]}"
 
 
-def result_folders() -> list[Path]:
-    """Return the folders of bench/results that hold measurements."""
-    found = []
-    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
-        try:
-            read(folder)
-        except ValueError:
-            continue
-        found.append(folder)
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Write everything; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -126,4 +116,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of("report.py", main))

@@ -108,19 +108,52 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: there is no such folder, or no results in it; the message lists those known.
     """
+    tables = tables_in(folder)
+    if not tables:
+        known = ", ".join(map(str, result_folders())) or "none"
+        raise ValueError(f"no results in folder {str(folder)!r}; known are {known}")
+    return tables
+
+
+def tables_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return every table of a folder, by name; JSON of another form is passed over.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
     tables = {}
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is no JSON: {error}") from None
-        if isinstance(found, dict) and all("peers" in row for row in found.get("rows", [{}])):
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        if _is_table(found):
             tables[path.stem] = found
-    if not tables:
-        known = sorted(str(path.parent) for path in RESULTS.glob("*/*.json"))
-        listed = ", ".join(dict.fromkeys(known)) or "none"
-        raise ValueError(f"no results in folder {str(folder)!r}; known are {listed}")
     return tables
+
+
+def _is_table(found: Any) -> bool:
+    if not isinstance(found, dict) or not isinstance(found.get("machine"), dict):
+        return False
+    rows = found.get("rows")
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and isinstance(row.get("peers"), dict)
+        and isinstance(row.get("columns"), dict)
+        and "id" in row
+        for row in rows
+    )
+
+
+def result_folders() -> list[Path]:
+    """Return the folders of bench/results that hold measurements.
+
+    Raises:
+        ValueError: a file in one of them is damaged.
+    """
+    return [folder for folder in sorted(RESULTS.iterdir()) if tables_in(folder)]
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

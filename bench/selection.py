@@ -100,6 +100,6 @@ def _matching(what: str, patterns: Sequence[str], known: Sequence[str]) -> tuple
 
 
 def _positive(option: str, text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{option} takes whole numbers from 1 on with commas, got {text!r}")
     return int(text)

@@ -69,7 +69,7 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_selected = _checked(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_BACKEND")
+_selected = _checked(os.environ.get("LORA_FAST_BACKEND") or "auto", "LORA_FAST_BACKEND")
 
 
 def set_backend(name: str) -> None:

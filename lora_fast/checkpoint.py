@@ -31,13 +31,13 @@ def save(
     Args:
         model: any module with LoRA layers.
         path: `*.safetensors` gives a safetensors file, any other name a `torch.save` file. The file
-            appears whole or not at all.
+            appears whole or not at all; where `path` is a link, what it points to.
         lora_only: whether only adapters (and the biases that `bias` names) are written.
         bias: as for `lora_state_dict`; used with `lora_only`.
 
     Raises:
         ValueError: the model has no LoRA layers to save, or values that a safetensors file can't
-            hold.
+            hold; or there is something other than a file at `path`. Nothing was written.
         FileNotFoundError: there is no such folder.
 
     Note:
@@ -50,31 +50,51 @@ def save(
         raise ValueError("save: the model has no LoRA layer with r > 0; nothing was written")
     kept: dict[str, Any] = lora_state_dict(model, bias) if lora_only else dict(full)
     kept = {key: sharded.whole(value) for key, value in kept.items()}
+    empty = [key for key, value in kept.items() if isinstance(value, Tensor) and value.is_meta]
+    if empty:
+        raise ValueError(
+            f"save: {', '.join(empty)} hold no values, being on the meta device; load or "
+            "initialize the model first"
+        )
     metadata = adapted if lora_only else every
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"save: there is no folder {path.parent}")
+    is_safetensors = Path(path).suffix == ".safetensors"
+    write = _write_safetensors if is_safetensors else _write_torch
+    target = _target(Path(path))
     # Several processes may save to one path, each rank of a training run, say.
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
     try:
-        if path.suffix == ".safetensors":
-            others = [key for key, value in kept.items() if not isinstance(value, Tensor)]
-            if others:
-                raise ValueError(
-                    f"save: a safetensors file holds tensors alone, not {', '.join(others)}; "
-                    "choose another file name"
-                )
-            # safetensors refuses strided tensors (fan_in_fan_out) and tensors that share memory.
-            tensors = {k: v.detach().contiguous().clone() for k, v in kept.items()}
-            header = {_HEADER: json.dumps(metadata)}
-            safetensors.torch.save_file(tensors, part, metadata=header)
-        else:
-            state = OrderedDict(kept)
-            state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
-            torch.save(state, part)
-        part.replace(path)
+        write(kept, metadata, part)
+        part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _target(path: Path) -> Path:
+    """Return where a file is to appear; refuse what is there but no file."""
+    path = path.resolve()  # else a link would be replaced, not what it points to
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"save: {path} is no file but a folder, a device or a pipe")
+    return path
+
+
+def _write_safetensors(kept: dict[str, Any], metadata: dict[str, Any], path: Path) -> None:
+    others = [key for key, value in kept.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"save: a safetensors file holds tensors alone, not {', '.join(others)}; "
+            "choose another file name"
+        )
+    # safetensors refuses strided tensors (fan_in_fan_out) and tensors that share memory.
+    tensors = {k: v.detach().contiguous().clone() for k, v in kept.items()}
+    safetensors.torch.save_file(tensors, path, metadata={_HEADER: json.dumps(metadata)})
+
+
+def _write_torch(kept: dict[str, Any], metadata: dict[str, Any], path: Path) -> None:
+    state = OrderedDict(kept)
+    state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
+    torch.save(state, path)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> None:

@@ -2,12 +2,11 @@
 
 import argparse
 import importlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import lora_fast
-from lora_fast.commands import BadInputError
+from lora_fast.commands import more_than_zero, positive, share, status_of
 
 # What runs each command; imported when it is called, so that `--help` needs nothing.
 _MODULES = {
@@ -24,15 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None for those of the process.
 
     Returns:
-        The exit status: 0, 1 if a check failed, 2 for bad input, 130 after Ctrl-C.
+        The exit status: 0, 1 if a check failed, or one of `lora_fast.commands.status_of`.
     """
     arguments = _parser().parse_args(argv)
-    try:
+
+    def command() -> int:
         status: int = importlib.import_module(_MODULES[arguments.command]).run(arguments)
-    except BadInputError as error:
-        print(f"lora-fast {arguments.command}: {error}", file=sys.stderr)
-        return 2
-    return status
+        return status
+
+    return status_of(f"lora-fast {arguments.command}", command)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,12 +63,12 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "language model to fine-tune instead of the small GPT",
     )
     demo.add_argument("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default")
-    demo.add_argument("--steps", type=_positive, default=150, help="fine-tuning steps")
+    demo.add_argument("--steps", type=positive, default=150, help="fine-tuning steps")
     demo.add_argument(
-        "--pretrain-steps", type=_positive, default=250, help="steps of the small GPT before that"
+        "--pretrain-steps", type=positive, default=250, help="steps of the small GPT before that"
     )
-    demo.add_argument("--dropout", type=_rate, default=0.0, help="lora_dropout, from 0 to below 1")
-    demo.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
+    demo.add_argument("--dropout", type=share, default=0.0, help="lora_dropout, from 0 to below 1")
+    demo.add_argument("--seed", type=_seed, default=0, help="seed of all random numbers")
     demo.add_argument(
         "--out", type=Path, default=Path("demo-out"), metavar="FOLDER", help="where results go"
     )
@@ -110,7 +109,7 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     what.add_argument("--reset", action="store_true", help="delete your tables, and stop")
     tune.add_argument(
         "--rows",
-        type=_positive,
+        type=positive,
         nargs="+",
         default=[8192, 1],
         metavar="M",
@@ -118,7 +117,7 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "default 8192 1",
     )
     tune.add_argument(
-        "--rank", type=_positive, nargs="+", default=[16], metavar="r",
+        "--rank", type=positive, nargs="+", default=[16], metavar="r",
         help="with --model: rank of the adapters; default 16",
     )  # fmt: skip
     tune.add_argument(
@@ -133,7 +132,7 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="default bfloat16",
     )
     tune.add_argument(
-        "--minutes", type=_minutes, default=5.0, help="time after which it stops; default 5"
+        "--minutes", type=more_than_zero, default=5.0, help="time after which it stops; default 5"
     )
     tune.add_argument("--device", default="cuda", help="cuda, cuda:1 ...; default cuda")
     tune.add_argument(
@@ -145,22 +144,8 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
 
 
-def _positive(text: str) -> int:
+def _seed(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _minutes(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, got {text}")
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be from 0 to below 2^63, got {text}")
     return value

@@ -1,4 +1,10 @@
-"""What the commands of `lora-fast` share: how bad input is refused, and which device is meant."""
+"""What commands share: how they end, and their arguments: numbers, a device, a folder."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -7,11 +13,61 @@ class BadInputError(ValueError):
     """Input that a command cannot work with, in one line: argument, expectation, what came."""
 
 
+def status_of(name: str, command: Callable[[], int]) -> int:
+    """Run a command.
+
+    Args:
+        name: what its messages begin with.
+        command: returns its exit status.
+
+    Returns:
+        That status, 2 for bad input, 130 after Ctrl-C, 141 where nobody reads its output any more.
+    """
+    try:
+        status = command()
+        sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's last moments
+    except BadInputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # What is still buffered must not be written there when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return status
+
+
+def positive(text: str) -> int:
+    """Return the whole number of an argument, from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def more_than_zero(text: str) -> float:
+    """Return the number of an argument, above 0 and finite."""
+    value = float(text)
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """Return the number of an argument, from 0 to below 1."""
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, got {text}")
+    return value
+
+
 def device_named(name: str) -> torch.device:
     """Return the device of that name.
 
     Raises:
-        BadInputError: torch knows no such device, or this machine has none.
+        BadInputError: torch knows no such device, this machine has none, or it holds no values.
     """
     try:
         device = torch.device(name)
@@ -19,4 +75,24 @@ def device_named(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BadInputError(f"--device: cannot use {name!r}: {reason}") from error
+    if device.type == "meta":
+        raise BadInputError(f"--device: expected a device that computes, got {name!r}")
     return device
+
+
+def writable_folder(folder: Path, argument: str) -> None:
+    """Make a folder if it is not there; refuse one that cannot be written to.
+
+    To be called before minutes are spent on what goes there.
+
+    Raises:
+        BadInputError: it is none, cannot be made or cannot be written to; names `argument`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} is not writable")
+    except OSError as error:
+        raise BadInputError(
+            f"{argument}: expected a folder that can be written to: {error}"
+        ) from error

@@ -213,6 +213,40 @@ def test_missing_files_and_folders(name: str, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.parametrize("lora_only", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_without_values_is_not_saved(name: str, lora_only: bool, tmp_path: Path) -> None:
+    model = net(conv=lora.Conv2d(2, 4, 3, r=1, device="meta"))
+    with pytest.raises(ValueError, match=r"save: .*conv.lora_A.* on the meta device"):
+        lora.save(model, tmp_path / name, lora_only=lora_only)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_file_is_not_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / f"pipe-{name}")
+    for path in (tmp_path / name, tmp_path / f"pipe-{name}", Path(os.devnull)):
+        with pytest.raises(ValueError, match=rf"save: .*{path.name} is no file"):
+            lora.save(net(), path)
+    assert (tmp_path / f"pipe-{name}").is_fifo()
+    assert sorted(os.listdir(tmp_path)) == [name, f"pipe-{name}"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_link_stays_one(name: str, exists: bool, tmp_path: Path) -> None:
+    link, file = tmp_path / name, tmp_path / "blobs" / "file"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    if exists:
+        file.write_bytes(b"old")
+    model = net()
+    lora.save(model, link)
+    assert link.is_symlink() and os.listdir(file.parent) == ["file"]
+    lora.load(net(), link)  # in the form that the link's name tells
+
+
 # --------------------------------------------------------------------------- whole or not at all
 
 

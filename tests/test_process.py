@@ -32,6 +32,11 @@ def test_the_environment_sets_the_first_choice(name: str) -> None:
     assert done.stdout == f"{name}\n", done.stderr
 
 
+def test_an_empty_variable_is_none() -> None:
+    done = python("import lora_fast; print(lora_fast.get_backend())", LORA_FAST_BACKEND="")
+    assert done.stdout == "auto\n", done.stderr
+
+
 @pytest.mark.parametrize("name", ["Triton", "cuda", "eager"])
 def test_the_environment_is_checked_at_import(name: str) -> None:
     done = python("import lora_fast", LORA_FAST_BACKEND=name)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import lora_fast
-from lora_fast.commands import BadInputError, device_named
+from lora_fast import backend
+from lora_fast.commands import BadInputError, device_named, writable_folder
 from lora_fast.demo import causal_lm, compare, gpt, text
 from lora_fast.demo.report import Report
 from lora_fast.demo.training import Run, fine_tune, pretrain
@@ -42,9 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     loralib = _required("loralib")
     _required("matplotlib")
     device = device_named(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _check_backend(device)
     task = _causal_lm(arguments, device) if arguments.model else _small_gpt(arguments, device)
     report = Report(task.title, _facts(arguments, device))
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    writable_folder(arguments.out, "--out")
     try:
         _train(task, loralib, arguments, report)
         _compare(task, loralib, arguments.out, report)
@@ -65,6 +67,13 @@ def _required(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise BadInputError(f"{name} is missing: pip install 'lora_fast[demo]'") from error
+
+
+def _check_backend(device: torch.device) -> None:
+    try:
+        backend.choose("lora_merged_linear", torch.empty(1, device=device))
+    except RuntimeError as error:
+        raise BadInputError(f"LORA_FAST_BACKEND: {error}") from error
 
 
 def _adapter(arguments: argparse.Namespace) -> gpt.Adapter:

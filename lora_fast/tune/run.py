@@ -13,7 +13,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 import lora_fast
 from lora_fast import backend
-from lora_fast.commands import BadInputError, device_named
+from lora_fast.commands import BadInputError, device_named, writable_folder
 from lora_fast.tune import search, shapes, show
 from lora_fast.tune.problems import Job
 
@@ -157,7 +157,7 @@ class _Target:
                     f"--out: expected a new file or a table of this GPU, torch and triton; {out}: "
                     f"{error}"
                 ) from error
-        _check_folder(self.path.parent, "LORA_FAST_CACHE" if self.is_users else "--out")
+        writable_folder(self.path.parent, "LORA_FAST_CACHE" if self.is_users else "--out")
 
     def write(self, found: search.Found) -> str:
         """Write the rows, beside those of calls that were not measured now; say so."""
@@ -173,18 +173,6 @@ class _Target:
         tables.write(table, self.path)
         plans.reload_tables()
         return f"written: {self.path}, {len(rows)} rows"
-
-
-def _check_folder(folder: Path, argument: str) -> None:
-    """Refuse a folder that cannot be written to before minutes are spent."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} is not writable")
-    except OSError as error:
-        raise BadInputError(
-            f"{argument}: expected a folder that can be written to: {error}"
-        ) from error
 
 
 def _reset() -> int:

@@ -1,9 +1,11 @@
 """`compare.py`: what counts as slower."""
 
+import json
 from typing import Any
 
 import compare
 import pytest
+from results import result_folders
 
 
 def row(name: str, ratio: list[float], **more: Any) -> dict[str, Any]:
@@ -63,3 +65,34 @@ def test_bad_folders_are_one_line(save, capsys, tmp_path):
     (good / "linear.json").write_text("{")
     assert compare.main([str(good), str(other)]) == 2
     assert "is no JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [],
+        {"rows": []},
+        {"machine": {}, "rows": None},
+        {"machine": {}, "rows": [1]},
+        {"machine": {}, "rows": [{"id": "a", "columns": {}, "peers": ["frozen"]}]},
+        {"machine": {}, "rows": [{"columns": {}, "peers": {}}]},
+    ],
+)
+def test_json_of_another_form_is_no_result(found, tmp_path, capsys):
+    (tmp_path / "linear.json").write_text(json.dumps(found))
+    assert compare.main([str(tmp_path), str(tmp_path)]) == 2
+    assert "no results in folder" in capsys.readouterr().err
+
+
+def test_known_are_only_folders_of_measurements(tmp_path, capsys):
+    assert compare.main([str(tmp_path), str(tmp_path)]) == 2
+    known = capsys.readouterr().err.partition("known are ")[2].strip().split(", ")
+    assert known == [str(folder) for folder in result_folders()]
+    assert not [folder for folder in known if folder.endswith("compile")]
+
+
+@pytest.mark.parametrize("slack", ["nan", "-0.1", "1", "some"])
+def test_slack_is_a_share(slack, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--slack", slack, str(tmp_path), str(tmp_path)])
+    assert "--slack" in capsys.readouterr().err

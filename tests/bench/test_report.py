@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import report
+import results
 import tables
 from results import device_name, number, read
 
@@ -60,6 +61,19 @@ def test_a_changed_result_is_noticed(folder, monkeypatch, tmp_path, capsys):
     results.write_text(results.read_text().replace("1.25", "1.26"))
     assert report.main(["--check", str(folder)]) == 1
     assert "differs" in capsys.readouterr().err
+
+
+def test_a_damaged_machine_is_told_and_not_dropped(folder, monkeypatch, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# a\n\n{report.BEGIN}\n{report.END}\n")
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(results, "RESULTS", folder.parent)
+    assert report.main([]) == 0
+    before = readme.read_text()
+    (folder / "linear.json").write_text("{")
+    assert report.main([]) == report.main(["--check"]) == 2
+    assert capsys.readouterr().err.count("is no JSON") == 2
+    assert readme.read_text() == before
 
 
 def test_twice_is_as_once(folder, monkeypatch, tmp_path):

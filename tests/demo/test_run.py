@@ -179,8 +179,38 @@ def test_a_device_that_is_not_there(demo: Callable[..., Any]) -> None:
     assert not result.out.exists()
 
 
+def test_a_device_that_holds_no_values(demo: Callable[..., Any]) -> None:
+    result = demo("--device", "meta")
+    assert (result.status, result.out.exists()) == (2, False)
+    assert "expected a device that computes, got 'meta'" in result.stderr
+
+
+def test_a_folder_that_cannot_be_made(demo: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    result = demo("--out", str(file))
+    assert result.status == 2
+    assert result.stderr.startswith("lora-fast demo: --out: expected a folder")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_forced_backend_that_cannot_run(
+    demo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with lora_fast.use_backend("triton"):
+        result = demo()
+    assert (result.status, result.out.exists()) == (2, False)
+    assert "LORA_FAST_BACKEND" in result.stderr and "was forced but cannot run" in result.stderr
+
+
 @pytest.mark.parametrize(
-    "arguments", [("--steps", "0"), ("--steps", "many"), ("--dropout", "1"), ("--unknown",)]
+    "arguments",
+    [
+        *(("--steps", "0"), ("--steps", "many"), ("--dropout", "1"), ("--dropout", "nan")),
+        *(("--seed", "-1"), ("--seed", str(2**64)), ("--unknown",)),
+    ],
 )
 def test_arguments_that_argparse_refuses(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]

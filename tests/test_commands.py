@@ -1,0 +1,89 @@
+"""How a command ends: bad input, Ctrl-C, a reader that went away; what its arguments may be."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from lora_fast.commands import (
+    BadInputError,
+    more_than_zero,
+    positive,
+    share,
+    status_of,
+    writable_folder,
+)
+
+
+def raising(error: BaseException) -> Callable[[], NoReturn]:
+    def command() -> NoReturn:
+        raise error
+
+    return command
+
+
+def test_the_status_is_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [status_of("a", lambda: 0), status_of("a", lambda: 1)] == [0, 1]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (BadInputError("--data: empty"), 2, "a: --data: empty\n"),
+        (KeyboardInterrupt(), 130, "a: interrupted\n"),
+    ],
+)
+def test_one_line_says_why_it_ended(
+    error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of("a", raising(error)) == status
+    assert capsys.readouterr().err == message
+
+
+def test_a_bug_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        status_of("a", raising(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_goes_away_is_no_failure(lines: int) -> None:
+    code = (
+        "import sys; from lora_fast.commands import status_of\n"
+        f"sys.exit(status_of('a', lambda: [print(n) for n in range({lines})] and 0))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=120) == 141
+
+
+@pytest.mark.parametrize(
+    ("read", "good", "bad"),
+    [
+        (positive, ("1", "7"), ("0", "-3", "many", "1.5", "")),
+        (more_than_zero, ("0.1", "3"), ("0", "-1", "nan", "inf", "many")),
+        (share, ("0", "0.5"), ("1", "-0.1", "nan", "many")),
+    ],
+)
+def test_numbers(read: Callable[[str], float], good: tuple[str, ...], bad: tuple[str, ...]) -> None:
+    assert [read(text) for text in good] == [float(text) for text in good]
+    for text in bad:
+        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+            read(text)
+
+
+def test_a_folder_is_made_or_refused(tmp_path: Path) -> None:
+    writable_folder(tmp_path / "a" / "b", "--out")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInputError, match=r"^--out: expected a folder that can be written to"):
+        writable_folder(tmp_path / "file", "--out")
