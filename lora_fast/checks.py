@@ -11,25 +11,47 @@ import torch
 from torch import Tensor
 
 
+def tensors(op: str, bias: Any = None, **named: Any) -> None:
+    """Refuse arguments that are no tensors, nor stand for one; `bias` may be None.
+
+    Where calls are short, the checks of shapes ask only when they fail.
+    """
+    if bias is not None:
+        named["bias"] = bias
+    for name, value in named.items():
+        if not hasattr(type(value), "__torch_function__"):
+            raise TypeError(
+                f"{op}: {name} must be a tensor, got {value!r:.60} of type {_kind(value)}"
+            )
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
 def linear_shapes(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> None:
     """Refuse shapes that do not fit `lora_linear`."""
-    # Size by size: a torch.Size takes longer to make than all comparisons.
-    if weight.dim() == lora_A.dim() == lora_B.dim() == 2 and x.dim() > 0:
-        n, k = weight.size(0), weight.size(1)
-        if isinstance(n, Tensor):  # torch.jit traces sizes, and warns where they are compared
-            return
-        fits = x.size(-1) == k == lora_A.size(1)
-        fits = fits and lora_B.size(0) == n and lora_B.size(1) == lora_A.size(0)
-        if fits and (bias is None or (bias.dim() == 1 and bias.size(0) == n)):
-            return
+    try:
+        # Size by size: a torch.Size takes longer to make than all comparisons.
+        if weight.dim() == lora_A.dim() == lora_B.dim() == 2 and x.dim() > 0:
+            n, k = weight.size(0), weight.size(1)
+            if isinstance(n, Tensor):  # torch.jit traces sizes, and warns where they are compared
+                return
+            fits = x.size(-1) == k == lora_A.size(1)
+            fits = fits and lora_B.size(0) == n and lora_B.size(1) == lora_A.size(0)
+            if fits and (bias is None or (bias.dim() == 1 and bias.size(0) == n)):
+                return
+    except AttributeError:  # no tensors
+        pass
     _refuse_linear_shapes(x, weight, lora_A, lora_B, bias)
 
 
 def _refuse_linear_shapes(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> None:
+    tensors("lora_linear", bias, weight=weight, lora_A=lora_A, lora_B=lora_B)
     n, k = _matrix("lora_linear", weight)
     if x.dim() == 0 or x.size(-1) != k:
         raise ValueError(
@@ -57,6 +79,7 @@ def merged_linear_shapes(
     out_splits: Sequence[int] | None,
 ) -> None:
     """Refuse shapes that do not fit `lora_merged_linear`."""
+    tensors("lora_merged_linear", bias, weight=weight, lora_A=lora_A, lora_B=lora_B)
     n, k = _matrix("lora_merged_linear", weight)
     if isinstance(n, Tensor):  # traced by torch.jit
         return
@@ -145,12 +168,16 @@ def embedding_shapes(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tens
             f"lora_embedding: input must hold integer indices, got dtype {input.dtype}; "
             "convert with input.long()"
         )
-    if weight.dim() == lora_A.dim() == lora_B.dim() == 2:
-        num, dim = weight.size(0), weight.size(1)
-        if isinstance(num, Tensor):  # traced by torch.jit
-            return
-        if lora_A.size(1) == num and lora_B.size(0) == dim and lora_B.size(1) == lora_A.size(0):
-            return
+    try:
+        if weight.dim() == lora_A.dim() == lora_B.dim() == 2:
+            num, dim = weight.size(0), weight.size(1)
+            if isinstance(num, Tensor):  # traced by torch.jit
+                return
+            if lora_A.size(1) == num and lora_B.size(0) == dim and lora_B.size(1) == lora_A.size(0):
+                return
+    except AttributeError:  # no tensors
+        pass
+    tensors("lora_embedding", weight=weight, lora_A=lora_A, lora_B=lora_B)
     num, dim = _matrix("lora_embedding", weight)
     a, b = tuple(lora_A.shape), tuple(lora_B.shape)
     if len(a) != 2 or a[1] != num:
@@ -181,8 +208,12 @@ def delta_shapes(
     out_splits: Sequence[int] | None,
 ) -> None:
     """Refuse a weight that the delta of A and B does not cover exactly."""
-    if enable_lora is None and _covers(weight, lora_A, lora_B):
-        return
+    try:
+        if enable_lora is None and _covers(weight, lora_A, lora_B):
+            return
+    except AttributeError:  # no tensors
+        pass
+    tensors(op, weight=weight, lora_A=lora_A, lora_B=lora_B)
     if lora_A.dim() != 2 or lora_B.dim() != 2:
         raise ValueError(
             f"{op}: lora_A and lora_B must have two dimensions, got {tuple(lora_A.shape)} and "
@@ -214,9 +245,13 @@ def _covers(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
 
 
 def mergeable(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Refuse a weight that holds no fractions, and factors on other devices."""
-    if not weight.is_floating_point() and not weight.is_complex():
-        raise TypeError(f"{op}: weight must have a floating-point dtype, got {weight.dtype}")
+    """Refuse a weight that holds no fractions or cannot hold the delta, and other devices."""
+    if not weight.is_complex():
+        for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+            if not tensor.is_floating_point():
+                raise TypeError(
+                    f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}"
+                )
     if weight.device != lora_A.device or weight.device != lora_B.device:
         raise ValueError(
             f"{op}: weight, lora_A and lora_B must be on one device, got {weight.device}, "
@@ -224,28 +259,45 @@ def mergeable(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
         )
 
 
+def _is_number(value: Any) -> bool:
+    # An array of several numbers claims to be one, too.
+    return isinstance(value, SupportsFloat) and getattr(value, "ndim", 0) == 0
+
+
 def rank(r: Any) -> int:
     """`r` as an int; refuse what is no integer."""
     # loralib takes False for 0, which is what nn.Linear(4, 8, False) becomes here.
     if r is True or not hasattr(r, "__index__"):
-        raise TypeError(f"r must be an integer, got {r!r} of type {type(r).__name__}")
+        raise TypeError(f"r must be an integer, got {r!r} of type {_kind(r)}")
     return operator.index(r)
 
 
 def lora_alpha(alpha: Any) -> None:
     """Refuse a scale of the update that is no number."""
-    if not isinstance(alpha, SupportsFloat):
-        raise TypeError(
-            f"lora_alpha must be a number, got {alpha!r} of type {type(alpha).__name__}"
-        )
+    if not _is_number(alpha):
+        raise TypeError(f"lora_alpha must be a number, got {alpha!r} of type {_kind(alpha)}")
+
+
+def scaling(op: str, value: Any) -> None:
+    """Refuse a factor of the update that is neither a number nor a tensor."""
+    if not hasattr(type(value), "__torch_function__") and not _is_number(value):
+        raise TypeError(f"{op}: scaling must be a number, got {value!r:.60} of type {_kind(value)}")
 
 
 def lora_dropout(p: Any) -> None:
     """Refuse a layer's dropout rate that is no number in [0, 1]."""
-    if not isinstance(p, SupportsFloat):
-        raise TypeError(f"lora_dropout must be a number, got {p!r} of type {type(p).__name__}")
+    if not _is_number(p):
+        raise TypeError(f"lora_dropout must be a number, got {p!r} of type {_kind(p)}")
     if not 0.0 <= float(p) <= 1.0:
         raise ValueError(f"lora_dropout must be between 0 and 1, got {p}")
+
+
+def blocks(
+    op: str, enable_lora: Any, out_splits: Any
+) -> tuple[list[bool] | None, list[int] | None]:
+    """`enable_lora` and `out_splits` as lists; None stays None."""
+    enable = None if enable_lora is None else enabled(op, enable_lora)
+    return enable, None if out_splits is None else widths(op, out_splits)
 
 
 def enabled(op: str, enable_lora: Any) -> list[bool]:
@@ -258,8 +310,8 @@ def enabled(op: str, enable_lora: Any) -> list[bool]:
     return [bool(e) for e in enable_lora]
 
 
-def widths(op: str, out_splits: Any) -> None:
-    """Refuse `out_splits` that are no integers."""
+def widths(op: str, out_splits: Any) -> list[int]:
+    """`out_splits` as a list; refuse what are no integers."""
     if not isinstance(out_splits, Collection) or not all(
         hasattr(width, "__index__") for width in out_splits
     ):
@@ -267,10 +319,13 @@ def widths(op: str, out_splits: Any) -> None:
             f"{op}: out_splits must be None or a list of integers, one for each block, got "
             f"{out_splits!r}"
         )
+    return list(out_splits)
 
 
 def dropout_p(op: str, p: float) -> None:
-    """Refuse a dropout rate outside [0, 1]."""
+    """Refuse a dropout rate that is no number in [0, 1]."""
+    if not _is_number(p):
+        raise TypeError(f"{op}: dropout_p must be a number, got {p!r} of type {_kind(p)}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be between 0 and 1, got {p}")
 

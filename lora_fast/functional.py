@@ -70,8 +70,11 @@ def lora_linear(
         Source: loralib/layers.py:147-152.
     """
     if isinstance(x, Tensor):  # an fx proxy has no shape to check
-        if dropout_p:  # most calls have none, and are spared the question
+        # The most usual values are told at a glance, and spared a call.
+        if type(dropout_p) is not float or dropout_p:
             checks.dropout_p("lora_linear", dropout_p)
+        if type(scaling) is not float:
+            checks.scaling("lora_linear", scaling)
         checks.linear_shapes(x, weight, lora_A, lora_B, bias)
         drops = training and dropout_p > 0.0
         backend = choose(
@@ -91,6 +94,8 @@ def lora_linear(
                 rows, weight, lora_A, lora_B, scaling, bias, dropout_p, training
             )
             return eager.as_own(y, (*x.shape[:-1], y.shape[-1]))
+    else:
+        checks.tensors("lora_linear", x=x)
     return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, training)
 
 
@@ -139,15 +144,17 @@ def lora_merged_linear(
     Note:
         The dense delta is never formed. Source: loralib/layers.py:245-252.
     """
-    enable = [bool(e) for e in enable_lora]
-    widths = None if out_splits is None else list(out_splits)
+    enable = checks.enabled("lora_merged_linear", enable_lora)
+    widths = None if out_splits is None else checks.widths("lora_merged_linear", out_splits)
     if isinstance(x, Tensor):
-        if dropout_p:
+        if type(dropout_p) is not float or dropout_p:
             checks.dropout_p("lora_merged_linear", dropout_p)
+        if type(scaling) is not float:
+            checks.scaling("lora_merged_linear", scaling)
         checks.merged_linear_shapes(x, weight, lora_A, lora_B, bias, enable, widths)
         backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias, scaling=scaling)
         if backend is not Backend.REFERENCE:
-            blocks = enabled_blocks(weight.shape[0], enable, widths)
+            blocks = reference.enabled_blocks(weight.shape[0], enable, widths)
             if backend is Backend.TRITON:
                 return autograd.lora_linear(
                     x, weight, lora_A, lora_B, scaling, bias, dropout_p, training, blocks
@@ -155,6 +162,8 @@ def lora_merged_linear(
             p = dropout_p if training else 0.0
             factors = (reference.like(lora_A, x), reference.like(lora_B, x))
             return eager.low_rank_linear(x, weight, *factors, scaling, bias, p, blocks)
+    else:
+        checks.tensors("lora_merged_linear", x=x)
     return reference.lora_merged_linear(
         x,
         weight,
@@ -211,6 +220,8 @@ def lora_embedding(
     options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     arguments = (input, weight, *factors, *options)
     if isinstance(input, Tensor):
+        if type(scaling) is not float:
+            checks.scaling("lora_embedding", scaling)
         checks.embedding_shapes(input, weight, lora_A, lora_B)
         checks.padding_idx("lora_embedding", padding_idx, weight)
         backend = choose("lora_embedding", input, weight, lora_A, lora_B, scaling=scaling)
@@ -220,6 +231,7 @@ def lora_embedding(
             y = _embedding_in_torch(input.flatten(), *arguments[1:])
             return eager.as_own(y, (*input.shape, y.shape[-1]))
         return _embedding_in_torch(*arguments)
+    checks.tensors("lora_embedding", input=input)
     return reference.lora_embedding(*arguments)
 
 
@@ -271,6 +283,8 @@ def lora_conv(
     Note:
         Source: loralib/layers.py:301-308.
     """
+    checks.scaling("lora_conv", scaling)
+    checks.tensors("lora_conv", bias, x=x, weight=weight)
     if isinstance(x, Tensor):
         if weight.dim() not in (3, 4, 5):
             raise ValueError(
@@ -308,8 +322,9 @@ def merged_delta(
     Raises:
         ValueError: the factors do not fit each other or the blocks.
     """
-    enable = None if enable_lora is None else [bool(e) for e in enable_lora]
-    widths = None if out_splits is None else list(out_splits)
+    enable, widths = checks.blocks("merged_delta", enable_lora, out_splits)
+    checks.scaling("merged_delta", scaling)
+    checks.tensors("merged_delta", lora_A=lora_A, lora_B=lora_B)
     if enable is not None:
         if widths is None and not any(enable):
             raise ValueError(
@@ -356,8 +371,8 @@ def merged_weight(
     Note:
         Blocks are served by plain torch, whatever backend is chosen.
     """
-    enable = None if enable_lora is None else [bool(e) for e in enable_lora]
-    widths = None if out_splits is None else list(out_splits)
+    enable, widths = checks.blocks("merged_weight", enable_lora, out_splits)
+    checks.scaling("merged_weight", scaling)
     if isinstance(lora_A, Tensor):
         checks.delta_shapes("merged_weight", weight, lora_A, lora_B, enable, widths)
         one_block = enable is None and isinstance(weight, Tensor)
@@ -365,20 +380,8 @@ def merged_weight(
             backend = choose("merged_weight", weight, lora_A, lora_B, scaling=scaling)
             if backend is Backend.TRITON:
                 return autograd_weight.merged_weight(weight, lora_A, lora_B, scaling)
+    else:
+        checks.tensors("merged_weight", lora_A=lora_A)
     return reference.merged_weight(
         weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
     )
-
-
-def enabled_blocks(
-    out_features: int, enable_lora: list[bool], out_splits: list[int] | None
-) -> eager.Blocks:
-    """First and last + 1 output column of every block that has an adapter."""
-    blocks, lo = [], 0
-    for width, enabled in zip(
-        reference.block_widths(out_features, enable_lora, out_splits), enable_lora, strict=True
-    ):
-        if enabled:
-            blocks.append((lo, lo + width))
-        lo += width
-    return tuple(blocks)

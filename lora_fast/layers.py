@@ -289,9 +289,8 @@ class MergedLinear(_LinearBase):
         **kwargs: Any,
     ) -> None:
         enabled = checks.enabled("MergedLinear", enable_lora)
-        if out_splits is not None:
-            checks.widths("MergedLinear", out_splits)
-        widths = checks.splits("MergedLinear", out_features, enabled, out_splits)
+        given = None if out_splits is None else checks.widths("MergedLinear", out_splits)
+        widths = checks.splits("MergedLinear", out_features, enabled, given)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(
             self,

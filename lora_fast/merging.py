@@ -42,8 +42,7 @@ def merge_(
         Accumulates in fp32 (fp64 for fp64) whatever autocast says, and rounds once. Infinities and
         NaN that the weight held before stay. Source: loralib/layers.py:131-140.
     """
-    enable = None if enable_lora is None else [bool(e) for e in enable_lora]
-    widths = None if out_splits is None else list(out_splits)
+    enable, widths = checks.blocks("merge_", enable_lora, out_splits)
     (record,) = merge_many([Merge(weight, lora_A, lora_B, scaling, enable, widths)])
     if record is None:
         raise OverflowError(reference.overflow_message(weight))
@@ -84,7 +83,9 @@ def merge_many(requests: Sequence[Merge]) -> list[MergeRecord | None]:
 
 
 def _checked(request: Merge) -> Merge:
-    weight, lora_A, lora_B, *_, enable_lora, out_splits = request
+    weight, lora_A, lora_B, scaling, enable_lora, out_splits = request
+    if type(scaling) is not float:  # as nearly always
+        checks.scaling("merge_", scaling)
     checks.delta_shapes("merge_", weight, lora_A, lora_B, enable_lora, out_splits)
     checks.mergeable("merge_", weight, lora_A, lora_B)
     if sharded.is_dtensor(weight) or not (sharded.is_dtensor(lora_A) or sharded.is_dtensor(lora_B)):

@@ -228,6 +228,19 @@ def block_widths(
     return out_splits
 
 
+def enabled_blocks(
+    out_features: int, enable_lora: list[bool], out_splits: list[int] | None
+) -> tuple[tuple[int, int], ...]:
+    """First and last + 1 output column of every block that has an adapter."""
+    blocks, lo = [], 0
+    widths = block_widths(out_features, enable_lora, out_splits)
+    for width, enabled in zip(widths, enable_lora, strict=True):
+        if enabled:
+            blocks.append((lo, lo + width))
+        lo += width
+    return tuple(blocks)
+
+
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout as `torch.nn.Dropout`; draws nothing from the generator where it changes nothing."""
     return F.dropout(x, p, training) if training and p > 0.0 else x
