@@ -52,14 +52,15 @@ def merged_weight_kernel(
 ):
     """Each program writes out = w + scaling * b a for [BLOCK_N, BLOCK_K] of the product.
 
-    Grid: (cdiv(K, BLOCK_K), cdiv(N, BLOCK_N)).
+    Grid: (cdiv(K, BLOCK_K) * cdiv(N, BLOCK_N),), along K first: a second axis ends at 65,535.
     a: [R, K], b: [N, R], any strides. w and out: N * K elements of the given sizes and strides,
     the innermost axis first; row-major they are the elements of the product. WIDE where an offset
     may pass 2**31.
     Accumulates in fp32 and rounds once.
     """
-    offs_k = block_offsets(tl.program_id(0), BLOCK_K)
-    offs_n = block_offsets(tl.program_id(1), BLOCK_N)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    offs_k = block_offsets(tl.program_id(0) % tiles_k, BLOCK_K)
+    offs_n = block_offsets(tl.program_id(0) // tiles_k, BLOCK_N)
     mask_k, mask_n = (offs_k < K)[None, :], (offs_n < N)[:, None]
     flat = offs_n[:, None] * K + offs_k[None, :]
     if not WIDE:
@@ -119,7 +120,7 @@ def merged_weight(
     )
     block_r, _ = rank_blocks(R)
     with on_device_of(weight):
-        merged_weight_kernel[(triton.cdiv(K, config.block_k), triton.cdiv(N, config.block_n))](
+        merged_weight_kernel[(triton.cdiv(K, config.block_k) * triton.cdiv(N, config.block_n),)](
             *(weight, sizes, w_strides, out, out_strides),
             *(lora_a, lora_a.stride(), lora_b, lora_b.stride(), N, K, R, scaling),
             BLOCK_N=config.block_n,

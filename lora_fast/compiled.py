@@ -44,6 +44,8 @@ def why_not(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
             return f"a {type(tensor).__name__} is not a plain tensor"
         if tensor.dtype not in ops.COMPILED_DTYPES or tensor.layout is not torch.strided:
             return f"{tensor.dtype} tensors of layout {tensor.layout} are not served"
+        if tensor.is_neg():
+            return "a tensor that torch negates when it is read"
     if lora_A.shape[0] == 0:
         return "there is nothing to add: no rank, or no enabled block"
     overlap = torch._debug_has_internal_overlap(weight)

@@ -1,6 +1,7 @@
 """What every LoRA layer shares: the adapter's settings, and the merge of `eval()` and `train()`."""
 
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,13 @@ from lora_fast.saved_state import SavedState, remember_view
 _log = logging.getLogger("lora_fast.merge")
 # Merging and unmerging is seldom and short: one lock for all layers keeps them picklable.
 merge_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A child has none of the other threads: what one of them had begun, nobody there would end.
+    os.register_at_fork(
+        before=merge_lock.acquire,
+        after_in_parent=merge_lock.release,
+        after_in_child=merge_lock.release,
+    )
 
 
 def identity(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What goes wrong while weights are merged leaves them as they were, or merged with a way back."""
 
+import os
+import signal
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 import lora_fast as lora
-from lora_fast import compiled, functional, whole_model
+from lora_fast import compiled, functional, lora_layer, whole_model
 from lora_fast.testing import randomize_
 
 
@@ -75,6 +77,42 @@ def test_merges_of_two_threads() -> None:
         thread.join()
     layer.train()
     assert torch.equal(layer.weight, base)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_child_does_not_wait_for_a_thread_that_it_does_not_have() -> None:
+    layer = randomize_(lora.Linear(8, 8, r=2))
+    merging_now, told = threading.Event(), threading.Event()
+
+    def merge_slowly() -> None:
+        with lora_layer.merge_lock:
+            merging_now.set()
+            told.wait(1.0)
+
+    thread = threading.Thread(target=merge_slowly)
+    thread.start()
+    merging_now.wait(60)
+    child = os.fork()  # when the other thread is done, and not in the middle of its merge
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits
+        layer.eval()
+        os._exit(int(not layer.merged))
+    told.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+    layer.eval()
+    assert layer.merged
+
+
+def test_a_negated_view_is_served_by_torch() -> None:
+    weight = torch.randn(8, 6, dtype=torch.complex64).conj().imag
+    assert weight.is_neg()
+    before, (a, b) = weight.clone(), (torch.randn(2, 6), torch.randn(8, 2))
+    record = functional.merge_(weight, a, b, 0.5)
+    torch.testing.assert_close(weight.resolve_neg(), before + 0.5 * b @ a)
+    functional.unmerge_(weight, record)
+    assert torch.equal(weight, before)
 
 
 def test_nobody_merges_between_the_question_and_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:

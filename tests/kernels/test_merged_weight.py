@@ -10,9 +10,11 @@ from lora_fast.testing import assert_within_budget
 
 pytest.importorskip("triton")
 
+from lora_fast.kernels import merged_weight as kernel
 from lora_fast.kernels.configs import WeightConfig
 from lora_fast.kernels.merged_weight import joined_axes, merged_weight
 from lora_fast.kernels.plans import merged_weight_pays
+from lora_fast.kernels.primitives import MAX_GRID_Y
 
 CONFIG = WeightConfig(16, 32, num_warps=4)
 SCALING = 0.75
@@ -153,3 +155,20 @@ def test_a_transposed_kernel_is_seen(kernel_device: torch.device) -> None:
     with pytest.raises(AssertionError, match="budget"):
         wide = formula(weight.double(), a.double(), b.double())
         assert_within_budget(found, formula(weight, a, b), wide)
+
+
+def test_a_table_of_more_rows_than_a_second_axis_has_tiles(
+    monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **constants: None
+
+    monkeypatch.setattr(kernel, "merged_weight_kernel", Recorder())
+    n = (MAX_GRID_Y + 1) * CONFIG.block_n
+    weight, a, b = make((n, 1), 1, 1, kernel_device, torch.bfloat16)
+    merged_weight(weight, a, b, SCALING, config=CONFIG)
+    assert grids == [(MAX_GRID_Y + 1,)]
