@@ -260,6 +260,8 @@ def mergeable(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
 
 
 def _is_number(value: Any) -> bool:
+    if torch.compiler.is_compiling():  # it may be a symbol, which is not to be asked
+        return True
     # An array of several numbers claims to be one, too.
     return isinstance(value, SupportsFloat) and getattr(value, "ndim", 0) == 0
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_fast import ops, reference
+from lora_fast import ops, reference, versions
 from lora_fast.record import Code, MergeRecord
 
 _log = logging.getLogger("lora_fast.merge")
@@ -151,7 +151,7 @@ def _run(op: Callable[..., Tensor | None], jobs: Sequence[_Job]) -> list[list[in
     ]
     status = op(*map(list, zip(*rows, strict=True)))
     for job in jobs:
-        _count_version(job.request.weight)
+        versions.count(job.request.weight)
     if status is None:
         return []
     lengths = iter(status.tolist())
@@ -237,9 +237,3 @@ def _record(job: _Job, original: Tensor | None, codes: tuple[Code, ...]) -> Merg
     lora_A, lora_B = job.copies
     settings = (scaling, enable_lora, out_splits)
     return MergeRecord(weight.shape, weight.dtype, original, lora_A, lora_B, *settings, codes=codes)
-
-
-def _count_version(weight: Tensor) -> None:
-    """Let autograd see the write: a backward through the old values must not go unnoticed."""
-    if not weight.is_inference():
-        torch.autograd.graph.increment_version(weight)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_fast import checks, compiled, ops, reference, sharded
+from lora_fast import checks, compiled, ops, reference, sharded, versions
 from lora_fast.backend import Backend, decided, get_backend
 from lora_fast.compiled import Merge
 from lora_fast.record import MergeRecord
@@ -65,6 +65,7 @@ def merge_many(requests: Sequence[Merge]) -> list[MergeRecord | None]:
             changed.
     """
     requests = [_checked(request) for request in requests]
+    originals = [versions.current(request.weight) for request in requests]
     served = [i for i, request in enumerate(requests) if _is_served(request)]
     records: list[MergeRecord | None] = [None] * len(requests)
     try:
@@ -79,12 +80,16 @@ def merge_many(requests: Sequence[Merge]) -> list[MergeRecord | None]:
             if record is not None:
                 unmerge_(request.weight, record)
         raise
+    for request, record, original in zip(requests, records, originals, strict=True):
+        if record is not None and not record.of_shard:  # a DTensor counts by itself
+            record.versions = versions.merged(request.weight, original)
     return records
 
 
 def _checked(request: Merge) -> Merge:
     weight, lora_A, lora_B, scaling, enable_lora, out_splits = request
-    if type(scaling) is not float:  # as nearly always
+    # A float, as nearly always; of a DTensor each rank is asked when the others hear the answer.
+    if type(scaling) is not float and not sharded.is_dtensor(weight):
         checks.scaling("merge_", scaling)
     checks.delta_shapes("merge_", weight, lora_A, lora_B, enable_lora, out_splits)
     checks.mergeable("merge_", weight, lora_A, lora_B)
@@ -140,8 +145,10 @@ def unmerge_(weight: Tensor, record: MergeRecord) -> None:
 def unmerge_many(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
     """`unmerge_` weights of one device and dtype, in one call of the compiled ops."""
     local = [_checked_local(w, record) for w, record in zip(weights, records, strict=True)]
+    numbers = [versions.current(weight) for weight in local]
     compiled.unmerge(local, records)
-    for weight, record in zip(weights, records, strict=True):
+    for weight, part, record, number in zip(weights, local, records, numbers, strict=True):
+        versions.restored(part, record.versions, number)
         sharded.count_version(weight)
         record.spent = True
 

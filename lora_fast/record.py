@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_fast.versions import Versions
+
 
 class Code(NamedTuple):
     """The way back for one block of a weight, in about a byte an element.
@@ -42,6 +44,7 @@ class MergeRecord:
         out_splits: widths of the blocks, or None for equal ones.
         spent: whether it has served.
         of_shard: whether all of this is of one rank's shard of a DTensor.
+        versions: the weight's numbers for autograd, if the old one can be taken back.
     """
 
     shape: torch.Size
@@ -55,6 +58,7 @@ class MergeRecord:
     codes: tuple[Code, ...] = ()
     spent: bool = False
     of_shard: bool = False
+    versions: Versions | None = None
 
     def check(self, weight: Tensor) -> None:
         """Refuse a weight that this is not the record of, and a second use."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_fast import reference
+from lora_fast import reference, versions
 from lora_fast.record import MergeRecord
 
 
@@ -85,8 +85,8 @@ def merge_(
 
 def count_version(weight: Tensor) -> None:
     """Let autograd see a write to the shard: it looks at the DTensor, not at what that holds."""
-    if is_dtensor(weight) and not weight.is_inference():
-        torch.autograd.graph.increment_version(weight)
+    if is_dtensor(weight):
+        versions.count(weight)
 
 
 def version(weight: Any) -> tuple[int, ...] | None:

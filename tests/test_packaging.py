@@ -107,8 +107,12 @@ def test_kernels_know_nothing_of_the_rest(name):
             {"autograd", "autograd_embedding", "autograd_weight"}
             | {"backend", "checks", "eager", "merging", "reference"},
         ),
-        ("merging", {"backend", "checks", "compiled", "ops", "record", "reference", "sharded"}),
-        ("compiled", {"ops", "record", "reference"}),
+        (
+            "merging",
+            {"backend", "checks", "compiled", "ops", "record", "reference", "sharded", "versions"},
+        ),
+        ("compiled", {"ops", "record", "reference", "versions"}),
+        ("versions", set()),
         ("eager", {"dropout"}),
         ("dropout", {"ops"}),
         ("scripting", set()),

@@ -116,6 +116,21 @@ def test_b19_backward_after_a_flip_is_right_or_refused(case: Any, needs_dx: bool
         torch.testing.assert_close(got, expected)
 
 
+def test_b19_backward_after_a_flip_and_back_is_right(case: Any) -> None:
+    """As in loralib, whose weight is only nearly the same then."""
+    layer, x = case.build(), case.input()
+    x = x.requires_grad_(x.is_floating_point())
+    inputs = [layer.lora_A, layer.lora_B] + ([x] if x.requires_grad else [])
+    y = layer(x)
+    seed = torch.randn_like(y)
+    expected = torch.autograd.grad(y, inputs, seed, retain_graph=True)
+    for _ in range(3):
+        layer.eval()
+        layer.train()
+    for found, right in zip(torch.autograd.grad(y, inputs, seed), expected, strict=True):
+        assert torch.equal(found, right)
+
+
 def test_b19_backward_of_a_merged_forward_after_train(case: Any) -> None:
     layer, x = case.build().eval(), case.input()
     if not x.is_floating_point():

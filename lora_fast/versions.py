@@ -1,0 +1,66 @@
+"""What autograd is told of a merge: a new number for the state of the weight, then the old one.
+
+torch counts the writes to a tensor, and refuses a backward through values that were written over.
+A merged weight gets a number that no tensor had before; with its original bits it gets its old
+number, so that a forward before `eval()` and a backward after `train()` fit.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Counting alone never gets here; the numbers have 32 bits.
+_FIRST, _LAST = 2**31, 2**32 - 2**16
+_numbers = itertools.count(_FIRST)  # of which a thread gets one in one step
+_set_version = getattr(torch._C._autograd, "_unsafe_set_version_counter", None)
+
+
+class Versions(NamedTuple):
+    """The numbers of a weight before its merge and after it."""
+
+    original: int
+    merged: int
+
+
+def count(weight: Tensor) -> None:
+    """Let autograd see a write that torch does not count by itself."""
+    if not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
+
+
+def current(weight: Tensor) -> int | None:
+    """Return the number of a weight's state, None where torch counts none."""
+    return None if weight.is_inference() else weight._version
+
+
+def merged(weight: Tensor, original: int | None) -> Versions | None:
+    """Number a weight's state anew after a merge.
+
+    Args:
+        weight: it.
+        original: its number before, from `current`.
+
+    Returns:
+        What `restored` needs; None where the number can't be taken back.
+    """
+    number = next(_numbers)
+    # Past _FIRST it was written to while merged, and counts on: a number might come twice.
+    if original is None or original >= _FIRST or number >= _LAST or _set_version is None:
+        return None
+    _set_version((weight,), (number,))
+    return Versions(original, number)
+
+
+def restored(weight: Tensor, versions: Versions | None, before: int | None) -> None:
+    """Give a weight that has its original bits again its number of then.
+
+    Args:
+        weight: it.
+        versions: what `merged` returned.
+        before: its number just before it was restored. Another than it was merged under belongs to
+            a copy of the weight, or somebody wrote to it.
+    """
+    if versions is not None and before == versions.merged and _set_version is not None:
+        _set_version((weight,), (versions.original,))
