@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast import ops
+from lora_fast import ops, reference
 
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -34,10 +34,10 @@ class _MergedWeight(torch.autograd.Function):
         lora_A, lora_B = ctx.saved_tensors
         need_w, need_a, need_b = ctx.needs_input_grad[:3]
         da = db = None
-        if need_a or need_b:
-            flat = dweight.reshape(ctx.shape)
-        if need_a:
-            da = ((lora_B.to(flat.dtype) * ctx.scaling).t() @ flat).to(ctx.dtypes[0])
-        if need_b:
-            db = (flat @ lora_A.to(flat.dtype).t() * ctx.scaling).to(ctx.dtypes[1])
+        flat = dweight.reshape(ctx.shape)
+        with reference.no_autocast(dweight):
+            if need_a:
+                da = ((lora_B.to(flat.dtype) * ctx.scaling).t() @ flat).to(ctx.dtypes[0])
+            if need_b:
+                db = (flat @ lora_A.to(flat.dtype).t() * ctx.scaling).to(ctx.dtypes[1])
         return dweight if need_w else None, da, db, None

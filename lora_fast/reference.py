@@ -180,6 +180,12 @@ def merged_weight(
     out_splits: list[int] | None = None,
 ) -> Tensor:
     """W + Delta.view(W), out of place and differentiable; W may have any number of dimensions."""
+    if isinstance(weight, Tensor) and autocasts(
+        weight
+    ):  # the sum has the weight's dtype all the same
+        with no_autocast(weight):
+            blocks = {"enable_lora": enable_lora, "out_splits": out_splits}
+            return merged_weight(weight, lora_A, lora_B, scaling, **blocks)
     lora_A, lora_B = like(lora_A, weight), like(lora_B, weight)
     # An fx proxy cannot say how it lies. The sum keeps the layout of a channels_last kernel.
     if enable_lora is None and (not isinstance(weight, Tensor) or weight.is_contiguous()):
@@ -281,7 +287,7 @@ def merge_(
     """
     original = weight.clone()
     try:
-        with _no_autocast(weight):
+        with no_autocast(weight):
             _add_delta_(weight, lora_A, lora_B, scaling, enable_lora, out_splits)
         if not finite_where(weight, original):
             raise OverflowError(overflow_message(weight))
@@ -312,7 +318,8 @@ def finite_where(weight: Tensor, original: Tensor) -> bool:
     return bool((weight.isfinite() | ~original.isfinite()).all())
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Switch autocast off where `x` is, if it is on."""
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 

@@ -269,3 +269,21 @@ def test_inputs_that_depend_on_each_other(op: str, create_graph: bool, backend: 
             moved[at] = step
             numeric[at] = (run(a + moved) - run(a - moved)) / (2 * step)
     torch.testing.assert_close(got.detach(), numeric, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("enable_lora", [None, [True, False]], ids=["whole", "blocks"])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+def test_a_merged_weight_keeps_its_dtype_under_autocast(
+    base: torch.dtype, adapter: torch.dtype, enable_lora: Any
+) -> None:
+    weight = torch.randn(6, 5).to(base)
+    a, b = torch.randn(2, 5).to(adapter), torch.randn(3 if enable_lora else 6, 2).to(adapter)
+    a.requires_grad_()
+    expected = functional.merged_weight(weight, a, b, 0.5, enable_lora=enable_lora)
+    (gradient,) = torch.autograd.grad(expected.sum(), a)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = functional.merged_weight(weight, a, b, 0.5, enable_lora=enable_lora)
+    assert found.dtype == base
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found.sum(), a)[0], gradient)

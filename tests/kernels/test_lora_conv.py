@@ -118,6 +118,19 @@ def test_nothing_more_is_kept_for_backward(kernel_device: torch.device) -> None:
     assert kept("triton") == own
 
 
+def test_a_backward_under_autocast_is_none_of_its_business(kernel_device: torch.device) -> None:
+    weight, a, b = (torch.randn(s, device=kernel_device) for s in ((6, 4, 3), (6, 12), (6, 6)))
+    leaves = [a.requires_grad_(), b.requires_grad_()]
+    with lora.use_backend("triton"):
+        merged = functional.merged_weight(weight, a, b, 0.75)
+    seed = torch.randn_like(merged)
+    expected = torch.autograd.grad(merged, leaves, seed, retain_graph=True)
+    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+        found = torch.autograd.grad(merged, leaves, seed)
+    for ours, same in zip(found, expected, strict=True):
+        assert torch.equal(ours, same)
+
+
 def test_autocast_rounds_the_merged_weight_once(kernel_device: torch.device) -> None:
     layer = randomize_(lora.Conv2d(4, 6, 3, r=2)).to(kernel_device)
     x = torch.randn(2, 4, 6, 6, device=kernel_device)
