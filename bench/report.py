@@ -10,7 +10,9 @@ status is 1 if the README differs from the results.
 import argparse
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 from results import ROOT, markdown, read, result_folders
 from tables import facts_line, full_rows, ordered, readme_rows, summary_rows
@@ -45,30 +47,48 @@ def write_folder(folder: Path) -> None:
 
 
 def section(folders: Sequence[Path]) -> str:
-    """Return the README's part: for each folder the machine, a summary, a table and pictures.
+    """Return the README's part: a summary of each folder, and of the first the rows and a picture.
+
+    GPUs come first, then what was measured last.
 
     Raises:
         ValueError: a folder has no results.
     """
+    found = sorted(((folder, read(folder)) for folder in folders), key=_age)
     parts = []
-    for folder in folders:
-        tables = read(folder)
-        names = [name for name, _ in ordered(tables)]
-        facts = tables[names[0]]["machine"]
-        where = _relative(folder)
-        links = ", ".join(f"[{name}]({where}/{name}.md)" for name in names)
-        rows = [row for _, table in ordered(tables) for row in table["rows"]]
-        parts += [
-            f"### {folder.name}",
-            f"{facts_line(facts)}. All rows: {links}.",
-            markdown(summary_rows(tables)),
-            "Rank 16, the most rows of each shape; a column that ends in / is how many times as "
-            "long as lora_fast the other takes:",
-            markdown(readme_rows(rows)),
-        ]
-        if (folder / "speedup.svg").is_file():
-            parts.append(f"![Speed-up by shape against each peer]({where}/speedup.svg)")
+    for result in found:
+        parts += _summary(*result)
+        if result is found[0]:
+            parts += _details(*result)
     return "\n\n".join(parts)
+
+
+def _age(result: tuple[Path, dict[str, Any]]) -> tuple[bool, int, str]:
+    """Sort by machine and date, the newest first."""
+    folder, tables = result
+    facts = next(table["machine"] for _, table in ordered(tables))
+    day = date.fromisoformat(facts["date"]).toordinal() if "date" in facts else 0
+    return "gpu" not in facts, -day, folder.name
+
+
+def _summary(folder: Path, tables: dict[str, Any]) -> list[str]:
+    names = [name for name, _ in ordered(tables)]
+    links = ", ".join(f"[{name}]({_relative(folder)}/{name}.md)" for name in names)
+    facts = facts_line(tables[names[0]]["machine"])
+    return [f"### {folder.name}", f"{facts}. All rows: {links}.", markdown(summary_rows(tables))]
+
+
+def _details(folder: Path, tables: dict[str, Any]) -> list[str]:
+    rows = [row for _, table in ordered(tables) for row in table["rows"]]
+    parts = [
+        "Rank 16, the most rows of each shape; a column that ends in / is how many times as long "
+        "as lora_fast the other takes:",
+        markdown(readme_rows(rows)),
+    ]
+    if (folder / "speedup.svg").is_file():
+        picture = f"{_relative(folder)}/speedup.svg"
+        parts.append(f"![Speed-up by shape against each peer]({picture})")
+    return parts
 
 
 def _relative(folder: Path) -> str:

@@ -184,8 +184,9 @@ def merged_weight(
         weight
     ):  # the sum has the weight's dtype all the same
         with no_autocast(weight):
-            blocks = {"enable_lora": enable_lora, "out_splits": out_splits}
-            return merged_weight(weight, lora_A, lora_B, scaling, **blocks)
+            return merged_weight(
+                weight, lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits
+            )
     lora_A, lora_B = like(lora_A, weight), like(lora_B, weight)
     # An fx proxy cannot say how it lies. The sum keeps the layout of a channels_last kernel.
     if enable_lora is None and (not isinstance(weight, Tensor) or weight.is_contiguous()):

@@ -76,6 +76,20 @@ def test_a_damaged_machine_is_told_and_not_dropped(folder, monkeypatch, tmp_path
     assert readme.read_text() == before
 
 
+def test_a_gpu_comes_first_and_then_the_newest_which_alone_shows_its_rows(save):
+    folders = [
+        save("older", row("a"), date="2026-01-02"),
+        save("newest", row("a"), date="2026-01-03"),
+        save("old", row("a"), date="2025-12-31", gpu="NVIDIA H200"),
+        save("undated", row("a")),
+    ]
+    text = report.section(folders)
+    titles = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert titles == ["old", "newest", "older", "undated"]
+    assert text.count("Rank 16, the most rows of each shape") == 1
+    assert text.index("Rank 16") < text.index("### newest")
+
+
 def test_twice_is_as_once(folder, monkeypatch, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"# a\n\n{report.BEGIN}\n{report.END}\n\nafter\n")
