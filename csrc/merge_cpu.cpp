@@ -13,6 +13,7 @@
 #include <string>
 #include <utility>
 
+#include "large_pages.h"
 #include "merge_cpu_kernels.h"
 #include "merge_cpu_pack.h"
 #include "merge_cpu_views.h"
@@ -346,6 +347,9 @@ Tensor merge_cpu(
     Tensors overflow_index, Tensors overflow_value) {
   const std::vector<Item> items =
       make_items(weight, lora_a, lora_b, scaling, code, overflow_index, overflow_value);
+  for (const Item& item : items) {
+    if (item.code != nullptr) ask_for_large_pages(item.code, item.numel());
+  }
   std::vector<int64_t> status;
   if (!items.empty()) {
     dispatch_format(dtype_of(weight[0], "weight"), [&](auto format) {
