@@ -30,6 +30,8 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
         return "the weight is computed (parametrization, pruning or weight norm)"
     if _is_tied(owner._parameters) or _shares_memory(owner._parameters["weight"]):
         return "the weight is tied: another module holds it too"
+    if _are_hidden() and _has_other_holders(owner._parameters):
+        return "the weight may be tied: gc.freeze() hides who else holds it"
     return None
 
 
@@ -64,6 +66,14 @@ def _references(parameters: dict[str, Any]) -> int:
 _UNSHARED = _references({"weight": object()})
 
 
+_FROZEN = gc.get_freeze_count()  # Python 3.12 begins with some
+
+
+def _are_hidden() -> bool:
+    """Tell whether there may be modules that a scan of all objects does not see."""
+    return gc.get_freeze_count() > _FROZEN
+
+
 class _Holders:
     """All modules of the process that hold parameters, as of the last one that was registered.
 
@@ -80,7 +90,7 @@ class _Holders:
         """Bring the modules, and how many of them hold a parameter (by its id), up to date."""
         if not self.is_stale:
             return
-        self.is_stale = False
+        self.is_stale = _are_hidden()
         self.modules, self.count = weakref.WeakSet(), {}
         is_module: dict[type, bool] = {}
         for candidate in gc.get_objects():
@@ -139,6 +149,15 @@ def _storage_uses(tensor: Tensor) -> int:
 
 
 _UNSHARED_STORAGE = _storage_uses(torch.empty(1)) if _use_count is not None else 0
+
+
+def _has_other_holders(parameters: dict[str, Any]) -> bool:
+    """Tell whether anything, a module or not, holds a module's weight or its memory."""
+    if _references(parameters) > _UNSHARED:
+        return True
+    weight = parameters["weight"]
+    counted = _use_count is not None and type(weight) is nn.Parameter
+    return counted and _storage_uses(weight) > _UNSHARED_STORAGE
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

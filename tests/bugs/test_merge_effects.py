@@ -1,6 +1,7 @@
 """What a merge must not do to others: tied weights, saved graphs, computed weights, compilers."""
 
 import copy
+import gc
 import logging
 from typing import Any
 
@@ -50,6 +51,24 @@ def test_b14_tied_weights_stay_unmerged_and_right(kind: str, share: str) -> None
     torch.testing.assert_close(model(x), expected)
     model.train()
     assert torch.equal(model.embedding.weight, before)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("share", ["parameter", "storage"])
+def test_b14_modules_that_gc_hides_are_not_overlooked(share: str) -> None:
+    model, alone = tied(lora, "head", share), randomize_(lora.Linear(4, 4, r=2))
+    x = torch.randint(0, 9, (3, 5))
+    expected = model(x)
+    gc.freeze()
+    try:
+        model.eval()
+        alone.eval()
+    finally:
+        gc.unfreeze()
+    assert not model.head.merged
+    assert alone.merged  # nothing else holds its weight
+    model.eval()
+    assert not model.head.merged
     torch.testing.assert_close(model(x), expected)
 
 
