@@ -207,8 +207,7 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     assert x is not None
     if not x.is_cuda and not (x.device.type == "cpu" and _interpreted()):
         return f"the input is on {x.device}, the kernels need CUDA (or TRITON_INTERPRET=1)"
-    # Not asked while a graph is traced: an answer from the driver would break it.
-    if x.is_cuda and not torch.compiler.is_compiling() and _is_too_old(x.device):
+    if x.is_cuda and _is_too_old(x.device):
         return "the kernels need a GPU of compute capability 8.0 or later"
     looks_up = op == "lora_embedding"
     if looks_up and x.dtype not in _INDEX_DTYPES:
@@ -226,12 +225,21 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     return None if _TRITON_FOUND else "triton is not installed"
 
 
-@functools.cache
 def _is_too_old(device: torch.device) -> bool:
     """Tell whether a GPU has too little shared memory for the kernels' tiles (Turing: 64 KiB)."""
+    return _capability(device) < (8, 0)
+
+
+# A graph takes the answer for a constant, in the place of tracing the question to the driver: what
+# torch.compiler.assume_constant_result does, which would import all of the compiler.
+_is_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
     if torch.version.hip is not None or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(device) < (8, 0)
+        return (8, 0)
+    return torch.cuda.get_device_capability(device)
 
 
 def _dropping_eagerly_pays(op: str, x: Tensor | None) -> bool:

@@ -330,3 +330,22 @@ def test_explain_of_a_forced_backend_says_why_it_cannot_run(no_interpreter: None
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_explain_says_that_there_is_no_gpu() -> None:
     assert "cuda: not available" in lora_fast.explain()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("capability", "too_old"), [((7, 5), True), ((8, 0), False)])
+def test_a_gpu_of_long_ago_is_told_also_while_a_graph_is_traced(
+    capability: tuple[int, int],
+    too_old: bool,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend, "_capability", lambda device: capability)
+    torch.compiler.reset()
+
+    def chosen(x: Tensor) -> Tensor:
+        return x + 1.0 if backend._is_too_old(torch.device("cuda", 0)) else x
+
+    if compiled:
+        chosen = torch.compile(chosen, backend="eager", fullgraph=True)
+    assert chosen(torch.zeros(())).item() == float(too_old)
