@@ -200,7 +200,8 @@ class MergingLayer(SavedState):
         with merge_lock, interrupts.held_back():
             if not self.merged:
                 return
-            if self._record is not None or self._has_adapter():
+            is_back = self._record is not None and self._record.spent  # by a shallow copy
+            if not is_back and (self._record is not None or self._has_adapter()):
                 self._restore(self._merged_target(), self._record)
             self._remember(False, None)
 

@@ -39,6 +39,19 @@ class SavedState:
     _unmerge: Callable[[], None]
     _restore: Callable[[Tensor, MergeRecord | None], None]
 
+    def __copy__(self) -> Any:
+        """Return a shallow copy: a layer of its own on the same tensors.
+
+        From then on two modules hold the weight, and none of them merges. Copies of a merged layer
+        are unmerged by whichever is first.
+        """
+        owner = self._weight_owner()
+        copied = _copied_module(self)
+        modules = copied.__dict__["_modules"]
+        modules.update({k: _copied_module(owner) for k, v in modules.items() if v is owner})
+        readers.forget_holders()
+        return copied
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled or copied: a copy of the base weight, which any machine reads."""
         state = self.__dict__.copy()
@@ -194,6 +207,15 @@ class SavedState:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _copied_module(module: Any) -> Any:
+    """A shallow copy whose dictionaries are its own."""
+    copied = module.__class__.__new__(module.__class__)
+    copied.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        copied.__dict__[name] = module.__dict__[name].copy()
+    return copied
 
 
 def remember_view(

@@ -113,21 +113,23 @@ def _unmerge_batch(batch: Layers) -> None:
     """Unmerge layers likewise; those whose weight somebody changed, each by itself."""
     with interrupts.held_back():
         found = [(layer, _restorable(layer)) for layer in batch.values()]
-        together = [(layer, *pair) for layer, pair in found if pair is not None]
+        # Shallow copies share a record, which serves once.
+        by_record = {id(pair[1]): (layer, *pair) for layer, pair in found if pair is not None}
+        together = list(by_record.values())
         merging.unmerge_many([t for _, t, _ in together], [r for _, _, r in together])
         for layer, _, _ in together:
             layer._remember(False, None)
-        for layer, pair in found:
-            if pair is None:
+        for layer, _ in found:
+            if layer.merged:
                 layer._unmerge()
 
 
 def _restorable(layer: MergingLayer) -> tuple[Tensor, MergeRecord] | None:
     """A merged weight and its record, if that is all it takes to restore it."""
     target, record = layer._merged_target(), layer._record
-    if record is None or sharded.is_dtensor(target) or layer._changed_while_merged(target, record):
+    if record is None or record.spent or sharded.is_dtensor(target):
         return None
-    return target, record
+    return None if layer._changed_while_merged(target, record) else (target, record)
 
 
 def _adapted(model: nn.Module) -> Layers:

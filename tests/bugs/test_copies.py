@@ -55,6 +55,39 @@ def test_b17_copies_are_whole_and_independent(
     assert torch.equal(case.weight(layer), base)
 
 
+def test_b17_shallow_copies_are_layers_of_their_own(case: Any) -> None:
+    layer, x = case.build(), case.input()
+    expected = layer(x)
+    twin = copy.copy(layer)
+    assert type(twin) is type(layer)
+    assert twin.lora_A is layer.lora_A and case.weight(twin) is case.weight(layer)
+    for mode in ((False, True), (True, False), (False, False), (True, True)):
+        for one, training in zip((layer, twin), mode, strict=True):
+            one.train(training)
+        for one in (layer, twin):
+            assert not one.merged  # the other would compute with the adapter twice
+            torch.testing.assert_close(one(x), expected)
+    with torch.no_grad():
+        layer.lora_B.mul_(2.0)
+    assert torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("how", ["first", "second", "model"])
+def test_b17_shallow_copies_of_a_merged_layer_unmerge_once(case: Any, how: str) -> None:
+    layer, x = case.build(), case.input()
+    base, expected = case.weight(layer).detach().clone(), layer(x)
+    twin = copy.copy(layer.eval())
+    assert torch.equal(twin(x), layer(x))
+    if how == "model":
+        assert lora.unmerge(nn.ModuleList([layer, twin])) == 2
+    for one in (layer, twin) if how == "first" else (twin, layer):
+        one.train()
+        assert torch.equal(case.weight(layer), base)
+    for one in (layer, twin):
+        torch.testing.assert_close(one(x), expected)
+        assert not one.eval().merged
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("how", COPIES)
 def test_b17_dropout_is_copied_too(linear_case: Any, how: str, p: float) -> None:
