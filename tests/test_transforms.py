@@ -233,9 +233,9 @@ def test_vmap_with_dropout_draws_for_every_sample(name: str) -> None:
     layer = build(name, lora_dropout=0.5)
     x = make_input(name, batch=1).expand(8, -1)
     rows = vmap(layer, randomness="different")(x)
-    assert len(torch.unique(rows, dim=0)) > 1
+    assert (rows - rows[0]).abs().max() > 1e-3  # more than the last bits of a product's other rows
     same = vmap(layer, randomness="same")(x)
-    assert len(torch.unique(same, dim=0)) == 1
+    torch.testing.assert_close(same, same[:1].expand_as(same))
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(layer)(x)
 

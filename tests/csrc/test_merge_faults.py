@@ -168,6 +168,8 @@ def test_gaps_are_no_overlap(strides: Any) -> None:
     assert compiled.why_not(weight, torch.randn(2, 48), torch.randn(64, 2)) is None
 
 
+# From torch 2.14 on it tells of every sparse tensor that it checks.
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
 @pytest.mark.parametrize("kind", ["sparse", "meta"])
 def test_a_file_of_other_values_loads_nothing(tmp_path: Path, kind: str) -> None:
     model = nn.Sequential(randomize_(lora.Linear(4, 4, r=2)), randomize_(lora.Linear(4, 4, r=2)))
