@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_fast import ops, reference, versions
+from lora_fast import ops, reference
 from lora_fast.record import Code, MergeRecord
 
 _log = logging.getLogger("lora_fast.merge")
@@ -150,8 +150,6 @@ def _run(op: Callable[..., Tensor | None], jobs: Sequence[_Job]) -> list[list[in
         for block, code in zip(blocks, codes, strict=True)
     ]
     status = op(*map(list, zip(*rows, strict=True)))
-    for job in jobs:
-        versions.count(job.request.weight)
     if status is None:
         return []
     lengths = iter(status.tolist())

@@ -36,7 +36,7 @@ def current(weight: Tensor) -> int | None:
 
 
 def merged(weight: Tensor, original: int | None) -> Versions | None:
-    """Number a weight's state anew after a merge.
+    """Let autograd see a merge.
 
     Args:
         weight: it.
@@ -48,13 +48,14 @@ def merged(weight: Tensor, original: int | None) -> Versions | None:
     number = next(_numbers)
     # Past _FIRST it was written to while merged, and counts on: a number might come twice.
     if original is None or original >= _FIRST or number >= _LAST or _set_version is None:
+        count(weight)
         return None
     _set_version((weight,), (number,))
     return Versions(original, number)
 
 
 def restored(weight: Tensor, versions: Versions | None, before: int | None) -> None:
-    """Give a weight that has its original bits again its number of then.
+    """Let autograd see that a weight has its original bits again: by its number of then, if it may.
 
     Args:
         weight: it.
@@ -64,3 +65,5 @@ def restored(weight: Tensor, versions: Versions | None, before: int | None) -> N
     """
     if versions is not None and before == versions.merged and _set_version is not None:
         _set_version((weight,), (versions.original,))
+    else:
+        count(weight)

@@ -111,7 +111,7 @@ def test_kernels_know_nothing_of_the_rest(name):
             "merging",
             {"backend", "checks", "compiled", "ops", "record", "reference", "sharded", "versions"},
         ),
-        ("compiled", {"ops", "record", "reference", "versions"}),
+        ("compiled", {"ops", "record", "reference"}),
         ("versions", set()),
         ("eager", {"dropout"}),
         ("dropout", {"ops"}),
