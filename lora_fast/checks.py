@@ -231,6 +231,18 @@ def delta_shapes(
     )
 
 
+def conv_shapes(weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+    """Refuse tensors that do not fit `lora_conv`."""
+    if isinstance(weight, Tensor) and weight.dim() not in (3, 4, 5):
+        raise ValueError(
+            "lora_conv: weight must have one to three kernel dimensions, got shape "
+            f"{tuple(weight.shape)}"
+        )
+    delta_shapes("lora_conv", weight, lora_A, lora_B, None, None)
+    if bias is not None:
+        tensors("lora_conv", bias)
+
+
 def _covers(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     if lora_A.dim() != 2 or lora_B.dim() != 2:
         return False

@@ -283,17 +283,13 @@ def lora_conv(
     Note:
         Source: loralib/layers.py:301-308.
     """
-    checks.scaling("lora_conv", scaling)
-    checks.tensors("lora_conv", bias, x=x, weight=weight)
     if isinstance(x, Tensor):
-        if weight.dim() not in (3, 4, 5):
-            raise ValueError(
-                "lora_conv: weight must have one to three kernel dimensions, got shape "
-                f"{tuple(weight.shape)}"
-            )
-        checks.delta_shapes("lora_conv", weight, lora_A, lora_B, None, None)
-        w = merged_weight(weight, lora_A, lora_B, scaling)
+        if type(scaling) is not float:
+            checks.scaling("lora_conv", scaling)
+        checks.conv_shapes(weight, lora_A, lora_B, bias)
+        w = _merged_in_one_block(weight, lora_A, lora_B, scaling)
         return reference.convolution(x, w, bias, stride, padding, dilation, groups)
+    checks.tensors("lora_conv", x=x)
     return reference.lora_conv(
         x, weight, lora_A, lora_B, scaling, bias, stride, padding, dilation, groups
     )
@@ -371,17 +367,24 @@ def merged_weight(
     Note:
         Blocks are served by plain torch, whatever backend is chosen.
     """
-    enable, widths = checks.blocks("merged_weight", enable_lora, out_splits)
-    checks.scaling("merged_weight", scaling)
+    enable = widths = None
+    if enable_lora is not None or out_splits is not None:
+        enable, widths = checks.blocks("merged_weight", enable_lora, out_splits)
+    if type(scaling) is not float:
+        checks.scaling("merged_weight", scaling)
     if isinstance(lora_A, Tensor):
         checks.delta_shapes("merged_weight", weight, lora_A, lora_B, enable, widths)
-        one_block = enable is None and isinstance(weight, Tensor)
-        if one_block:
-            backend = choose("merged_weight", weight, lora_A, lora_B, scaling=scaling)
-            if backend is Backend.TRITON:
-                return autograd_weight.merged_weight(weight, lora_A, lora_B, scaling)
+        if enable is None and isinstance(weight, Tensor):
+            return _merged_in_one_block(weight, lora_A, lora_B, scaling)
     else:
         checks.tensors("merged_weight", lora_A=lora_A)
     return reference.merged_weight(
         weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
     )
+
+
+def _merged_in_one_block(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    backend = choose("merged_weight", weight, lora_A, lora_B, scaling=scaling)
+    if backend is Backend.TRITON:
+        return autograd_weight.merged_weight(weight, lora_A, lora_B, scaling)
+    return reference.merged_weight(weight, lora_A, lora_B, scaling)
