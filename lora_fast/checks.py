@@ -338,7 +338,7 @@ def widths(op: str, out_splits: Any) -> list[int]:
 
 def dropout_p(op: str, p: float) -> None:
     """Refuse a dropout rate that is no number in [0, 1]."""
-    if not _is_number(p):
+    if type(p) is not float and not _is_number(p):  # the second question takes long
         raise TypeError(f"{op}: dropout_p must be a number, got {p!r} of type {_kind(p)}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be between 0 and 1, got {p}")
