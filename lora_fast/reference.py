@@ -180,9 +180,8 @@ def merged_weight(
     out_splits: list[int] | None = None,
 ) -> Tensor:
     """W + Delta.view(W), out of place and differentiable; W may have any number of dimensions."""
-    if isinstance(weight, Tensor) and autocasts(
-        weight
-    ):  # the sum has the weight's dtype all the same
+    # The sum has the weight's dtype all the same.
+    if isinstance(weight, Tensor) and autocasts(weight):
         with no_autocast(weight):
             return merged_weight(
                 weight, lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits
