@@ -2,8 +2,9 @@
 
 Autograd over the reference formulas copies the output once for every block that an adapter adds
 to, and keeps the dropped input beside the mask. Here the blocks are added in place, and backward
-keeps the input itself, S = dropout(X) A^T and a byte a mask element. Serves plain tensors in eager
-mode; `lora_fast.backend` sends everything else to `lora_fast.reference`.
+keeps the input itself, S = dropout(X) A^T unless it is larger than the weight, and a byte a mask
+element. Serves plain tensors in eager mode; `lora_fast.backend` sends everything else to
+`lora_fast.reference`.
 """
 
 from typing import Any
@@ -78,7 +79,9 @@ class _LowRankLinear(torch.autograd.Function):
             y[:, lo:hi].addmm_(s_block, b_block.t(), alpha=scaling)
         # Without dX the weight plays no part, and a merge between forward and backward is harmless.
         kept_weight = weight if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(x, kept_weight, lora_A, lora_B, s, keep)
+        # Of more rows than the weight has room for, S would take more than loralib's dense delta.
+        kept_s = s if s.numel() <= weight.numel() else None
+        ctx.save_for_backward(x, kept_weight, lora_A, lora_B, kept_s, keep)
         ctx.scaling, ctx.blocks, ctx.keep_scale = scaling, blocks, keep_scale
         ctx.out_features, ctx.in_features = weight.shape
         return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1]))
@@ -93,8 +96,15 @@ class _LowRankLinear(torch.autograd.Function):
         dy = grads[0].reshape(-1, ctx.out_features)
         x2 = x.reshape(dy.shape[0], ctx.in_features)
         dx = dW = dA = dB = dbias = None
+        keep2, dropped = None, x2
+        if keep is not None and (need_x or need_A or s is None):
+            # As bytes, which torch converts in vectors; bool it converts one by one.
+            keep2 = keep.view(torch.uint8).reshape(x2.shape).to(x2.dtype)
+            dropped = x2 * keep2
         # Nothing is written with `out=`, which vmap over the gradients has no rule for.
         if need_B:
+            if s is None:
+                s = F.linear(dropped, lora_A).mul_(ctx.keep_scale)
             pairs = zip(blocks, _columns(s, rank, blocks), strict=True)
             dB = _joined([dy[:, lo:hi].t() @ s_block for (lo, hi), s_block in pairs], 0)
             dB.mul_(scaling)
@@ -102,9 +112,6 @@ class _LowRankLinear(torch.autograd.Function):
             factors = zip(blocks, _rows(lora_B, blocks), strict=True)
             ds = _joined([dy[:, lo:hi] @ b_block for (lo, hi), b_block in factors], 1)
             ds.mul_(scaling * ctx.keep_scale)
-            # As bytes, which torch converts in vectors; bool it converts one by one.
-            keep2 = None if keep is None else keep.view(torch.uint8).reshape(x2.shape).to(x2.dtype)
-            dropped = x2 if keep2 is None else x2 * keep2
             if need_A:
                 dA = ds.t() @ dropped
             if need_x:

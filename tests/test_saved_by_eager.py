@@ -1,0 +1,67 @@
+"""What the ops on torch's kernels keep for backward: S or, in a long batch, not even that."""
+
+import loralib
+import pytest
+import torch
+from torch import Tensor
+
+import lora_fast as lora
+from lora_fast import eager
+from lora_fast.testing import assert_within_budget, randomize_, saved_bytes
+
+K, N, R = 24, 36, 4
+BLOCKS = ((0, 12), (24, 36))
+LONG = K * N // (2 * R) + 1  # rows from which S of both blocks is larger than the weight
+
+
+def layers(dropout: float) -> tuple[lora.MergedLinear, loralib.MergedLinear]:
+    made = []
+    for lib in (lora, loralib):
+        settings = {"r": R, "lora_dropout": dropout, "enable_lora": [True, False, True]}
+        layer = randomize_(lib.MergedLinear(K, N, **settings))
+        lib.mark_only_lora_as_trainable(layer)
+        made.append(layer)
+    made[1].load_state_dict(made[0].state_dict())
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [8, LONG - 1, LONG, 4 * LONG])
+def test_never_more_than_loralib(rows: int, dropout: float) -> None:
+    x = torch.randn(rows, K, requires_grad=True)
+    ours, theirs = (
+        saved_bytes(lambda layer=layer: layer(x), [x, *layer.parameters()])
+        for layer in layers(dropout)
+    )
+    assert ours <= theirs
+    mask = rows * K if dropout else 0
+    assert ours == mask + (rows * 2 * R * 4 if rows < LONG else 0)
+
+
+@pytest.mark.parametrize("needs", ["x lora_A lora_B", "lora_B", "lora_A lora_B", "x"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_a_long_batch(dtype: torch.dtype, p: float, needs: str) -> None:
+    shapes = {"x": (2 * LONG, K), "weight": (N, K), "lora_A": (2 * R, K), "lora_B": (24, R)}
+    drawn = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    dy = torch.randn(2 * LONG, N).to(dtype)
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """By autograd over the formula, with the same draws."""
+        leaves = {n: t.to(dtype).requires_grad_(n in needs.split()) for n, t in drawn.items()}
+        x, weight, a, b = leaves.values()
+        torch.manual_seed(5)
+        keep = torch.empty(x.shape).bernoulli_(1.0 - p).to(dtype) / (1.0 - p)
+        y = x @ weight.t()
+        s = (x * keep) @ a.t() * 0.75
+        delta = [s[:, :R] @ b[:12].t(), torch.zeros_like(y[:, :12]), s[:, R:] @ b[12:].t()]
+        wanted = [leaves[n] for n in needs.split()]
+        return torch.autograd.grad(y + torch.cat(delta, 1), wanted, dy.to(dtype))
+
+    leaves = {n: t.clone().requires_grad_(n in needs.split()) for n, t in drawn.items()}
+    torch.manual_seed(5)
+    y = eager.low_rank_linear(*leaves.values(), 0.75, None, p, BLOCKS)
+    found = torch.autograd.grad(y, [leaves[n] for n in needs.split()], dy)
+    triples = zip(found, gradients(dtype), gradients(torch.float64), strict=True)
+    for name, triple in zip(needs.split(), triples, strict=True):
+        assert_within_budget(*triple, what=name)
