@@ -10,7 +10,6 @@ status is 1 if the README differs from the results.
 import argparse
 import sys
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def section(folders: Sequence[Path]) -> str:
     Raises:
         ValueError: a folder has no results.
     """
-    found = sorted(((folder, read(folder)) for folder in folders), key=_age)
+    found = sorted(((folder, read(folder)) for folder in folders), key=_rank, reverse=True)
     parts = []
     for result in found:
         parts += _summary(*result)
@@ -63,12 +62,10 @@ def section(folders: Sequence[Path]) -> str:
     return "\n\n".join(parts)
 
 
-def _age(result: tuple[Path, dict[str, Any]]) -> tuple[bool, int, str]:
-    """Sort by machine and date, the newest first."""
-    folder, tables = result
-    facts = next(table["machine"] for _, table in ordered(tables))
-    day = date.fromisoformat(facts["date"]).toordinal() if "date" in facts else 0
-    return "gpu" not in facts, -day, folder.name
+def _rank(result: tuple[Path, dict[str, Any]]) -> tuple[bool, str]:
+    """What of a result comes first: a GPU, then the later date."""
+    facts = next(table["machine"] for _, table in ordered(result[1]))
+    return "gpu" in facts, facts["date"]
 
 
 def _summary(folder: Path, tables: dict[str, Any]) -> list[str]:

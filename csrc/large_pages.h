@@ -9,7 +9,7 @@
 
 namespace lora_fast {
 
-// Asks for pages of 2 MiB: the first write to 50 MB took 2.2 ms with them and 9.1 ms with small
+// Asks for pages of 2 MiB: the first write to 50 MiB took 2.2 ms with them and 9.1 ms with small
 // ones (EPYC of family 26 model 2, Linux 6.18, 2026-11-28). Only those that lie within the range,
 // so that it takes no more memory; where there are none, the small ones serve.
 inline void ask_for_large_pages(void* data, int64_t bytes) {

@@ -227,7 +227,7 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
 
 def _is_too_old(device: torch.device) -> bool:
     """Tell whether a GPU has too little shared memory for the kernels' tiles (Turing: 64 KiB)."""
-    return _capability(device) < (8, 0)
+    return _lacks_shared_memory(device)
 
 
 # A graph takes the answer for a constant, in the place of tracing the question to the driver: what
@@ -236,10 +236,10 @@ _is_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def _lacks_shared_memory(device: torch.device) -> bool:
     if torch.version.hip is not None or not torch.cuda.is_available():
-        return (8, 0)
-    return torch.cuda.get_device_capability(device)
+        return False
+    return torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def _dropping_eagerly_pays(op: str, x: Tensor | None) -> bool:

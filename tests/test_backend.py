@@ -333,14 +333,13 @@ def test_explain_says_that_there_is_no_gpu() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("capability", "too_old"), [((7, 5), True), ((8, 0), False)])
+@pytest.mark.parametrize("too_old", [True, False])
 def test_a_gpu_of_long_ago_is_told_also_while_a_graph_is_traced(
-    capability: tuple[int, int],
     too_old: bool,
     compiled: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backend, "_capability", lambda device: capability)
+    monkeypatch.setattr(backend, "_lacks_shared_memory", lambda device: too_old)
     torch.compiler.reset()
 
     def chosen(x: Tensor) -> Tensor:
@@ -349,3 +348,13 @@ def test_a_gpu_of_long_ago_is_told_also_while_a_graph_is_traced(
     if compiled:
         chosen = torch.compile(chosen, backend="eager", fullgraph=True)
     assert chosen(torch.zeros(())).item() == float(too_old)
+
+
+@pytest.mark.parametrize(("capability", "too_old"), [((7, 5), True), ((8, 0), False)])
+def test_turing_is_of_long_ago(
+    capability: tuple[int, int], too_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    asked = backend._lacks_shared_memory.__wrapped__  # past the answers that are remembered
+    assert asked(torch.device("cuda", 0)) == too_old

@@ -71,7 +71,9 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
     def write(name: str, *rows: dict[str, Any], **facts: Any) -> Path:
         folder = tmp_path / name
-        write_json(folder, "linear", {"cpu": "a cpu", "cores": 2, **facts}, rows)
+        write_json(
+            folder, "linear", {"cpu": "a cpu", "cores": 2, "date": "2026-01-01", **facts}, rows
+        )
         return folder
 
     return write

@@ -112,10 +112,18 @@ def test_profile_of_one_row(tmp_path):
     [
         (("--shapes", "llama-9"), "unknown shape set 'llama-9'; known are square"),
         (("--profile", "Linear"), "unknown row 'Linear'; known are"),
+        (("--out", __file__), "--out: expected a folder that can be written to"),
     ],
 )
 def test_bad_options_are_one_line(options, message):
     done = run("--benchmark", *SMALL, *options)
     assert done.returncode == 4
-    (line,) = [part for part in (done.stdout + done.stderr).splitlines() if "unknown" in part]
+    (line,) = [part for part in (done.stdout + done.stderr).splitlines() if "ERROR" in part]
     assert line.startswith(f"ERROR: {message}")
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--threads"])
+def test_numbers_begin_at_one(option):
+    done = run("--benchmark", *SMALL, option, "0")
+    assert done.returncode == 4
+    assert f"argument {option}: must be at least 1, got 0" in done.stdout + done.stderr

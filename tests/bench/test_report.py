@@ -81,11 +81,11 @@ def test_a_gpu_comes_first_and_then_the_newest_which_alone_shows_its_rows(save):
         save("older", row("a"), date="2026-01-02"),
         save("newest", row("a"), date="2026-01-03"),
         save("old", row("a"), date="2025-12-31", gpu="NVIDIA H200"),
-        save("undated", row("a")),
+        save("first", row("a")),  # of the first of January
     ]
     text = report.section(folders)
     titles = re.findall(r"^### (.*)$", text, re.MULTILINE)
-    assert titles == ["old", "newest", "older", "undated"]
+    assert titles == ["old", "newest", "older", "first"]
     assert text.count("Rank 16, the most rows of each shape") == 1
     assert text.index("Rank 16") < text.index("### newest")
 

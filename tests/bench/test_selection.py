@@ -15,6 +15,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ({"peers": "loralib,unsloth"}, "unknown peer 'unsloth'; known are frozen, loralib"),
         ({"dtypes": "int8"}, "unknown dtype 'int8'; known are float32"),
         ({"tokens": "8,0"}, "--tokens takes whole numbers from 1 on with commas, got '0'"),
+        ({"tokens": "²"}, "--tokens takes whole numbers"),  # a digit, but no number
         ({"ranks": "four"}, "--ranks takes whole numbers"),
     ],
 )
