@@ -45,7 +45,7 @@ bench: $(READY)
 wheels: $(READY)
 	$(BIN)/python -m pip download -q --no-deps -c constraints.txt -d wheels \
 	  --only-binary :all: --python-version $(GPU_PYTHON) \
-	  loralib hypothesis sortedcontainers safetensors tqdm platformdirs
+	  loralib hypothesis sortedcontainers safetensors tqdm platformdirs setuptools
 
 gpu:
 	OUT="$(OUT)" PYTHON="$(PYTHON)" bench/gpu.sh

@@ -95,8 +95,11 @@ def _force(what: str, **chosen: Any) -> Iterator[None]:
     plans = importlib.import_module("lora_fast.kernels.plans")
 
     def forced_plan(*args: Any, **kwargs: Any) -> Any:
-        forced = replace(plan(*args, **kwargs), **chosen)
         arch, *sizes = args
+        forced = replace(plan(*args, **kwargs), **chosen)
+        if chosen.get("impl") == "one_pass":  # which takes more shared memory than the others
+            M, _, _, _, dtype, *_ = sizes
+            forced = replace(forced, gemm=plans.gemm_config(arch, M, dtype, one_pass=True))
         reason = plans.why_not(arch, forced, plans.Call.of(module, *sizes, **kwargs))
         if reason is not None:
             raise Absent(reason)

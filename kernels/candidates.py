@@ -144,7 +144,7 @@ def _forward_steps(arch: Architecture, call: Call, rule: ForwardPlan) -> Steps:
 
 
 def _backward_steps(arch: Architecture, call: Call, rule: BackwardPlan) -> Steps:
-    dx: list[Change] = [{"input_grad": "lora_first"}]
+    dx: list[Change] = [{"input_grad": impl} for impl in ("lora_first", "library")]
     dx += [{"input_grad": "fused", "gemm": gemm} for gemm in _gemms(arch, call)]
     return [
         _rank_grads(arch),

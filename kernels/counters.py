@@ -11,6 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from lora_fast.kernels.primitives import cdiv, next_power_of_2
+
 RESERVE = 1 << 18  # counters for captured launches, 1 MiB at a time
 FEWEST = 1 << 10
 
@@ -35,14 +37,14 @@ class Counters:
             self.refill()
         counters = self.of_stream.get(stream)
         if counters is None or counters.numel() < count:
-            size = max(FEWEST, triton.next_power_of_2(count))
+            size = max(FEWEST, next_power_of_2(count))
             counters = self.of_stream[stream] = self.zeros(size)
         return counters
 
     def captured(self, count: int) -> Tensor:
         """Counters that no other launch has had or will have."""
         with self.lock:
-            start, end = self.used, self.used + triton.cdiv(count, 4) * 4  # 16-byte alignment
+            start, end = self.used, self.used + cdiv(count, 4) * 4  # 16-byte alignment
             if end <= RESERVE:
                 self.used = end
                 return self.chunks[-1][start:end]

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-import triton
 
-from lora_fast.kernels.primitives import MAX_BLOCK_R
+from lora_fast.kernels.primitives import MAX_BLOCK_R, cdiv
 
 # Rows of one tile. In 16 bits these are far below the ratio of arithmetic to bandwidth of every
 # chip. fp32 without TF32 has no tensor core on NVIDIA's: by the datasheets a product is bound by
@@ -115,14 +114,14 @@ def decode_splits(
     Slices are whole blocks of K, at least as many as the pipeline has stages. Those of A are a
     quarter to a half as long, so that S is there before it is needed.
     """
-    blocks = triton.cdiv(K, block_k)
-    wanted = triton.cdiv(bytes_in_flight, config.bytes_in_flight() * tiles)
+    blocks = cdiv(K, block_k)
+    wanted = cdiv(bytes_in_flight, config.bytes_in_flight() * tiles)
     splits = max(1, min(wanted, blocks // config.num_stages, config.max_splits))
-    blocks_w = triton.cdiv(blocks, splits)
-    blocks_a = triton.cdiv(blocks, min(4 * splits, 2 * config.max_splits, blocks))
+    blocks_w = cdiv(blocks, splits)
+    blocks_a = cdiv(blocks, min(4 * splits, 2 * config.max_splits, blocks))
     return DecodeSplits(
-        w=triton.cdiv(blocks, blocks_w),
-        a=triton.cdiv(blocks, blocks_a),
+        w=cdiv(blocks, blocks_w),
+        a=cdiv(blocks, blocks_a),
         slice_w=blocks_w * block_k,
         slice_a=blocks_a * block_k,
     )

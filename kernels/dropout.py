@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.kernels.primitives import INTERPRETED, tile_ptrs
+from lora_fast.kernels.primitives import INTERPRETED, cdiv, tile_ptrs
 
 LEVELS = 1 << 16
 
@@ -72,7 +72,7 @@ def keep_scale(dropout_p: float) -> float:
 
 def packed_width(features: int) -> int:
     """Bytes that one row of the mask takes."""
-    return triton.cdiv(features, 8)
+    return cdiv(features, 8)
 
 
 def unpack_mask(mask: Tensor, features: int) -> Tensor:

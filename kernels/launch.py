@@ -2,7 +2,7 @@
 
 Triton's own launch binds the arguments, specialises on each of them and looks the compiled kernel
 up by a string made of all that, every time. Here the compiled kernel is found by a tuple, and
-launched through `CompiledKernel.__getitem__`, as in Triton's tutorials.
+launched as `CompiledKernel.__getitem__` launches it, with addresses in the place of tensors.
 """
 
 from functools import partial
@@ -14,33 +14,49 @@ from torch import Tensor
 from torch.nn import Parameter
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 CACHE_SIZE = 4096  # per kernel
 # Whoever takes its place (the compile report, a tracer) wants to see every launch.
 _RUN = JITFunction.run
 
 
-def specialised(args: tuple[Any, ...]) -> list[Any]:
-    """What of the arguments decides which compiled kernel serves them, or more than that.
+def specialised(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """What of the arguments decides which compiled kernel serves them, or more; and the arguments.
 
     Triton looks at the dtype of a tensor and whether its address is a multiple of 16, at the width
     and divisibility of an integer and whether it is 1, and at the type alone of a float.
     Integers stand for themselves here: there are few shapes, and to divide them takes longer.
+    A tensor is passed as its address, which the driver need not be asked for then.
     """
     key: list[Any] = []
+    values: list[Any] = []
     for arg in args:
         kind = type(arg)
+        value = arg
         if kind is Tensor or kind is Parameter:  # isinstance is slow for parameters
-            key += arg.dtype, arg.data_ptr() % 16
+            value = arg.data_ptr()
+            key += arg.dtype, value % 16
+        elif kind is int:
+            key.append(arg)
         elif kind is tuple:
             # Strides are all integers; other tuples may hold anything.
-            key.append(arg if arg and type(arg[0]) is int else tuple(specialised(arg)))
-        elif kind is TensorDescriptor:
-            key += kind, arg.base.dtype, *arg.block_shape
+            if arg and type(arg[0]) is int:
+                key.append(arg)
+            else:
+                inner, members = specialised(arg)
+                key.append(tuple(inner))
+                value = tuple(members)
+        elif kind.__name__ == "TensorDescriptor":  # Triton's own, and that of Gluon
+            key += kind, arg.base.dtype, *arg.block_shape, getattr(arg, "layout", None)
         else:
             key.append(kind if kind is float else (arg, kind) if kind is bool else arg)
-    return key
+        values.append(value)
+    return key, values
+
+
+def without_calls(hook: Any) -> Any:
+    """A hook of Triton's launches, or None where nobody has hung anything on it."""
+    return hook if getattr(hook, "calls", True) else None
 
 
 class PreparedKernel:
@@ -67,13 +83,30 @@ class PreparedKernel:
             return
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
-        key = (device, *constants, *constants.values(), *specialised(args))
+        key, values = specialised(args)
+        key = (device, *constants, *constants.values(), *key)
         found = self.prepared.get(key)
-        if found is not None:
-            compiled, values = found
-            stream = driver.get_current_stream(device)
-            compiled[(*grid, 1, 1)](*args, *values, stream=stream)
+        if found is None:
+            self.prepare(key, grid, args, constants)
             return
+        compiled, constant_values = found
+        stream, metadata = driver.get_current_stream(device), None
+        runtime = triton.knobs.runtime
+        enter = without_calls(runtime.launch_enter_hook)
+        leave = without_calls(runtime.launch_exit_hook)
+        if enter is not None or leave is not None:
+            metadata = compiled.launch_metadata(grid, stream, *args, *constant_values)
+        compiled.run(
+            *(*grid, 1, 1)[:3],
+            *(stream, compiled.function, compiled.packed_metadata, metadata, enter, leave),
+            *values,
+            *constant_values,
+        )
+
+    def prepare(
+        self, key: tuple[Any, ...], grid: tuple[int, ...], args: Any, constants: dict[str, Any]
+    ) -> None:
+        """Run, compiled if need be, and note what served the arguments."""
         compiled = self.kernel[grid](*args, **constants)
         if isinstance(compiled, CompiledKernel):  # a hook may have kept Triton from compiling
             if len(self.prepared) >= CACHE_SIZE:
@@ -88,5 +121,5 @@ def prepared(kernel: Any) -> Any:
     An interpreted kernel stays as it is; so does one for AMD, whose compiler specialises on the
     size of a tensor's storage as well.
     """
-    serves = type(kernel) is JITFunction and torch.version.hip is None
+    serves = isinstance(kernel, JITFunction) and torch.version.hip is None
     return PreparedKernel(kernel) if serves else kernel

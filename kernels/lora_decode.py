@@ -28,7 +28,9 @@ from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.primitives import (
     MAX_BLOCK_R,
     block_offsets,
+    cdiv,
     dot_precision,
+    next_power_of_2,
     rank_blocks,
 )
 from lora_fast.kernels.slice_product import leave_partial
@@ -119,14 +121,14 @@ def work(
     block_k = config.row_bytes // dtype.itemsize
     block_s = rank_blocks(R)[0]
     block_a = min(config.block_n, block_s)
-    tiles = triton.cdiv(N, config.block_n)
+    tiles = cdiv(N, config.block_n)
     if splits is None:
         in_flight = TILES[architecture(device).name].bytes_in_flight * processor_count(device)
         splits = decode_splits(config, block_k, tiles, K, in_flight)
     constants = {
         "SPLITS_W": splits.w,
         "SPLITS_A": splits.a,
-        "BLOCK_M": 1 if M == 1 else max(16, triton.next_power_of_2(M)),
+        "BLOCK_M": 1 if M == 1 else max(16, next_power_of_2(M)),
         "BLOCK_N": config.block_n,
         "BLOCK_K": block_k,
         "BLOCK_A": block_a,
@@ -142,7 +144,7 @@ def work(
         "num_stages": config.num_stages,
     }
     return Work(
-        grid=(triton.cdiv(R, block_a) * splits.a + tiles * splits.w,),
+        grid=(cdiv(R, block_a) * splits.a + tiles * splits.w,),
         partials=M * (splits.a * R + splits.w * N),
         counters=1 + tiles,
         sizes=((M, N, K, R), (splits.slice_w, splits.slice_a)),

@@ -11,6 +11,7 @@ from lora_fast.kernels.plans import embedding_plan
 from lora_fast.kernels.primitives import (
     as_own,
     block_offsets,
+    cdiv,
     dot_precision,
     mma,
     on_device_of,
@@ -128,7 +129,7 @@ def gather_columns(index: Tensor, lora_a: Tensor, scaling: float, dtype: torch.d
     M, R = index.shape[0], lora_a.shape[0]
     block_r, r_blocks = rank_blocks(R)
     s = torch.empty((M, R), device=index.device, dtype=dtype)
-    gather_columns_kernel[(triton.cdiv(M, 64), r_blocks)](
+    gather_columns_kernel[(cdiv(M, 64), r_blocks)](
         *(index, lora_a, lora_a.stride(), s, M, R, scaling),
         BLOCK_M=64,
         BLOCK_R=block_r,
@@ -176,9 +177,7 @@ def lora_embedding_fwd(
         block_r, r_blocks = rank_blocks(R)
         with on_device_of(weight):
             s = gather_columns(index, lora_a, scaling, weight.dtype) if r_blocks > 1 else None
-            lora_embedding_fwd_kernel[
-                (triton.cdiv(M, config.block_m), triton.cdiv(D, config.chunk_d))
-            ](
+            lora_embedding_fwd_kernel[(cdiv(M, config.block_m), cdiv(D, config.chunk_d))](
                 *(index, weight, weight.stride(), lora_a, lora_a.stride(), s),
                 *(lora_b, lora_b.stride(), y, M, D, R, num, scaling),
                 BLOCK_M=config.block_m,

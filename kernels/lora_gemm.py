@@ -14,12 +14,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_fast.kernels.column_blocks import Blocks
 from lora_fast.kernels.configs import GemmConfig, processor_count
+from lora_fast.kernels.descriptors import tiled
 from lora_fast.kernels.dropout import apply_keep, load_keep
 from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.lora_update import add_update
 from lora_fast.kernels.primitives import (
     MAX_BLOCK_R,
     block_offsets,
+    cdiv,
     descriptor_fits,
     dot_precision,
     grouped_tile,
@@ -301,7 +303,7 @@ def lora_gemm(
         "ONE_PASS": one_pass,
         "PRECISION": dot_precision(x.dtype),
     }
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
     rest = (bias, keep, blocks, M, N, K, R, multiplier)
     if config.tma:
         w_is_kn = w.stride(1) != 1
@@ -334,11 +336,6 @@ def fitting(config: GemmConfig, dtype: torch.dtype, tma_fits: bool, crowded: boo
     # fp32, which has no tensor core, the operands.
     columns = 16 if dtype is torch.float32 else 64 if config.tma else 32
     return replace(config, parts=max(config.parts, config.block_n // columns))
-
-
-def tiled(matrix: Tensor, *block: int) -> TensorDescriptor:
-    """A matrix as the tensor memory accelerator reads and writes it, in blocks."""
-    return TensorDescriptor.from_tensor(matrix, list(block))
 
 
 def described(

@@ -12,8 +12,10 @@ Compiled for sm_90 and run on a model of the hardware (tests/kernels/hopper_mode
 a GPU yet: no rule chooses it, only a measured table may.
 """
 
+from functools import cache
+from typing import Any
+
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import pad
 from triton.experimental import gluon
@@ -29,8 +31,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lora_fast.kernels import primitives
 from lora_fast.kernels.configs import GemmConfig, architecture, processor_count
+from lora_fast.kernels.descriptors import descriptor
 from lora_fast.kernels.dropout import packed_width
-from lora_fast.kernels.primitives import descriptor_fits, rank_blocks
+from lora_fast.kernels.launch import prepared
+from lora_fast.kernels.primitives import cdiv, descriptor_fits, rank_blocks
 
 GROUPS = gl.constexpr(2)  # of four warps that multiply
 BUFFERS = gl.constexpr(2)  # of each group, for parts of y on their way out
@@ -240,6 +244,7 @@ def consume(
     tma.store_wait(0)
 
 
+@prepared
 @gluon.jit
 def lora_gemm_hopper_kernel(
     x_desc,
@@ -328,7 +333,7 @@ def lora_gemm_hopper(
     block_r = min(rank_blocks(R)[0], config.block_k)
     w_is_kn, up_is_rn = w.stride(1) != 1, up.stride(1) != 1
     rows, cols = config.block_m // GROUPS.value, config.block_n // config.parts
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
     lora_gemm_hopper_kernel[(min(tiles, processor_count(x.device)),)](
         describe(x, config.block_m, config.block_k),
         describe_factor(w, config.block_n, config.block_k, w_is_kn),
@@ -381,8 +386,13 @@ def rank_operand(operand: Tensor, dtype: torch.dtype) -> Tensor:
 def describe(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
     """A matrix in blocks of [rows, cols], each in the layout that wgmma reads."""
     dtype = gl.float16 if matrix.dtype is torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for([rows, cols], dtype)
-    return TensorDescriptor.from_tensor(matrix, [rows, cols], layout)
+    return descriptor(TensorDescriptor, matrix, (rows, cols), shared_layout(rows, cols, dtype))
+
+
+@cache
+def shared_layout(rows: int, cols: int, dtype: Any) -> gl.NVMMASharedLayout:
+    """How a block lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([rows, cols], dtype)
 
 
 def describe_factor(b: Tensor, cols: int, depth: int, is_kn: bool) -> TensorDescriptor:

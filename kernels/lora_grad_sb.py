@@ -10,6 +10,7 @@ from lora_fast.kernels.configs import GradSBConfig
 from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.primitives import (
     block_offsets,
+    cdiv,
     chunk_length,
     dot_precision,
     mma,
@@ -114,7 +115,7 @@ def lora_grad_sb(
         spans = blocks if dbias_dtype is None else blocks + gaps(blocks, N)
     widest, count = max(end - first for first, end, _ in whole_or(blocks, N)), len(spans or (0,))
     chunk_n = chunk_length(widest * count, config.chunk_n)
-    chunks = triton.cdiv(widest, chunk_n)
+    chunks = cdiv(widest, chunk_n)
     # Off a grid of 16 elements each is loaded alone, which takes registers: half the rows then; and
     # for blocks in fp32, which has no tensor core to keep operands out of registers.
     fits = blocks is None or dy.dtype is not torch.float32
@@ -124,7 +125,7 @@ def lora_grad_sb(
         if fits and all(offset % 16 == 0 for offset in offsets)
         else max(16, config.block_m // 2)
     )
-    row_blocks = triton.cdiv(M, block_m)
+    row_blocks = cdiv(M, block_m)
 
     def pair(wanted: bool, dtype: torch.dtype | None, splits: int, *shape: int):
         if not wanted:

@@ -23,6 +23,7 @@ from lora_fast.kernels.lora_grad_sb import library_grad_sb, lora_grad_sb
 from lora_fast.kernels.plans import BackwardPlan, backward_plan
 from lora_fast.kernels.primitives import (
     block_offsets,
+    cdiv,
     chunk_length,
     dot_precision,
     mma,
@@ -107,14 +108,14 @@ def lora_grad_a(
     M, (R, K) = ds.shape[0], lora_a.shape
     block_r, r_blocks = rank_blocks(R)
     chunk_m = chunk_length(M, config.chunk_m)
-    chunks = triton.cdiv(M, chunk_m)
+    chunks = cdiv(M, chunk_m)
     partial = da = dx = None
     if x is not None:
         partial = torch.empty((chunks, R, K), device=ds.device, dtype=torch.float32)
         da = torch.empty((R, K), device=ds.device, dtype=lora_a.dtype)
     if need_dx:
         dx = torch.empty((M, K), device=ds.device, dtype=ds.dtype)
-    lora_grad_a_kernel[(triton.cdiv(K, config.block_k), chunks, r_blocks)](
+    lora_grad_a_kernel[(cdiv(K, config.block_k), chunks, r_blocks)](
         *(x, (0, 0) if x is None else x.stride(), ds, keep, lora_a, lora_a.stride(), partial, dx),
         *(M, K, R),
         BLOCK_M=config.block_m,
@@ -235,9 +236,10 @@ def input_grads(
     one_block = rank_blocks(lora_a.shape[0])[1] == 1
     # Beyond one block of rank only the GEMM's epilogue can apply the mask to dS A.
     allowed = weight is not None and (one_block or keep is None)
-    lora_first = allowed and plan.input_grad == "lora_first"
+    by_library = plan.input_grad == "library" and keep is None
+    lora_first = allowed and plan.input_grad != "fused"
     da = dx = None
-    if one_block or keep is not None:
+    if (one_block and not by_library) or keep is not None:
         if x is not None or lora_first:
             da, dx = lora_grad_a(
                 *(x, ds, lora_a, keep), config=plan.grad_a, need_dx=lora_first and one_block

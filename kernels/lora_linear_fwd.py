@@ -26,6 +26,7 @@ from lora_fast.kernels.primitives import (
     MAX_SIZE,
     as_own,
     block_offsets,
+    cdiv,
     dot_precision,
     mma,
     on_device_of,
@@ -166,7 +167,7 @@ def lora_shrink(
     if seed is not None:
         keep = torch.empty((M, packed_width(K)), device=x.device, dtype=torch.uint8)
         scaling *= keep_scale(dropout_p)
-    lora_shrink_kernel[(triton.cdiv(M, config.block_m), r_blocks)](
+    lora_shrink_kernel[(cdiv(M, config.block_m), r_blocks)](
         *(x, x.stride(), lora_a, lora_a.stride(), s, keep, seed),
         *(b, (0, 0) if b is None else b.stride(), bias, y),
         None if y is None else blocks,
@@ -255,6 +256,9 @@ def run_plan(
         y, s = lora_gemm(rows, weight, lora_b, down=lora_a, multiplier=scaling, **options)
         return y, s, None
     N, y = weight.shape[0], None
+    if plan.impl == "library" and seed is None:
+        s = library_shrink(rows, lora_a, scaling)
+        return lora_expand(s, lora_b, bias, N, blocks).addmm_(rows, weight.t()), s, None
     if plan.impl == "lora_first" and rank_blocks(lora_a.shape[0])[1] == 1:
         y = torch.empty((rows.shape[0], N), device=rows.device, dtype=rows.dtype)
     s, keep = lora_shrink(
@@ -270,6 +274,11 @@ def run_plan(
     if y is None:
         y = lora_expand(s, lora_b, bias, N, blocks)
     return y.addmm_(rows, weight.t()), s, keep
+
+
+def library_shrink(x: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
+    """s = scaling * x a^T (M, R) by a vendor GEMM, the factor before the rounding."""
+    return torch.addmm(x.new_empty(()), x, lora_a.to(x.dtype).t(), beta=0, alpha=scaling)
 
 
 def lora_expand(

@@ -10,6 +10,7 @@ from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.plans import weight_plan
 from lora_fast.kernels.primitives import (
     block_offsets,
+    cdiv,
     dot_precision,
     mma,
     on_device_of,
@@ -120,7 +121,7 @@ def merged_weight(
     )
     block_r, _ = rank_blocks(R)
     with on_device_of(weight):
-        merged_weight_kernel[(triton.cdiv(K, config.block_k) * triton.cdiv(N, config.block_n),)](
+        merged_weight_kernel[(cdiv(K, config.block_k) * cdiv(N, config.block_n),)](
             *(weight, sizes, w_strides, out, out_strides),
             *(lora_a, lora_a.stride(), lora_b, lora_b.stride(), N, K, R, scaling),
             BLOCK_N=config.block_n,

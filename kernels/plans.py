@@ -39,10 +39,10 @@ from lora_fast.kernels.tables import Call
 
 _log = logging.getLogger("lora_fast.dispatch.plan")
 
-ForwardImpl = Literal["decode", "one_pass", "split", "lora_first"]
+ForwardImpl = Literal["decode", "one_pass", "split", "lora_first", "library"]
 # The others have S in registers: one block of the rank, and no mask to be kept.
-SERVE_EVERY_CALL: tuple[ForwardImpl, ...] = ("split", "lora_first")
-InputGradImpl = Literal["fused", "lora_first"]
+SERVE_EVERY_CALL: tuple[ForwardImpl, ...] = ("split", "lora_first", "library")
+InputGradImpl = Literal["fused", "lora_first", "library"]
 # The operators whose plans a table may hold.
 OPS = (
     "lora_linear_fwd",
@@ -182,6 +182,8 @@ def why_not(arch: Architecture, plan: object, call: Call) -> str | None:
         return f"specialised warps need 16-bit products on Hopper, got {call.dtype} on {arch.name}"
     if plan.gemm.specialised and (plan.gemm.num_warps != 8 or plan.gemm.block_m not in (128, 256)):
         return f"specialised warps need num_warps 8 and block_m 128 or 256, got {plan.gemm}"
+    if isinstance(plan, BackwardPlan) and plan.input_grad == "library" and call.dropout:
+        return "no vendor GEMM applies a dropout mask"
     if isinstance(plan, ForwardPlan) and plan.impl not in SERVE_EVERY_CALL:
         if call.dropout:
             return f"{plan.impl} draws no dropout"

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.kernels.launch import prepared
-from lora_fast.kernels.primitives import block_offsets
+from lora_fast.kernels.primitives import block_offsets, cdiv
 
 REDUCE_BLOCK = 1024
 
@@ -42,5 +42,5 @@ def reduce_partials_kernel(segments, BLOCK: tl.constexpr):
 def reduce_partials(*pairs: tuple[Tensor, Tensor]) -> None:
     """Sum each partial (splits, ...) over its first axis into its contiguous output; one launch."""
     segments = tuple((part, out, part.shape[0], out.numel()) for part, out in pairs)
-    blocks = sum(triton.cdiv(out.numel(), REDUCE_BLOCK) for _, out in pairs)
+    blocks = sum(cdiv(out.numel(), REDUCE_BLOCK) for _, out in pairs)
     reduce_partials_kernel[(blocks,)](segments, BLOCK=REDUCE_BLOCK, num_warps=4)

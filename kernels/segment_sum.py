@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.kernels.launch import prepared
-from lora_fast.kernels.primitives import block_offsets, rank_blocks, tile_ptrs
+from lora_fast.kernels.primitives import block_offsets, cdiv, rank_blocks, tile_ptrs
 
 CARRIES = tl.constexpr(32)  # how many blocks' sums one step adds to a long run
 
@@ -107,7 +107,7 @@ def segment_sum_kernel(
 
     if counts_ptr is not None:
         counts = tl.load(counts_ptr + offs, mask=mask, other=1)
-        sums = sums / counts.to(tl.float32)[:, None]
+        sums = tl.div_rn(sums, tl.broadcast_to(counts.to(tl.float32)[:, None], sums.shape))
     column = keys.to(tl.int64)
     kept = begins & (column >= 0) & (column < num) & (column != skipped)
     out_ptrs = tile_ptrs(out_ptr, (1, num), column, offs_r)
@@ -139,7 +139,7 @@ def segment_sum(
     if mean:
         counts = torch.searchsorted(keys, keys, right=True) - torch.searchsorted(keys, keys)
     block_r, r_blocks = rank_blocks(R)
-    blocks = triton.cdiv(M, block_m)
+    blocks = cdiv(M, block_m)
     carry = torch.empty((blocks, R), device=rows.device, dtype=torch.float32)
     sizes = {"BLOCK_M": block_m, "BLOCK_R": block_r, "num_warps": 4}
     if blocks > 1:

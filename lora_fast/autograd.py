@@ -52,7 +52,8 @@ def lora_linear(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         y: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, seed, scaling, p, edges)
     else:
-        y = ops.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, p, seed, edges)[0]
+        forward = ops.launcher("lora_linear_fwd", x)
+        y = forward(x, weight, bias, lora_A, lora_B, scaling, p, seed, edges)[0]
     return y
 
 
@@ -71,7 +72,7 @@ class _LoraLinear(torch.autograd.Function):
         edges: list[int] | None,
     ) -> Tensor:
         y: Tensor
-        y, s, mask = ops.lora_linear_fwd(
+        y, s, mask = ops.launcher("lora_linear_fwd", x)(
             x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, edges
         )
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
@@ -96,7 +97,7 @@ class _LoraLinear(torch.autograd.Function):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 grads = _differentiable_grads(ctx, dy)
             else:
-                grads = ops.lora_linear_bwd(
+                grads = ops.launcher("lora_linear_bwd", dy)(
                     *(dy, x, weight, lora_A, lora_B, s, mask),
                     *(ctx.scaling, ctx.dropout_p, needs, ctx.bias_dtype, ctx.edges),
                 )

@@ -120,6 +120,10 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--rank", type=positive, nargs="+", default=[16], metavar="r",
         help="with --model: rank of the adapters; default 16",
     )  # fmt: skip
+    _add_tune_options(tune)
+
+
+def _add_tune_options(tune: argparse.ArgumentParser) -> None:
     tune.add_argument(
         "--dropout",
         action="store_true",
@@ -133,6 +137,13 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     tune.add_argument(
         "--minutes", type=more_than_zero, default=5.0, help="time after which it stops; default 5"
+    )
+    tune.add_argument(
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="how many compile side by side before anything is measured; one for each core, up to "
+        "16, by default",
     )
     tune.add_argument("--device", default="cuda", help="cuda, cuda:1 ...; default cuda")
     tune.add_argument(

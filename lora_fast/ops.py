@@ -162,6 +162,35 @@ def _kernel(op: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], getattr(importlib.import_module(f"lora_fast.kernels.{op}"), op))
 
 
+def launcher(op: str, tensor: Tensor) -> Callable[..., Any]:
+    """What runs an op below autograd: its launcher, or the op where more than that watches.
+
+    To go through torch's dispatcher takes the host as long as to launch a kernel.
+
+    Args:
+        op: its name.
+        tensor: an argument, by which a tracer, a mode or a transform shows itself.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(tensor) not in _PLAIN_TYPES
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._dispatch_keys(tensor).raw_repr() != _plain_keys(tensor.device.type)
+    ):
+        return cast(Callable[..., Any], getattr(torch.ops.lora_fast, op).default)
+    return _kernel(op)
+
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> int:
+    """The dispatch keys of a tensor of which nothing is to be known but its device."""
+    keys: int = torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr()
+    return keys
+
+
 def _register_kernel(op: str) -> None:
     def launch(*args: Any) -> Any:
         return _kernel(op)(*args)

@@ -14,7 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 import lora_fast
 from lora_fast import backend
 from lora_fast.commands import BadInputError, device_named, writable_folder
-from lora_fast.tune import search, shapes, show
+from lora_fast.tune import ahead, search, shapes, show
 from lora_fast.tune.problems import Job
 
 # From so many rows on a call is one of training, which has a backward.
@@ -50,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     target = _Target(device, arguments.out)
     if device.type == "cpu":
         print("Interpreted on a CPU: the times mean nothing, this only shows that tuning runs.")
+    elif (workers := arguments.processes or ahead.processes()) > 1:
+        ahead.compile_ahead(jobs, device, workers)
     clock = search.DeviceClock(device)
     found = search.Found()
     try:

@@ -133,6 +133,7 @@ def test_what_serves_backward_takes_no_part_in_a_forward(kind):
     assert {p for p in both if p not in forward} == {
         "lora_fast:dx_fused",
         "lora_fast:dx_lora_first",
+        "lora_fast:dx_library",
         "lora_fast:sb_library",
         "lora_fast:sb_kernel",
     }

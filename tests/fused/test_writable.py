@@ -21,15 +21,23 @@ LAYERS = {
 SHAPES = [(), (7,), (3, 5), (2, 3, 5)]
 
 
-def make_input(name: str, shape: tuple[int, ...]) -> Tensor:
-    return torch.randint(40, shape) if name == "embedding" else torch.randn(*shape, 40)
+@pytest.fixture
+def make(kernel_device: torch.device) -> Any:
+    """Make a layer and an input of some shape for it."""
+
+    def made(name: str, shape: tuple[int, ...]) -> tuple[Any, Tensor]:
+        layer = randomize_(LAYERS[name]()).to(kernel_device)
+        x = torch.randint(40, shape) if name == "embedding" else torch.randn(*shape, 40)
+        return layer, x.to(kernel_device)
+
+    return made
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_next_layer_may_work_in_place(name: str, shape: Any, backend: str) -> None:
-    layer, x = randomize_(LAYERS[name]()), make_input(name, shape)
+def test_the_next_layer_may_work_in_place(name: str, shape: Any, backend: str, make: Any) -> None:
+    layer, x = make(name, shape)
     gradients = []
     for in_place in (False, True):
         torch.manual_seed(0)
@@ -47,30 +55,32 @@ def test_the_next_layer_may_work_in_place(name: str, shape: Any, backend: str) -
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("name", ["linear", "merged", "embedding"])
 def test_what_was_computed_without_gradients_may_be_scaled_by_a_trained_one(
-    name: str, backend: str
+    name: str, backend: str, make: Any
 ) -> None:
-    layer, scale = randomize_(LAYERS[name]()), torch.ones((), requires_grad=True)
+    layer, x = make(name, (3, 5))
+    scale = torch.ones((), device=layer.weight.device, requires_grad=True)
     with torch.no_grad(), lora.use_backend(backend):
-        y = layer(make_input(name, (3, 5)))
+        y = layer(x)
     y.mul_(scale).sum().backward()
     assert scale.grad is not None
 
 
 @pytest.mark.parametrize("name", ["linear", "dropping", "merged", "merged_dropping"])
-def test_many_elements_that_drop_in_three_dimensions(name: str) -> None:
-    layer = randomize_(LAYERS[name]())
-    y = layer(torch.randn(2, 1000, 40))
+def test_many_elements_that_drop_in_three_dimensions(name: str, make: Any) -> None:
+    layer, x = make(name, (2, 1000))
+    y = layer(x)
     y += 1
     y.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["linear", "dropping", "merged", "merged_dropping"])
 @pytest.mark.parametrize("rows", [3, 2000])
-def test_gradients_may_come_in_batches(name: str, rows: int) -> None:
-    layer, x = randomize_(LAYERS[name]()), torch.randn(rows, 40, requires_grad=True)
+def test_gradients_may_come_in_batches(name: str, rows: int, make: Any) -> None:
+    layer, x = make(name, (rows,))
+    x.requires_grad_()
     torch.manual_seed(0)
     y, inputs = layer(x), [x, layer.lora_A, layer.lora_B]
-    seeds = torch.randn(3, *y.shape)
+    seeds = torch.randn(3, *y.shape).to(y)
     batched = torch.autograd.grad(y, inputs, seeds, retain_graph=True, is_grads_batched=True)
     for i, seed in enumerate(seeds):
         alone = torch.autograd.grad(y, inputs, seed, retain_graph=True)

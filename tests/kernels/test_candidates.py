@@ -69,7 +69,7 @@ def test_one_pass_is_a_candidate_where_it_can_serve() -> None:
         return {rule.impl, *(change["impl"] for change in found)}
 
     assert impls(16, False) == set(get_args(plans.ForwardImpl))
-    assert impls(16, True) == impls(65, False) == {"split", "lora_first"}
+    assert impls(16, True) == impls(65, False) == {"split", "lora_first", "library"}
 
 
 def test_specialised_warps_are_a_candidate_on_hopper_alone() -> None:

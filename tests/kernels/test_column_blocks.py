@@ -27,7 +27,7 @@ FORWARD = {
     f"{impl}-{gemm}": ForwardPlan(
         impl, GEMMS[gemm], ShrinkConfig(16, 32, 32, num_warps=4, num_stages=2)
     )
-    for impl, gemm in product(("one_pass", "split", "lora_first"), GEMMS)
+    for impl, gemm in product(("one_pass", "split", "lora_first", "library"), GEMMS)
 }
 BACKWARD = {
     f"{input_grad}-{'library' if library else 'kernel'}": BackwardPlan(
@@ -37,7 +37,7 @@ BACKWARD = {
         GradSBConfig(32, 16, 32, num_warps=4, num_stages=2),
         GradAConfig(32, 32, 64, num_warps=4, num_stages=2),
     )
-    for input_grad, library in product(("fused", "lora_first"), (False, True))
+    for input_grad, library in product(("fused", "lora_first", "library"), (False, True))
 }
 # Of 72 columns, in tiles of 32 and 64; 72 so that the accelerator takes y in 16 bits too.
 N = 72

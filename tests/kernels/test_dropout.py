@@ -30,7 +30,7 @@ def draw(kernel_device: torch.device) -> Any:
         x = torch.zeros(m, k, device=kernel_device)
         _, packed = lora_linear_fwd.lora_shrink(
             *(x, torch.zeros(1, k, device=kernel_device), 1.0),
-            config=ShrinkConfig(64, 512, 16, num_warps=4, num_stages=2),
+            config=ShrinkConfig(64, 256, 16, num_warps=4, num_stages=2),
             dropout_p=p,
             seed=torch.tensor([seed], device=kernel_device),
         )

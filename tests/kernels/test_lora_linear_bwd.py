@@ -28,7 +28,9 @@ BACKWARD = {
         GradSBConfig(32, 32, 64, num_warps=4, num_stages=2),
         GradAConfig(32, 32, 64, num_warps=4, num_stages=2),
     )
-    for input_grad, library, gemm in product(("fused", "lora_first"), (False, True), GEMMS)
+    for input_grad, library, gemm in product(
+        ("fused", "lora_first", "library"), (False, True), GEMMS
+    )
 }
 SHAPES = [(1, 7, 5, 1), (33, 65, 40, 4), (70, 32, 129, 16), (40, 96, 64, 70)]
 NAMES = ("x", "weight", "bias", "lora_a", "lora_b")

@@ -22,7 +22,7 @@ FORWARD = {
     f"{impl}-{gemm}": ForwardPlan(
         impl, GEMMS[gemm], ShrinkConfig(16, 32, 32, num_warps=4, num_stages=2)
     )
-    for impl, gemm in product(("one_pass", "split", "lora_first"), GEMMS)
+    for impl, gemm in product(("one_pass", "split", "lora_first", "library"), GEMMS)
 }
 # The interpreter has no bf16 arithmetic, so it upcasts; a GPU runs the real thing.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
