@@ -59,6 +59,50 @@ def without_calls(hook: Any) -> Any:
     return hook if getattr(hook, "calls", True) else None
 
 
+class Launch:
+    """What the sizes, strides and dtypes of a call decide about one launch; made once for each.
+
+    Attributes:
+        grid: one to three sizes.
+        constants: the kernel's constexpr arguments and Triton's options.
+        prepared: by device, what runs where the address of every tensor is a multiple of 16.
+    """
+
+    __slots__ = ("constants", "grid", "prepared")
+
+    def __init__(self, grid: tuple[int, ...], constants: dict[str, Any]) -> None:
+        self.grid, self.constants = grid, constants
+        self.prepared: dict[int, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(kernel: Any, todo: Launch, *args: Any) -> None:
+    """Run a kernel as `kernel[todo.grid](*args, **todo.constants)`, at the least cost to the host.
+
+    All integers among the arguments, strides and dtypes of the tensors and which of them are None
+    must follow from what `todo` was made of.
+    """
+    if type(kernel) is PreparedKernel:
+        kernel.run(todo, args)
+    else:
+        kernel[todo.grid](*args, **todo.constants)
+
+
+def addresses(args: tuple[Any, ...]) -> tuple[list[Any], int]:
+    """The arguments with tensors as their addresses, and the bits that are set in any of these."""
+    values, bits = [], 0
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            arg = arg.data_ptr()
+            bits |= arg
+        elif kind is tuple and arg and type(arg[0]) is not int:
+            members, more = addresses(arg)
+            arg = tuple(members)
+            bits |= more
+        values.append(arg)
+    return values, bits
+
+
 class PreparedKernel:
     """A kernel under `triton.jit`, launched as `kernel[grid](*args, **constants)` like any other.
 
@@ -76,32 +120,35 @@ class PreparedKernel:
         """The kernel on a grid of one to three sizes."""
         return partial(self.launch, grid)
 
-    def launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        """Run on the current device and stream."""
-        if JITFunction.run is not _RUN or self.kernel.pre_run_hooks:
-            self.kernel[grid](*args, **constants)
-            return
+    def run(self, todo: Launch, args: tuple[Any, ...]) -> None:
+        """Like `launch`, for a launch that was made before."""
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
-        key, values = specialised(args)
-        key = (device, *constants, *constants.values(), *key)
+        found = todo.prepared.get(device)
+        if found is not None and JITFunction.run is _RUN and not self.kernel.pre_run_hooks:
+            values, bits = addresses(args)
+            if not bits % 16:
+                start(found, todo.grid, driver.get_current_stream(device), args, values)
+                return
+        key = self.launch(todo.grid, *args, **todo.constants)
+        if key in self.prepared and not addresses(args)[1] % 16:
+            todo.prepared[device] = self.prepared[key]
+
+    def launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
+        """Run on the current device and stream; return the key of what ran."""
+        if JITFunction.run is not _RUN or self.kernel.pre_run_hooks:
+            self.kernel[grid](*args, **constants)
+            return None
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        special, values = specialised(args)
+        key = (device, *constants, *constants.values(), *special)
         found = self.prepared.get(key)
         if found is None:
             self.prepare(key, grid, args, constants)
-            return
-        compiled, constant_values = found
-        stream, metadata = driver.get_current_stream(device), None
-        runtime = triton.knobs.runtime
-        enter = without_calls(runtime.launch_enter_hook)
-        leave = without_calls(runtime.launch_exit_hook)
-        if enter is not None or leave is not None:
-            metadata = compiled.launch_metadata(grid, stream, *args, *constant_values)
-        compiled.run(
-            *(*grid, 1, 1)[:3],
-            *(stream, compiled.function, compiled.packed_metadata, metadata, enter, leave),
-            *values,
-            *constant_values,
-        )
+        else:
+            start(found, grid, driver.get_current_stream(device), args, values)
+        return key
 
     def prepare(
         self, key: tuple[Any, ...], grid: tuple[int, ...], args: Any, constants: dict[str, Any]
@@ -113,6 +160,28 @@ class PreparedKernel:
                 self.prepared.clear()
             names = self.kernel.arg_names[len(args) :]
             self.prepared[key] = compiled, tuple(constants[name] for name in names)
+
+
+def start(
+    found: tuple[Any, tuple[Any, ...]],
+    grid: tuple[int, ...],
+    stream: int,
+    args: tuple[Any, ...],
+    values: list[Any],
+) -> None:
+    """Launch a compiled kernel. `values`: the arguments with addresses in the place of tensors."""
+    compiled, constants = found
+    runtime, metadata = triton.knobs.runtime, None
+    enter = without_calls(runtime.launch_enter_hook)
+    leave = without_calls(runtime.launch_exit_hook)
+    if enter is not None or leave is not None:
+        metadata = compiled.launch_metadata(grid, stream, *args, *constants)
+    compiled.run(
+        *(*grid, 1, 1)[:3],
+        *(stream, compiled.function, compiled.packed_metadata, metadata, enter, leave),
+        *values,
+        *constants,
+    )
 
 
 def prepared(kernel: Any) -> Any:

@@ -6,7 +6,7 @@ partial sum and counts itself in at its tile; whoever comes last finishes the ti
 """
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from lora_fast.kernels.decode_configs import (
     decode_splits,
 )
 from lora_fast.kernels.finish_decode import count_in, finish_tiles, store_s
-from lora_fast.kernels.launch import prepared
+from lora_fast.kernels.launch import Launch, launch, prepared
 from lora_fast.kernels.primitives import (
     MAX_BLOCK_R,
     block_offsets,
@@ -97,20 +97,22 @@ def lora_decode_kernel(
 class Work(NamedTuple):
     """What the sizes of a call decide: computed once for each."""
 
-    grid: tuple[int]
+    launch: Launch
     partials: int
     counters: int
     sizes: tuple[tuple[int, ...], tuple[int, int]]
-    constants: dict[str, Any]
 
 
 @lru_cache(maxsize=4096)
 def work(
     M: int, N: int, K: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype,
     w_is_nk: bool, device: torch.device, blocks: int, config: DecodeConfig,
-    splits: DecodeSplits | None, precision: str,
+    splits: DecodeSplits | None, precision: str, *details: object,
 ) -> Work:  # fmt: skip
-    """Grid, workspace and constants of a launch; without `splits`, those of the model."""
+    """Launch and workspace of a call; without `splits`, those of the model.
+
+    `details` are what else decides how it is compiled.
+    """
     if not (1 <= M <= MAX_M and R <= MAX_BLOCK_R):
         raise ValueError(
             f"lora_decode: expected 1 to {MAX_M} rows and a rank up to {MAX_BLOCK_R}, got {M} "
@@ -144,11 +146,10 @@ def work(
         "num_stages": config.num_stages,
     }
     return Work(
-        grid=(cdiv(R, block_a) * splits.a + tiles * splits.w,),
+        launch=Launch((cdiv(R, block_a) * splits.a + tiles * splits.w,), constants),
         partials=M * (splits.a * R + splits.w * N),
         counters=1 + tiles,
         sizes=((M, N, K, R), (splits.slice_w, splits.slice_a)),
-        constants=constants,
     )
 
 
@@ -172,16 +173,18 @@ def lora_decode(
     """
     (M, K), N, R, device = x.shape, weight.shape[0], lora_a.shape[0], x.device
     blocks = whole_or(blocks, N)
+    strides = x.stride(), weight.stride(), lora_a.stride(), lora_b.stride()
     todo = work(
-        *(M, N, K, R, x.dtype, lora_a.dtype, weight.stride(1) == 1, device, len(blocks)),
+        *(M, N, K, R, x.dtype, lora_a.dtype, strides[1][1] == 1, device, len(blocks)),
         *(config, splits, dot_precision(x.dtype)),
+        *(strides, lora_b.dtype, None if bias is None else bias.dtype, blocks),
     )
     y, s = x.new_empty((M, N)), x.new_empty((M, R))
     partial = x.new_empty(todo.partials, dtype=torch.float32)
     counters = zeroed_counters(todo.counters, device)
-    args = (
-        *(x, x.stride(), weight, weight.stride(), lora_a, lora_a.stride()),
-        *(lora_b, lora_b.stride(), bias, y, s, partial, counters, blocks, *todo.sizes, scaling),
+    launch(
+        *(lora_decode_kernel, todo.launch, x, strides[0], weight, strides[1]),
+        *(lora_a, strides[2], lora_b, strides[3]),
+        *(bias, y, s, partial, counters, blocks, *todo.sizes, scaling),
     )
-    lora_decode_kernel[todo.grid](*args, **todo.constants)
     return y, s

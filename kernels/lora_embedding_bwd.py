@@ -37,6 +37,7 @@ def lora_embedding_bwd(
     and dB (D, R); contiguous, in the dtypes of A and B. What is not needed has shape (0,).
     Note: fp32 accumulation in a fixed order: the same bits every run.
     """
+    scaling = float(scaling)
     need_a, need_b = needs
     D, (R, num) = dy.shape[-1], lora_a.shape
     index = input.reshape(-1).contiguous()

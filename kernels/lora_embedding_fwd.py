@@ -167,6 +167,7 @@ def lora_embedding_fwd(
     Raises IndexError on a CPU for an index outside [0, num); on a GPU the kernel asserts.
     Note: fp32 accumulation and one rounding; the same bits every run.
     """
+    scaling = float(scaling)  # a kernel for an integer is another one
     index = input.reshape(-1).contiguous()
     M, (num, D), R = index.shape[0], weight.shape, lora_a.shape[0]
     refuse_out_of_range(index, num)

@@ -4,24 +4,19 @@ Forward: t = S, U = lora_B. One pass: t comes out of the same loop, t = multipli
 D = lora_A. Backward: x = dY, W = weight^T, t = dS, U = lora_A^T and `keep` is the dropout mask.
 """
 
-from dataclasses import replace
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_fast.kernels.column_blocks import Blocks
-from lora_fast.kernels.configs import GemmConfig, processor_count
+from lora_fast.kernels.configs import GemmConfig
 from lora_fast.kernels.descriptors import tiled
 from lora_fast.kernels.dropout import apply_keep, load_keep
-from lora_fast.kernels.launch import prepared
+from lora_fast.kernels.gemm_work import gemm_work
+from lora_fast.kernels.launch import launch, prepared
 from lora_fast.kernels.lora_update import add_update
 from lora_fast.kernels.primitives import (
-    MAX_BLOCK_R,
     block_offsets,
-    cdiv,
     descriptor_fits,
     dot_precision,
     grouped_tile,
@@ -282,90 +277,52 @@ def lora_gemm(
     same pass, which takes an R of at most one block of the rank.
     """
     (M, K), N = x.shape, w.shape[0]
-    y = torch.empty((M, N), device=x.device, dtype=x.dtype)
+    y = x.new_empty((M, N))
     one_pass = t is None
-    R = down.shape[0] if one_pass else t.shape[1]
-    block_r, r_blocks = rank_blocks(R if one_pass else up.shape[1])
-    tma_fits = config.tma and tma_operands_fit(x, w, y, down)
+    tma_fits = config.tma and tma_operands_fit(x, w, down)
     if config.specialised and tma_fits and blocks is None and not one_pass:
         from lora_fast.kernels.lora_gemm_hopper import lora_gemm_hopper  # Gluon, for it alone
 
         lora_gemm_hopper(x, w, up, t, y, config=config, bias=bias, keep=keep)
         return y, t
+    R = down.shape[0] if one_pass else t.shape[1]
     if one_pass:
-        t = torch.empty((M, R), device=x.device, dtype=x.dtype)
-    crowded = blocks is not None or (keep is not None and R > MAX_BLOCK_R)
-    config = fitting(config, x.dtype, tma_fits, crowded)
-    constants = {
-        **gemm_constants(config),
-        "BLOCK_R": block_r,
-        "R_BLOCKS": r_blocks,
-        "ONE_PASS": one_pass,
-        "PRECISION": dot_precision(x.dtype),
-    }
-    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
+        t = x.new_empty((M, R))
+    x_strides, w_strides, up_strides = x.stride(), w.stride(), up.stride()
+    down_strides = (0, 0) if down is None else down.stride()
+    config, todo = gemm_work(
+        *(config, tma_fits, one_pass, (M, N, K, R), up.shape[1], x.dtype, x.device),
+        *(blocks, keep is not None, w_strides[1] != 1, dot_precision(x.dtype)),
+        *(x_strides, w_strides, up_strides, up.dtype, down_strides),
+        *(None if down is None else down.dtype, None if bias is None else bias.dtype),
+    )
     rest = (bias, keep, blocks, M, N, K, R, multiplier)
     if config.tma:
-        w_is_kn = w.stride(1) != 1
-        lora_gemm_tma_kernel[(min(tiles, processor_count(x.device)),)](
-            *described(x, w.t() if w_is_kn else w, y, config, w_is_kn),
-            *(t, up, up.stride()),
-            None if down is None else tiled(down, block_r, config.block_k),
+        w_is_kn = w_strides[1] != 1
+        rows, cols, depth = config.block_m, config.block_n, config.block_k
+        launch(
+            *(lora_gemm_tma_kernel, todo, tiled(x, rows, depth)),
+            tiled(w.t(), depth, cols) if w_is_kn else tiled(w, cols, depth),
+            *(tiled(y, rows, cols // config.parts), t, up, up_strides),
+            None if down is None else tiled(down, rank_blocks(R)[0], depth),
             *rest,
-            W_IS_KN=w_is_kn,
-            **constants,
         )
     else:
-        lora_gemm_kernel[(tiles,)](
-            *(x, x.stride(), w, w.stride(), y, t, up, up.stride()),
-            *(down, (0, 0) if down is None else down.stride()),
-            *rest,
-            EVEN_K=K % config.block_k == 0,
-            **constants,
+        launch(
+            *(lora_gemm_kernel, todo, x, x_strides, w, w_strides, y, t, up, up_strides),
+            *(down, down_strides, *rest),
         )
     return y, t
 
 
-def fitting(config: GemmConfig, dtype: torch.dtype, tma_fits: bool, crowded: bool) -> GemmConfig:
-    """The tile for operands that the accelerator takes or not, and for few or many of them."""
-    if config.tma and not tma_fits:
-        config = config.without_tma()
-    if not crowded:
-        return config
-    # So that registers hold a part of the tile twice, with pointers their addresses as well, and in
-    # fp32, which has no tensor core, the operands.
-    columns = 16 if dtype is torch.float32 else 64 if config.tma else 32
-    return replace(config, parts=max(config.parts, config.block_n // columns))
+def tma_operands_fit(x: Tensor, w: Tensor, down: Tensor | None) -> bool:
+    """Do all operands meet the accelerator's alignment? w may be (N, K) or (K, N) in memory.
 
-
-def described(
-    x: Tensor, w: Tensor, y: Tensor, config: GemmConfig, w_is_kn: bool
-) -> tuple[TensorDescriptor, ...]:
-    """x, w as it lies in memory, (K, N) or (N, K), and y."""
-    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    block_w = (block_k, block_n) if w_is_kn else (block_n, block_k)
+    y is new and contiguous: the length of its rows alone decides.
+    """
     return (
-        tiled(x, block_m, block_k),
-        tiled(w, *block_w),
-        tiled(y, block_m, block_n // config.parts),
+        w.shape[0] * w.itemsize % 16 == 0
+        and descriptor_fits(x)
+        and (descriptor_fits(w) or descriptor_fits(w.t()))
+        and (down is None or descriptor_fits(down))
     )
-
-
-def gemm_constants(config: GemmConfig) -> dict[str, int]:
-    """The constants of a launch that its tile decides."""
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "PARTS": config.parts,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-
-
-def tma_operands_fit(x: Tensor, w: Tensor, y: Tensor, down: Tensor | None) -> bool:
-    """Do all operands meet the accelerator's alignment? w may be (N, K) or (K, N) in memory."""
-    w_fits = descriptor_fits(w) or descriptor_fits(w.t())
-    others = (x, y) if down is None else (x, y, down)
-    return w_fits and all(descriptor_fits(operand) for operand in others)

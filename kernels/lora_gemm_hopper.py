@@ -12,12 +12,10 @@ Compiled for sm_90 and run on a model of the hardware (tests/kernels/hopper_mode
 a GPU yet: no rule chooses it, only a measured table may.
 """
 
-from functools import cache
-from typing import Any
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -27,14 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lora_fast.kernels import primitives
 from lora_fast.kernels.configs import GemmConfig, architecture, processor_count
-from lora_fast.kernels.descriptors import descriptor
 from lora_fast.kernels.dropout import packed_width
-from lora_fast.kernels.launch import prepared
-from lora_fast.kernels.primitives import cdiv, descriptor_fits, rank_blocks
+from lora_fast.kernels.hopper_operands import describe, describe_factor, rank_operand
+from lora_fast.kernels.launch import Launch, launch, prepared
+from lora_fast.kernels.primitives import cdiv, rank_blocks
 
 GROUPS = gl.constexpr(2)  # of four warps that multiply
 BUFFERS = gl.constexpr(2)  # of each group, for parts of y on their way out
@@ -328,44 +325,73 @@ def lora_gemm_hopper(
         ValueError: the GPU is no Hopper, the dtype has not 16 bits, or the tile is for other warps.
     """
     (M, K), (N, R) = x.shape, up.shape
-    check_hopper(x, config)
     t, up = rank_operand(t, x.dtype), rank_operand(up, x.dtype)
-    block_r = min(rank_blocks(R)[0], config.block_k)
     w_is_kn, up_is_rn = w.stride(1) != 1, up.stride(1) != 1
-    rows, cols = config.block_m // GROUPS.value, config.block_n // config.parts
-    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
-    lora_gemm_hopper_kernel[(min(tiles, processor_count(x.device)),)](
-        describe(x, config.block_m, config.block_k),
-        describe_factor(w, config.block_n, config.block_k, w_is_kn),
-        describe(t, config.block_m, block_r),
-        describe_factor(up, config.block_n, block_r, up_is_rn),
-        describe(y, rows, cols),
+    bias_dtype = None if bias is None else bias.dtype
+    rows, cols, depth, block_r, part, todo = hopper_work(
+        *(config, M, N, R, w_is_kn, up_is_rn, x.device, x.dtype),
+        *(K, bias_dtype, keep is not None),
+    )
+    launch(
+        lora_gemm_hopper_kernel,
+        todo,
+        describe(x, rows, depth),
+        describe_factor(w, cols, depth, w_is_kn),
+        describe(t, rows, block_r),
+        describe_factor(up, cols, block_r, up_is_rn),
+        describe(y, *part),
         *(bias, keep, packed_width(N)),
         *(M, N, K, R),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_R=block_r,
-        GROUP_M=config.group_m,
-        STAGES=config.num_stages,
-        UP_IS_RN=up_is_rn,
-        W_IS_KN=w_is_kn,
-        num_warps=config.num_warps // GROUPS.value,
     )
 
 
-def check_hopper(x: Tensor, config: GemmConfig) -> None:
+@lru_cache(maxsize=4096)
+def hopper_work(
+    config: GemmConfig,
+    M: int,
+    N: int,
+    R: int,
+    w_is_kn: bool,
+    up_is_rn: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    *details: object,
+) -> tuple[int, int, int, int, tuple[int, int], Launch]:
+    """The sizes of a tile of y, of a step, of the rank and of a part of y; and the launch.
+
+    `details` are what else decides how it is compiled.
+    """
+    check_hopper(device, dtype, config)
+    block_r = min(rank_blocks(R)[0], config.block_k)
+    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
+    constants = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": block_r,
+        "GROUP_M": config.group_m,
+        "STAGES": config.num_stages,
+        "UP_IS_RN": up_is_rn,
+        "W_IS_KN": w_is_kn,
+        "num_warps": config.num_warps // GROUPS.value,
+    }
+    part = config.block_m // GROUPS.value, config.block_n // config.parts
+    todo = Launch((min(tiles, processor_count(device)),), constants)
+    return config.block_m, config.block_n, config.block_k, block_r, part, todo
+
+
+def check_hopper(device: torch.device, dtype: torch.dtype, config: GemmConfig) -> None:
     """Refuse what the kernel is not made for."""
-    on_gpu = x.device.type in ("cuda", "meta")  # meta: compiled for a GPU that is not here
-    if not on_gpu or architecture(x.device).name != "sm_90":
-        found = architecture(x.device).name if on_gpu else f"a tensor on {x.device}"
+    on_gpu = device.type in ("cuda", "meta")  # meta: compiled for a GPU that is not here
+    if not on_gpu or architecture(device).name != "sm_90":
+        found = architecture(device).name if on_gpu else f"a tensor on {device}"
         raise ValueError(
             f"config: specialised warps need a Hopper GPU (sm_90), got {found}; "
             "take a GemmConfig with specialised=False"
         )
-    if x.element_size() != 2:
+    if dtype.itemsize != 2:
         raise ValueError(
-            f"config: specialised warps need fp16 or bf16, got {x.dtype}; "
+            f"config: specialised warps need fp16 or bf16, got {dtype}; "
             "take a GemmConfig with specialised=False"
         )
     if config.num_warps != 8 or config.block_m not in (128, 256):
@@ -373,28 +399,3 @@ def check_hopper(x: Tensor, config: GemmConfig) -> None:
             "config: specialised warps are two groups of four, each for 64 or 128 rows of a tile: "
             f"expected num_warps=8 and block_m=128 or 256, got {config}"
         )
-
-
-def rank_operand(operand: Tensor, dtype: torch.dtype) -> Tensor:
-    """`operand` (rows, R) as the accelerator can read it, copied with zeros behind R if need be."""
-    operand = operand.to(dtype)
-    if descriptor_fits(operand) or descriptor_fits(operand.t()):
-        return operand
-    return pad(operand, (0, -operand.shape[1] % 8)).contiguous()
-
-
-def describe(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """A matrix in blocks of [rows, cols], each in the layout that wgmma reads."""
-    dtype = gl.float16 if matrix.dtype is torch.float16 else gl.bfloat16
-    return descriptor(TensorDescriptor, matrix, (rows, cols), shared_layout(rows, cols, dtype))
-
-
-@cache
-def shared_layout(rows: int, cols: int, dtype: Any) -> gl.NVMMASharedLayout:
-    """How a block lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([rows, cols], dtype)
-
-
-def describe_factor(b: Tensor, cols: int, depth: int, is_kn: bool) -> TensorDescriptor:
-    """The second factor of a product, (N, K) in memory or, with `is_kn`, (K, N)."""
-    return describe(b.t(), depth, cols) if is_kn else describe(b, cols, depth)

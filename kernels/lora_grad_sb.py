@@ -1,5 +1,7 @@
 """The backward pass over dY: dS = factor * dY B, dB = dY^T S and dbias, block by block."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from lora_fast.kernels.column_blocks import Blocks, gaps, pick_block, whole_or
 from lora_fast.kernels.configs import GradSBConfig
-from lora_fast.kernels.launch import prepared
+from lora_fast.kernels.launch import Launch, launch, prepared
 from lora_fast.kernels.primitives import (
     block_offsets,
     cdiv,
@@ -108,48 +110,80 @@ def lora_grad_sb(
     With blocks B and dB have a row for each of their columns, and dS the ranks of all blocks.
     """
     (M, N), (rows_b, R) = dy.shape, lora_b.shape
+    dy_strides, b_strides = dy.stride(), lora_b.stride()
+    chunks, row_blocks, rank, spans, todo = grad_sb_work(
+        *(M, N, R, dy.dtype, dy_strides, blocks, dbias_dtype is not None, config),
+        *(need_ds, need_db, rows_b, b_strides, lora_b.dtype, dot_precision(dy.dtype)),
+    )
+
+    def pair(dtype: torch.dtype | None, splits: int, *shape: int):
+        partial = dy.new_empty((splits, *shape), dtype=torch.float32)
+        return partial, dy.new_empty(shape, dtype=dtype)
+
+    none = None, None
+    ds = pair(dy.dtype, chunks, M, rank) if need_ds else none
+    db = pair(lora_b.dtype, row_blocks, rows_b, R) if need_db else none
+    dbias = pair(dbias_dtype, row_blocks, N) if dbias_dtype is not None else none
+    launch(
+        *(lora_grad_sb_kernel, todo, dy, dy_strides, lora_b, b_strides),
+        *(s if need_db else None, ds[0], db[0], dbias[0], spans),
+        *(M, N, R, rows_b, factor),
+    )
+    reduce_partials(*(both for both in (ds, db, dbias) if both[0] is not None))
+    return ds[1], db[1], dbias[1]
+
+
+@lru_cache(maxsize=4096)
+def grad_sb_work(
+    M: int,
+    N: int,
+    R: int,
+    dtype: torch.dtype,
+    dy_strides: tuple[int, int],
+    blocks: Blocks | None,
+    has_dbias: bool,
+    config: GradSBConfig,
+    *details: object,
+) -> tuple[int, int, int, Blocks | None, Launch]:
+    """Partial sums of dS and of dB, all ranks, the spans of columns, and the launch.
+
+    `details` are what else decides how it is compiled.
+    """
     block_r, r_blocks = rank_blocks(R)
     spans, rank = blocks, R
     if blocks is not None:
         rank = R * len(blocks)
-        spans = blocks if dbias_dtype is None else blocks + gaps(blocks, N)
+        spans = blocks + gaps(blocks, N) if has_dbias else blocks
     widest, count = max(end - first for first, end, _ in whole_or(blocks, N)), len(spans or (0,))
     chunk_n = chunk_length(widest * count, config.chunk_n)
     chunks = cdiv(widest, chunk_n)
     # Off a grid of 16 elements each is loaded alone, which takes registers: half the rows then; and
     # for blocks in fp32, which has no tensor core to keep operands out of registers.
-    fits = blocks is None or dy.dtype is not torch.float32
-    offsets = (dy.stride(0), *(edge for first, end, _ in spans or () for edge in (first, end)))
+    fits = blocks is None or dtype is not torch.float32
+    offsets = (dy_strides[0], *(edge for first, end, _ in spans or () for edge in (first, end)))
     block_m = (
         config.block_m
         if fits and all(offset % 16 == 0 for offset in offsets)
         else max(16, config.block_m // 2)
     )
+    constants = {
+        "BLOCK_M": block_m,
+        "BLOCK_N": config.block_n,
+        "CHUNK_N": chunk_n,
+        "BLOCK_R": block_r,
+        "BLOCKS": 1 if blocks is None else len(blocks),
+        "PRECISION": dot_precision(dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
     row_blocks = cdiv(M, block_m)
-
-    def pair(wanted: bool, dtype: torch.dtype | None, splits: int, *shape: int):
-        if not wanted:
-            return None, None
-        partial = torch.empty((splits, *shape), device=dy.device, dtype=torch.float32)
-        return partial, torch.empty(shape, device=dy.device, dtype=dtype)
-
-    ds = pair(need_ds, dy.dtype, chunks, M, rank)
-    db = pair(need_db, lora_b.dtype, row_blocks, rows_b, R)
-    dbias = pair(dbias_dtype is not None, dbias_dtype, row_blocks, N)
-    lora_grad_sb_kernel[(row_blocks, chunks * count, r_blocks)](
-        *(dy, dy.stride(), lora_b, lora_b.stride(), s, ds[0], db[0], dbias[0], spans),
-        *(M, N, R, rows_b, factor),
-        BLOCK_M=block_m,
-        BLOCK_N=config.block_n,
-        CHUNK_N=chunk_n,
-        BLOCK_R=block_r,
-        BLOCKS=1 if blocks is None else len(blocks),
-        PRECISION=dot_precision(dy.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    return (
+        chunks,
+        row_blocks,
+        rank,
+        spans,
+        Launch((row_blocks, chunks * count, r_blocks), constants),
     )
-    reduce_partials(*(both for both in (ds, db, dbias) if both[0] is not None))
-    return ds[1], db[1], dbias[1]
 
 
 def library_grad_sb(

@@ -8,6 +8,7 @@ S and dS carry the whole factor scaling / (1 - dropout_p), so `keep` is 0 or 1 e
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from torch import Tensor
 from lora_fast.kernels.column_blocks import Blocks, column_blocks
 from lora_fast.kernels.configs import GradAConfig, architecture
 from lora_fast.kernels.dropout import apply_keep, keep_scale, load_keep
-from lora_fast.kernels.launch import prepared
+from lora_fast.kernels.launch import Launch, launch, prepared
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.lora_grad_sb import library_grad_sb, lora_grad_sb
 from lora_fast.kernels.plans import BackwardPlan, backward_plan
@@ -106,29 +107,44 @@ def lora_grad_a(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dA (R, K) = dS^T (x * keep), None without x, and where needed dx0 (M, K) = keep * (dS A)."""
     M, (R, K) = ds.shape[0], lora_a.shape
-    block_r, r_blocks = rank_blocks(R)
-    chunk_m = chunk_length(M, config.chunk_m)
-    chunks = cdiv(M, chunk_m)
+    x_strides, a_strides = (0, 0) if x is None else x.stride(), lora_a.stride()
+    chunks, todo = grad_a_work(
+        *(M, R, K, ds.dtype, config, dot_precision(ds.dtype)),
+        *(x_strides, a_strides, lora_a.dtype, x is None, keep is None, need_dx),
+    )
     partial = da = dx = None
     if x is not None:
-        partial = torch.empty((chunks, R, K), device=ds.device, dtype=torch.float32)
-        da = torch.empty((R, K), device=ds.device, dtype=lora_a.dtype)
+        partial = ds.new_empty((chunks, R, K), dtype=torch.float32)
+        da = ds.new_empty((R, K), dtype=lora_a.dtype)
     if need_dx:
-        dx = torch.empty((M, K), device=ds.device, dtype=ds.dtype)
-    lora_grad_a_kernel[(cdiv(K, config.block_k), chunks, r_blocks)](
-        *(x, (0, 0) if x is None else x.stride(), ds, keep, lora_a, lora_a.stride(), partial, dx),
+        dx = ds.new_empty((M, K))
+    launch(
+        *(lora_grad_a_kernel, todo, x, x_strides, ds, keep, lora_a, a_strides, partial, dx),
         *(M, K, R),
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        CHUNK_M=chunk_m,
-        BLOCK_R=block_r,
-        PRECISION=dot_precision(ds.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
     if x is not None:
         reduce_partials((partial, da))
     return da, dx
+
+
+@lru_cache(maxsize=4096)
+def grad_a_work(
+    M: int, R: int, K: int, dtype: torch.dtype, config: GradAConfig, *details: object
+) -> tuple[int, Launch]:
+    """Partial sums of dA, and the launch; `details` are what else decides how it is compiled."""
+    block_r, r_blocks = rank_blocks(R)
+    chunk_m = chunk_length(M, config.chunk_m)
+    chunks = cdiv(M, chunk_m)
+    constants = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "CHUNK_M": chunk_m,
+        "BLOCK_R": block_r,
+        "PRECISION": dot_precision(dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return chunks, Launch((cdiv(K, config.block_k), chunks, r_blocks), constants)
 
 
 def lora_linear_bwd(
@@ -171,7 +187,8 @@ def lora_linear_bwd(
     rows = x.reshape(-1, K) if x is not None else None
     with on_device_of(dy):
         ds, db, dbias = rank_grads(
-            *(dy_rows, lora_b, s, scaling * keep_scale(dropout_p), column_blocks(edges, N), plan),
+            *(dy_rows, lora_b, s, float(scaling) * keep_scale(dropout_p)),
+            *(column_blocks(edges, N), plan),
             need_ds=need_dx or need_da,
             need_db=need_db,
             dbias_dtype=bias_dtype if need_dbias else None,

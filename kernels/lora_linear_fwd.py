@@ -1,6 +1,7 @@
 """Forward of the LoRA linear layer: y = x W^T + scaling * ((x * D) A^T) B^T + bias."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from lora_fast.kernels.dropout import (
     packed_width,
     unpack_keep_bits,
 )
-from lora_fast.kernels.launch import prepared
+from lora_fast.kernels.launch import Launch, launch, prepared
 from lora_fast.kernels.lora_decode import lora_decode
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.lora_update import add_update
@@ -142,6 +143,28 @@ def lora_shrink_kernel(
         )
 
 
+@lru_cache(maxsize=4096)
+def shrink_work(
+    M: int,
+    R: int,
+    dtype: torch.dtype,
+    config: ShrinkConfig,
+    *details: object,
+) -> Launch:
+    """The launch for M rows and a rank; `details` are what else decides how it is compiled."""
+    block_r, r_blocks = rank_blocks(R)
+    constants = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "BLOCK_N": config.block_n,
+        "BLOCK_R": block_r,
+        "PRECISION": dot_precision(dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return Launch((cdiv(M, config.block_m), r_blocks), constants)
+
+
 def lora_shrink(
     x: Tensor,
     lora_a: Tensor,
@@ -159,26 +182,25 @@ def lora_shrink(
     pass writes s b^T + bias into y (M, N).
     """
     (M, K), R = x.shape, lora_a.shape[0]
-    block_r, r_blocks = rank_blocks(R)
     b, bias, y = (None, None, None) if expand is None else expand
     N = 0 if y is None else y.shape[1]
-    s = torch.empty((M, R), device=x.device, dtype=x.dtype)
+    blocks = None if y is None else blocks
+    s = x.new_empty((M, R))
     keep = None
     if seed is not None:
-        keep = torch.empty((M, packed_width(K)), device=x.device, dtype=torch.uint8)
+        keep = x.new_empty((M, packed_width(K)), dtype=torch.uint8)
         scaling *= keep_scale(dropout_p)
-    lora_shrink_kernel[(cdiv(M, config.block_m), r_blocks)](
-        *(x, x.stride(), lora_a, lora_a.stride(), s, keep, seed),
-        *(b, (0, 0) if b is None else b.stride(), bias, y),
-        None if y is None else blocks,
+    x_strides, a_strides = x.stride(), lora_a.stride()
+    b_strides = (0, 0) if b is None else b.stride()
+    todo = shrink_work(
+        *(M, R, x.dtype, config, dot_precision(x.dtype)),
+        *(N, K, x_strides, lora_a.dtype, a_strides, blocks, seed is None),
+        *(None if b is None else b.dtype, b_strides, None if bias is None else bias.dtype),
+    )
+    launch(
+        *(lora_shrink_kernel, todo, x, x_strides, lora_a, a_strides, s, keep, seed),
+        *(b, b_strides, bias, y, blocks),
         *(M, N, K, R, scaling, keep_threshold(dropout_p)),
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        BLOCK_N=config.block_n,
-        BLOCK_R=block_r,
-        PRECISION=dot_precision(x.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
     return s, keep
 
@@ -209,7 +231,8 @@ def lora_linear_fwd(
     Raises: ValueError for a dimension that 32 bits can't index; products of two can be larger.
     Note: fp32 accumulation; the same bits for the same inputs and seed.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    scaling = float(scaling)  # a kernel for an integer is another one
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     (M, K), N, R = rows.shape, weight.shape[0], lora_a.shape[0]
     if max(M, N, K) > MAX_SIZE:
         raise ValueError(

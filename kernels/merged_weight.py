@@ -123,7 +123,7 @@ def merged_weight(
     with on_device_of(weight):
         merged_weight_kernel[(cdiv(K, config.block_k) * cdiv(N, config.block_n),)](
             *(weight, sizes, w_strides, out, out_strides),
-            *(lora_a, lora_a.stride(), lora_b, lora_b.stride(), N, K, R, scaling),
+            *(lora_a, lora_a.stride(), lora_b, lora_b.stride(), N, K, R, float(scaling)),
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             BLOCK_R=block_r,

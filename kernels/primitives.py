@@ -71,10 +71,13 @@ def descriptor_fits(tensor: Tensor) -> bool:
 
     Rows that overlap, as those of an expanded gradient do, are outside of its contract.
     """
-    pitch_bytes = tensor.stride(0) * tensor.element_size()
-    apart = tensor.stride(0) >= tensor.shape[1]
-    on_grid = pitch_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
-    return tensor.stride(1) == 1 and apart and on_grid
+    pitch, step = tensor.stride()
+    return (
+        step == 1
+        and pitch >= tensor.shape[1]
+        and pitch * tensor.itemsize % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+    )
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -39,7 +39,8 @@ def lora_embedding(
             *(weight, lora_A, lora_B, input, scaling, padding_idx, scale_grad_by_freq, sparse)
         )
     else:
-        y = ops.lora_embedding_fwd(input, weight, lora_A, lora_B, scaling)
+        forward = ops.launcher("lora_embedding_fwd", input)
+        y = forward(input, weight, lora_A, lora_B, scaling)
     return y
 
 
@@ -56,7 +57,8 @@ class _LoraEmbedding(torch.autograd.Function):
         scale_grad_by_freq: bool,
         sparse: bool,
     ) -> Tensor:
-        y: Tensor = ops.lora_embedding_fwd(input, weight, lora_A, lora_B, scaling)
+        forward = ops.launcher("lora_embedding_fwd", input)
+        y: Tensor = forward(input, weight, lora_A, lora_B, scaling)
         ctx.save_for_backward(input, lora_A, lora_B)
         ctx.num, ctx.scaling, ctx.padding_idx = weight.shape[0], scaling, padding_idx
         ctx.by_freq, ctx.sparse = scale_grad_by_freq, sparse
@@ -78,7 +80,7 @@ class _LoraEmbedding(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             da, db = _differentiable_grads(ctx, dy)
         elif need_a or need_b:
-            da, db = ops.lora_embedding_bwd(
+            da, db = ops.launcher("lora_embedding_bwd", dy)(
                 *(dy, input, lora_A, lora_B, ctx.scaling, ctx.padding_idx, ctx.by_freq),
                 *(not ctx.sparse, [need_a, need_b]),
             )

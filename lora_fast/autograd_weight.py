@@ -13,7 +13,7 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, lora_A, lora_B)):
         merged: Tensor = _MergedWeight.apply(weight, lora_A, lora_B, scaling)
     else:
-        merged = ops.merged_weight(weight, lora_A, lora_B, scaling)
+        merged = ops.launcher("merged_weight", weight)(weight, lora_A, lora_B, scaling)
     return merged
 
 
@@ -24,7 +24,8 @@ class _MergedWeight(torch.autograd.Function):
         ctx.scaling, ctx.shape = scaling, (lora_B.shape[0], lora_A.shape[1])
         ctx.dtypes = lora_A.dtype, lora_B.dtype
         ctx.save_for_backward(lora_A if need_b else None, lora_B if need_a else None)
-        merged: Tensor = ops.merged_weight(weight, lora_A, lora_B, scaling)
+        launch = ops.launcher("merged_weight", weight)
+        merged: Tensor = launch(weight, lora_A, lora_B, scaling)
         return merged
 
     @staticmethod

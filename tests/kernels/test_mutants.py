@@ -107,7 +107,9 @@ def nothing_dropped(values, keep):
 
 
 @triton.jit
-def partial_dropped(partial_ptr, out_ptr, splits, length, block, BLOCK: tl.constexpr):
+def partial_dropped(
+    partial_ptr, out_ptr, splits, length, block, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+):
     """A sum that leaves the last partial out."""
     offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < length

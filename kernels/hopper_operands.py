@@ -1,0 +1,38 @@
+"""The operands of the Hopper kernel as its copy engine and its wgmma read them."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lora_fast.kernels.descriptors import descriptor
+from lora_fast.kernels.primitives import descriptor_fits
+
+
+def rank_operand(operand: Tensor, dtype: torch.dtype) -> Tensor:
+    """`operand` (rows, R) as the accelerator can read it, copied with zeros behind R if need be."""
+    operand = operand.to(dtype)
+    if descriptor_fits(operand) or descriptor_fits(operand.t()):
+        return operand
+    return pad(operand, (0, -operand.shape[1] % 8)).contiguous()
+
+
+def describe(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """A matrix in blocks of [rows, cols], each in the layout that wgmma reads."""
+    dtype = gl.float16 if matrix.dtype is torch.float16 else gl.bfloat16
+    return descriptor(TensorDescriptor, matrix, (rows, cols), shared_layout(rows, cols, dtype))
+
+
+@cache
+def shared_layout(rows: int, cols: int, dtype: Any) -> gl.NVMMASharedLayout:
+    """How a block lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([rows, cols], dtype)
+
+
+def describe_factor(b: Tensor, cols: int, depth: int, is_kn: bool) -> TensorDescriptor:
+    """The second factor of a product, (N, K) in memory or, with `is_kn`, (K, N)."""
+    return describe(b.t(), depth, cols) if is_kn else describe(b, cols, depth)
