@@ -1,7 +1,8 @@
 """The tiles of every kernel, per GPU architecture.
 
-Nothing in this file is measured: the tiles come from the compile report (registers, shared
-memory, no spills). Which kernels serve a call is chosen in `lora_fast.kernels.plans`.
+The tiles come from the compile report (registers, shared memory, no spills); those for Hopper were
+the best of what `lora-fast tune` tries on an H200, or within a few percent of it. Which kernels
+serve a call is chosen in `lora_fast.kernels.plans`.
 """
 
 from dataclasses import dataclass, replace
@@ -101,8 +102,7 @@ class Architecture:
         triton_ratio: assumed speed of the Triton GEMM relative to the vendor's.
         gemm: tile for 16-bit operands; `gemm_one_pass` where the loop computes S as well,
             `gemm_wide` for fp32, `gemm_small` for few rows.
-        gemm_specialised: the same for warps with a work of their own; only a measured table may
-            choose it.
+        gemm_specialised: the same for warps with a work of their own.
         gpu: name of the GPU, by which its measured tables are found; "" where there is none.
     """
 
@@ -198,7 +198,9 @@ WIDE_RANK = 32  # ranks beyond it take blocks of 64, which need other tiles
 def architecture(device: torch.device) -> Architecture:
     """The row of the table that serves a device: its own, or the nearest with less memory."""
     if device.type != "cuda":
-        return ARCHITECTURES["sm_90"]  # interpreted or compiled offline
+        offline = ARCHITECTURES["sm_90"]
+        # On a CPU kernels are interpreted, which the one in Gluon is not.
+        return replace(offline, gemm_specialised=None) if device.type == "cpu" else offline
     if torch.version.hip is not None:
         name = "gfx942"
     else:

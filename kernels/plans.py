@@ -1,7 +1,8 @@
 """Which kernels serve a call, and with which tiles: what a GPU has measured, else a rule.
 
-The rules come from a model of the memory traffic and are not measured. What a GPU has measured is
-in the tables of `lora_fast.kernels.tables` and wins over them.
+The rules for Hopper come from measurements on an H200, those for other chips from a model of the
+memory traffic. What a GPU has measured for a call of its own is in the tables of
+`lora_fast.kernels.tables` and wins over them.
 """
 
 import logging
@@ -34,7 +35,7 @@ from lora_fast.kernels.decode_configs import (
     decode_config,
     decode_serves,
 )
-from lora_fast.kernels.primitives import MAX_BLOCK_R
+from lora_fast.kernels.primitives import MAX_BLOCK_R, cdiv, next_power_of_2
 from lora_fast.kernels.tables import Call
 
 _log = logging.getLogger("lora_fast.dispatch.plan")
@@ -53,6 +54,7 @@ OPS = (
 )
 
 ONE_PASS_MAX_N = 3072  # beyond it, x A^T per column tile costs more than a second read of x
+PROCESSORS = 132  # of an H100 or H200: as many tiles are worked on at once
 LIBRARY_RANK = 64  # from this rank on two vendor GEMMs over dY beat one pass (kernels are thin)
 MERGED_WEIGHT = WeightConfig(32, 64, num_warps=4)
 
@@ -112,6 +114,19 @@ def fused_gemm_pays(arch: Architecture, depth: int, dtype: torch.dtype) -> bool:
     if dtype is torch.float32:
         return False
     return arch.triton_ratio > 1.0 / (1.0 + arch.flops_per_byte / depth)
+
+
+def specialised_pays(arch: Architecture, M: int, N: int, K: int, dtype: torch.dtype) -> bool:
+    """Is Hopper's kernel of specialised warps the best for a product of M x N and depth K?
+
+    Measured on an H200 (bench/results/nvidia-h200): with the update in it, it takes as long as the
+    vendor's GEMM without, where its tiles fill the chip and the copy engine takes the operands.
+    """
+    gemm = arch.gemm_specialised
+    if gemm is None or dtype is torch.float32 or N % 8 or K % 8:
+        return False
+    rows = next_power_of_2(M)  # the rules change with M only there
+    return cdiv(rows, gemm.block_m) * cdiv(N, gemm.block_n) >= PROCESSORS
 
 
 @lru_cache(maxsize=4096)
@@ -231,14 +246,22 @@ def forward_rule(
     """Choose the forward implementation by the model."""
     fused = fused_gemm_pays(arch, K, dtype)
     narrow = N <= ONE_PASS_MAX_N and fused and R <= 16
+    specialised = specialised_pays(arch, M, N, K, dtype)
     impl: ForwardImpl
     if not dropout and decode_serves(M, R):
         impl = "decode"
+    elif specialised:
+        impl = "split"
+    elif arch.gemm_specialised is not None:
+        # Measured there, too: too little work for tiles of that size is the vendor's.
+        impl = "lora_first" if dropout else "library"
     elif not dropout and narrow:
         impl = "one_pass"
     else:
         impl = "split" if fused else "lora_first"
     gemm = gemm_config(arch, M, dtype, one_pass=impl == "one_pass")
+    if specialised and arch.gemm_specialised is not None:
+        gemm = arch.gemm_specialised
     decode = decode_config(arch.name, M, dtype)
     return ForwardPlan(impl, gemm, shrink_config(arch, M, K, R, dtype), decode)
 
@@ -247,10 +270,14 @@ def backward_rule(
     arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype
 ) -> BackwardPlan:
     """Choose by the model the implementation of dx (a product of depth N) and of dS and dB."""
+    gemm, fused = gemm_config(arch, M, dtype), fused_gemm_pays(arch, N, dtype)
+    if arch.gemm_specialised is not None:
+        fused = specialised_pays(arch, M, K, N, dtype)
+        gemm = arch.gemm_specialised if fused else gemm
     return BackwardPlan(
-        input_grad="fused" if fused_gemm_pays(arch, N, dtype) else "lora_first",
+        input_grad="fused" if fused else "lora_first",
         library_sb=R >= LIBRARY_RANK or (R > WIDE_RANK and dtype is torch.float32),
-        gemm=gemm_config(arch, M, dtype),
+        gemm=gemm,
         grad_sb=grad_sb_config(arch, R, dtype),
         grad_a=grad_a_config(arch, R, dtype),
     )

@@ -15,8 +15,9 @@ SIZES = (4096, 4096, 4096, 16, torch.bfloat16)  # M, N, K, R
 CALL = Call.of("lora_linear_fwd", *SIZES, False)
 RULE = plans.forward_rule(ARCH, *SIZES, False)
 # Something that the rule does not choose, so that its effect shows.
-OTHER = "split"
-TILE = {"block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2, "tma": False}
+OTHER = "library"
+TILE = {"block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}
+TILE |= {"tma": False, "specialised": False}
 
 
 def table(plan: Any, call: Call = CALL, **machine: str) -> Table:

@@ -1,5 +1,7 @@
 """Which implementation serves a call by the rule: every branch of it, on every architecture."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,6 +20,8 @@ from lora_fast.kernels.primitives import MAX_BLOCK_R
 from lora_fast.kernels.tables import Call
 
 HALF = (torch.float16, torch.bfloat16)
+# Where nothing is measured, a model chooses: on Hopper without its own kernel, too.
+ARCHITECTURES = {**ARCHITECTURES, "model": replace(ARCHITECTURES["sm_90"], gemm_specialised=None)}
 
 
 def forward(
@@ -40,10 +44,10 @@ def test_few_rows_take_one_launch(dtype: torch.dtype, arch: str) -> None:
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_narrow_outputs_take_one_pass_at_small_ranks(dtype: torch.dtype) -> None:
-    assert forward(8192, 1024, 1024, 16, dtype) == "one_pass"
-    assert forward(8192, 3072, 1024, 16, dtype) == "one_pass"
-    assert forward(8192, 3073, 1024, 16, dtype) == "split"
-    assert forward(8192, 1024, 1024, 17, dtype) == "split"
+    assert forward(8192, 1024, 1024, 16, dtype, arch="model") == "one_pass"
+    assert forward(8192, 3072, 1024, 16, dtype, arch="model") == "one_pass"
+    assert forward(8192, 3073, 1024, 16, dtype, arch="model") == "split"
+    assert forward(8192, 1024, 1024, 17, dtype, arch="model") == "split"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -57,17 +61,37 @@ def test_one_pass_serves_no_dropout_and_no_rank_beyond_a_block(arch: str) -> Non
 @pytest.mark.parametrize("dropout", [True, False])
 def test_the_depth_decides_between_triton_and_the_vendor(dropout: bool) -> None:
     """At sm_90's assumed .95 the break-even depth is 184 / (1 / .95 - 1), about 3500."""
+    chip = {"arch": "model"}
     for dtype in HALF:
-        assert forward(8192, 4096, 1024, 16, dtype, dropout=dropout) == "split"
-        assert forward(8192, 4096, 3400, 16, dtype, dropout=dropout) == "split"
-        assert forward(8192, 4096, 3600, 16, dtype, dropout=dropout) == "lora_first"
-        assert input_grad(8192, 3400, 8192, 16, dtype) == "fused"
-        assert input_grad(8192, 3600, 1024, 16, dtype) == "lora_first"
+        assert forward(8192, 4096, 1024, 16, dtype, dropout=dropout, **chip) == "split"
+        assert forward(8192, 4096, 3400, 16, dtype, dropout=dropout, **chip) == "split"
+        assert forward(8192, 4096, 3600, 16, dtype, dropout=dropout, **chip) == "lora_first"
+        assert input_grad(8192, 3400, 8192, 16, dtype, **chip) == "fused"
+        assert input_grad(8192, 3600, 1024, 16, dtype, **chip) == "lora_first"
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dropout", [True, False])
+def test_hopper_has_a_kernel_of_its_own_where_it_has_work_for_all(
+    dropout: bool, dtype: torch.dtype
+) -> None:
+    chip = ARCHITECTURES["sm_90"]
+    for n, k in ((4096, 4096), (14336, 4096), (1024, 1024), (8192, 8192)):
+        plan = forward_plan(chip, 8192, n, k, 16, dtype, dropout)
+        assert (plan.impl, plan.gemm) == ("split", chip.gemm_specialised)
+        back = backward_plan(chip, 8192, n, k, 16, dtype, dropout)
+        assert (back.input_grad, back.gemm) == ("fused", chip.gemm_specialised)
+    # Half of the processors would have no tile, or the copy engine does not take the rows.
+    alone = "lora_first" if dropout else "library"
+    for m, n, k in ((512, 4096, 4096), (8192, 4095, 4096), (8192, 4096, 4090)):
+        assert forward(m, n, k, 16, dtype, dropout=dropout) == alone
+        assert input_grad(m, n, k, 16, dtype) == "lora_first"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_large_products_of_fp32_are_left_to_the_vendor(arch: str) -> None:
-    assert forward(8192, 1024, 256, 16, torch.float32, arch=arch) == "lora_first"
+    alone = "library" if arch == "sm_90" else "lora_first"
+    assert forward(8192, 1024, 256, 16, torch.float32, arch=arch) == alone
     assert input_grad(8192, 256, 1024, 16, torch.float32, arch) == "lora_first"
 
 
