@@ -13,7 +13,6 @@ import torch
 from contest import OURS, Absent, Contestant, Lab, Outputs, Row
 from modules import Layer, Weights
 from peers import FROZEN, PEERS, around
-from selection import Level
 from shapes import dtype_name
 from torch import Tensor
 
@@ -56,8 +55,8 @@ class AdapterRow(Row):
         generator = torch.Generator(lab.device).manual_seed(seed)
         return {"generator": generator, "device": lab.device, "dtype": self.dtype}
 
-    def compiled_on_cpu(self, level: Level) -> bool:
-        """Tell whether this is one of the few rows that are compiled on a CPU."""
+    def compiled_among_few(self, lab: Lab) -> bool:
+        """Tell whether this is one of the few rows compiled where that takes longer than others."""
         raise NotImplementedError
 
     @property
@@ -93,10 +92,10 @@ class AdapterRow(Row):
 
     def build(self, peer: str, lab: Lab) -> Contestant:
         """Return a peer with its layers, one for each copy of the data."""
-        measured_on_cpu = not (lab.is_toy or lab.clock.is_cuda)
+        few_compile = lab.level == "quick" or not (lab.is_toy or lab.clock.is_cuda)
         compiles = peer.endswith("-compiled")
-        if compiles and measured_on_cpu and not self.compiled_on_cpu(lab.level):
-            raise Absent("on a CPU compiled for one size only, compiling takes long")
+        if compiles and few_compile and not self.compiled_among_few(lab):
+            raise Absent("compiled for one size only, compiling takes long")
         copies = self._copies(peer, lab)
         layer, x, dy = copies[0]
         if self.backward and not _wanted(layer, x):
@@ -129,7 +128,7 @@ class AdapterRow(Row):
 
     def _checked(self, lab: Lab) -> slice:
         """Return the rows whose results are checked: all where fewer would be compiled again."""
-        every = lab.clock.is_cuda or self.compiled_on_cpu(lab.level)
+        every = lab.clock.is_cuda or self.compiled_among_few(lab)
         return slice(None) if every else slice(CHECKED_ROWS_ON_CPU)
 
     def _choice(self, layer: Layer, x: Tensor, dy: Tensor) -> dict[str, str]:

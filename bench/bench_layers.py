@@ -14,7 +14,7 @@ from contest import Lab
 from floor import extra_bytes, extra_operations
 from modules import QKV, Weights, drawn
 from peers import known
-from selection import Level, Selection
+from selection import Selection
 from torch import Tensor
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -85,9 +85,11 @@ class LayerRow(AdapterRow):
             x, dy = (torch.randn(shape, **made) for _ in range(2))
         return x.requires_grad_(self.backward), dy
 
-    def compiled_on_cpu(self, level: Level) -> bool:
-        """Tell whether this is one of the few rows that are compiled on a CPU."""
-        return level in ("standard", "full") and self in COMPILED_ON_CPU
+    def compiled_among_few(self, lab: Lab) -> bool:
+        """Tell whether this is one of the few rows compiled where that takes longer than others."""
+        if lab.clock.is_cuda:
+            return self.kind == "MergedLinear" and self.p == 0.0
+        return lab.level in ("standard", "full") and self in COMPILED_ON_CPU
 
     def extra_seconds(self, lab: Lab) -> float | None:
         """Return what a fused MergedLinear must cost beside the frozen one."""

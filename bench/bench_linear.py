@@ -13,7 +13,7 @@ from contest import Lab
 from floor import extra_seconds
 from modules import Weights, drawn
 from peers import known
-from selection import Level, Selection
+from selection import Selection
 from shapes import RANKS, TOKENS, TOY, Shape, find_shapes
 from torch import Tensor
 
@@ -53,9 +53,10 @@ class LinearRow(AdapterRow):
         x, dy = (torch.randn(self.tokens, n, **made) for n in (self.shape.K, self.shape.N))
         return x.requires_grad_(self.backward), dy
 
-    def compiled_on_cpu(self, level: Level) -> bool:
-        """Tell whether this is one of the few rows that are compiled on a CPU."""
-        return (self.shape.name, self.tokens, self.r) == ("square-1024", 512, 16)
+    def compiled_among_few(self, lab: Lab) -> bool:
+        """Tell whether this is one of the few rows compiled where that takes longer than others."""
+        name, tokens = ("llama-3-8b.qo", 8192) if lab.clock.is_cuda else ("square-1024", 512)
+        return (self.shape.name, self.tokens, self.r, self.graph) == (name, tokens, 16, False)
 
     def extra_seconds(self, lab: Lab) -> float | None:
         """Return what a fused adapter must cost beside the frozen layer."""

@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-gpu-out}
 python=${PYTHON:-python3}
 in_all=${SECONDS_IN_ALL:-540}
-stages=${STAGES:-build doctor hopper tests questions linear merge gpu-tests tune layers models model}
+stages=${STAGES:-build doctor hopper tests questions linear merge gpu-tests tune layers models demo model}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export PYTHONDONTWRITEBYTECODE=1
@@ -93,14 +93,15 @@ tests hopper 40 "$hopper"
 tests tests 120 --ignore "$hopper" tests/kernels tests/csrc tests/fused tests/test_autograd.py
 bench questions 40 bench/bench_gemm.py
 bench linear 100 bench/bench_linear.py --budget 0.3 \
-  --peers 'loralib,peft,addmm-order,lora-first,lora_fast:*'
+  --peers 'loralib*,peft,addmm-order,lora-first,lora_fast:library,lora_fast:reference'
 bench merge 40 bench/bench_merge.py --budget 0.3
 tests gpu-tests 60 -m gpu --continue-on-collection-errors --ignore tests/csrc \
   --ignore tests/kernels --ignore tests/fused tests
 lora_fast tune 45 tune --shapes 8192,4096,4096,16 1,4096,4096,16 --minutes 0.6 \
   --out "$out/tuned.json"
-bench layers 60 bench/bench_layers.py --budget 0.3 --peers 'loralib,peft,lora_fast:*'
-bench models 60 bench/bench_models.py --budget 0.5
+bench layers 60 bench/bench_layers.py --budget 0.3 --peers 'loralib*,peft,lora_fast:*'
+bench models 60 bench/bench_models.py --budget 0.5 --peers loralib,peft
+lora_fast demo 60 demo --steps 60 --pretrain-steps 60 --out "$out/demo"
 stage model 20 "$python" bench/model_table.py "$out/results"
 
 if [ -f "$out/doctor.log" ]; then cat "$out/doctor.log"; fi
