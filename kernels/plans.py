@@ -55,6 +55,7 @@ OPS = (
 
 ONE_PASS_MAX_N = 3072  # beyond it, x A^T per column tile costs more than a second read of x
 PROCESSORS = 132  # of an H100 or H200: as many tiles are worked on at once
+BUSY = 0.75  # the part of them that must have a tile, on average, for the largest tiles to pay
 LIBRARY_RANK = 64  # from this rank on two vendor GEMMs over dY beat one pass (kernels are thin)
 MERGED_WEIGHT = WeightConfig(32, 64, num_warps=4)
 
@@ -126,7 +127,8 @@ def specialised_pays(arch: Architecture, M: int, N: int, K: int, dtype: torch.dt
     if gemm is None or dtype is torch.float32 or N % 8 or K % 8:
         return False
     rows = next_power_of_2(M)  # the rules change with M only there
-    return cdiv(rows, gemm.block_m) * cdiv(N, gemm.block_n) >= PROCESSORS
+    tiles = cdiv(rows, gemm.block_m) * cdiv(N, gemm.block_n)
+    return tiles >= BUSY * PROCESSORS * cdiv(tiles, PROCESSORS)
 
 
 @lru_cache(maxsize=4096)

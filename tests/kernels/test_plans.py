@@ -76,14 +76,15 @@ def test_hopper_has_a_kernel_of_its_own_where_it_has_work_for_all(
     dropout: bool, dtype: torch.dtype
 ) -> None:
     chip = ARCHITECTURES["sm_90"]
-    for n, k in ((4096, 4096), (14336, 4096), (1024, 1024), (8192, 8192)):
-        plan = forward_plan(chip, 8192, n, k, 16, dtype, dropout)
+    for m, n, k in ((8192, 4096, 14336), (8192, 1024, 1024), (1024, 4096, 4096)):
+        plan = forward_plan(chip, m, n, k, 16, dtype, dropout)
         assert (plan.impl, plan.gemm) == ("split", chip.gemm_specialised)
-        back = backward_plan(chip, 8192, n, k, 16, dtype, dropout)
+        back = backward_plan(chip, m, n, k, 16, dtype, dropout)
         assert (back.input_grad, back.gemm) == ("fused", chip.gemm_specialised)
-    # Half of the processors would have no tile, or the copy engine does not take the rows.
+    # Half of the processors would have no tile in the first or in the second turn, or the copy
+    # engine does not take the rows.
     alone = "lora_first" if dropout else "library"
-    for m, n, k in ((512, 4096, 4096), (8192, 4095, 4096), (8192, 4096, 4090)):
+    for m, n, k in ((512, 4096, 4096), (128, 34304, 34304), (8192, 4095, 4096), (8192, 4096, 4090)):
         assert forward(m, n, k, 16, dtype, dropout=dropout) == alone
         assert input_grad(m, n, k, 16, dtype) == "lora_first"
 
