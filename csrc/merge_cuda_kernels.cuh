@@ -90,18 +90,35 @@ __device__ __forceinline__ void store(
   }
 }
 
-// factor[i, j], rounded to what F computes in.
-template <class F>
-__device__ __forceinline__ typename F::Compute element(const Factor& factor, int64_t i, int64_t j) {
+// Reads kCount elements of a factor, kStep apart in its first or second dimension, of which those
+// below `valid` are there; rounded to what F computes in. All are on their way before any is used.
+template <class Compute, int kCount, class Stored, class Widen>
+__device__ __forceinline__ void read(
+    const void* data, int64_t at, int64_t step, int valid, Compute (&found)[kCount], Widen widen) {
+  const Stored* from = static_cast<const Stored*>(data) + at;
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) {
+    found[n] = n < valid ? static_cast<Compute>(widen(*from)) : Compute{0};
+    from += step;
+  }
+}
+
+template <class F, int kCount>
+__device__ __forceinline__ void read_factor(
+    const Factor& factor, int64_t at, int64_t step, int valid,
+    typename F::Compute (&found)[kCount]) {
   using Compute = typename F::Compute;
-  const int64_t at = i * factor.stride0 + j * factor.stride1;
+  const void* data = factor.data;
   switch (factor.dtype) {
-    case Dtype::kFp64: return static_cast<Compute>(static_cast<const double*>(factor.data)[at]);
-    case Dtype::kFp32: return static_cast<Compute>(static_cast<const float*>(factor.data)[at]);
+    case Dtype::kFp64:
+      return read<Compute, kCount, double>(
+          data, at, step, valid, found, [](double value) { return value; });
+    case Dtype::kFp32:
+      return read<Compute, kCount, float>(
+          data, at, step, valid, found, [](float value) { return value; });
     case Dtype::kFp16:
-      return static_cast<Compute>(Fp16::widen(static_cast<const uint16_t*>(factor.data)[at]));
-    default:
-      return static_cast<Compute>(Bf16::widen(static_cast<const uint16_t*>(factor.data)[at]));
+      return read<Compute, kCount, uint16_t>(data, at, step, valid, found, Fp16::widen);
+    default: return read<Compute, kCount, uint16_t>(data, at, step, valid, found, Bf16::widen);
   }
 }
 
@@ -124,20 +141,8 @@ struct Accumulator {
     for (int64_t start = 0; start < item.rank; start += kChunk) {
       const int ranks = static_cast<int>(min(static_cast<int64_t>(kChunk), item.rank - start));
       __syncthreads();
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kTileRows * kChunk; i += kThreads) {
-        const int64_t at = tile_row + i / kChunk;
-        const int j = i % kChunk;
-        left[j][i / kChunk] =
-            at < item.rows && j < ranks ? element<F>(item.left, at, start + j) : Compute{0};
-      }
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kTileCols * kChunk; i += kThreads) {
-        const int64_t at = tile_col + i % kTileCols;
-        const int j = i / kTileCols;
-        right[j][i % kTileCols] =
-            at < item.cols && j < ranks ? element<F>(item.right, start + j, at) : Compute{0};
-      }
+      stage_left(item, tile_row, start, ranks, left);
+      stage_right(item, tile_col, start, ranks, right);
       __syncthreads();
       // Not beyond ranks: adding 0 * 0 would turn a sum of -0 into +0.
       for (int j = 0; j < ranks; ++j) {
@@ -153,6 +158,44 @@ struct Accumulator {
         }
       }
     }
+  }
+
+ private:
+  // Ranks start to start + ranks of the tile's rows of the left factor; a thread has one rank.
+  static __device__ __forceinline__ void stage_left(
+      const Item& item, int64_t tile_row, int64_t start, int ranks,
+      Compute (&left)[kChunk][kTileRows]) {
+    constexpr int kStep = kThreads / kChunk, kCount = kTileRows / kStep;
+    const int j = threadIdx.x % kChunk, first = threadIdx.x / kChunk;
+    const Factor& factor = item.left;
+    const int64_t at = (tile_row + first) * factor.stride0 + (start + j) * factor.stride1;
+    const int valid = j < ranks ? count_below(tile_row + first, item.rows, kStep, kCount) : 0;
+    Compute found[kCount];
+    read_factor<F>(factor, at, kStep * factor.stride0, valid, found);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) left[j][first + n * kStep] = found[n];
+  }
+
+  // The same of the tile's columns of the right factor; a thread has one column.
+  static __device__ __forceinline__ void stage_right(
+      const Item& item, int64_t tile_col, int64_t start, int ranks,
+      Compute (&right)[kChunk][kTileCols]) {
+    constexpr int kStep = kThreads / kTileCols, kCount = kChunk / kStep;
+    const int col = threadIdx.x % kTileCols, first = threadIdx.x / kTileCols;
+    const Factor& factor = item.right;
+    const int64_t at = (start + first) * factor.stride0 + (tile_col + col) * factor.stride1;
+    const int valid = tile_col + col < item.cols ? count_below(first, ranks, kStep, kCount) : 0;
+    Compute found[kCount];
+    read_factor<F>(factor, at, kStep * factor.stride0, valid, found);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) right[first + n * kStep][col] = found[n];
+  }
+
+  // How many of first, first + step, ... are below end, at most `most`.
+  static __device__ __forceinline__ int count_below(
+      int64_t first, int64_t end, int step, int most) {
+    return static_cast<int>(
+        max(int64_t{0}, min(static_cast<int64_t>(most), (end - first + step - 1) / step)));
   }
 };
 

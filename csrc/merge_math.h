@@ -14,6 +14,7 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define LORA_FAST_INLINE __host__ __device__ __forceinline__
 #else
@@ -83,10 +84,14 @@ struct Bf16 {
   }
   // To nearest, ties to even. NaN stays non-finite, which is all that its one reader asks.
   static LORA_FAST_INLINE Bits round(Compute value) {
+#if defined(__CUDA_ARCH__)
+    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#else
     const uint32_t word = bit_cast<uint32_t>(value);
     const bool is_nan = (word & 0x7fffffff) > 0x7f800000;
     const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
     return static_cast<Bits>(select<uint32_t>(is_nan, 0x7fc0, rounded));
+#endif
   }
 };
 
