@@ -1,5 +1,6 @@
 """One `eval()` and `train()` of a layer: against loralib, and against copying the weight twice.
 
+Of several layers, `lora_fast.merge(model)` and `lora_fast.unmerge(model)`, which serve all at once.
 loralib keeps nothing while it is merged, and does not restore the weight. `kept B/weight` is what
 the merged layer keeps as its way back, `peak B/weight` what a merge holds at its peak.
 """
@@ -22,6 +23,12 @@ from lora_fast.testing import randomize_
 
 QKV = [True, False, True]
 CLONES = "clones"
+
+
+def _several(count: int, make: Callable[..., nn.Module], *args: Any, **kw: Any) -> nn.Module:
+    return nn.ModuleList(make(*args, **kw) for _ in range(count))
+
+
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "Linear-4096x4096": lambda lib, **kw: lib.Linear(4096, 4096, **kw),
     "MergedLinear-3072x1024": lambda lib, **kw: lib.MergedLinear(1024, 3072, enable_lora=QKV, **kw),
@@ -29,12 +36,15 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "Conv2d-512x512x3x3": lambda lib, **kw: lib.Conv2d(512, 512, 3, **kw),
     "Linear-1024x1024": lambda lib, **kw: lib.Linear(1024, 1024, **kw),
     "Linear-256x256": lambda lib, **kw: lib.Linear(256, 256, **kw),
+    "8 Linear-4096x4096": lambda lib, **kw: _several(8, lib.Linear, 4096, 4096, **kw),
+    "32 Linear-1024x1024": lambda lib, **kw: _several(32, lib.Linear, 1024, 1024, **kw),
 }
 TOYS: dict[str, Callable[..., nn.Module]] = {
     "Linear-32x48": lambda lib, **kw: lib.Linear(48, 32, **kw),
     "MergedLinear-48x16": lambda lib, **kw: lib.MergedLinear(16, 48, enable_lora=QKV, **kw),
     "Embedding-64x16": lambda lib, **kw: lib.Embedding(64, 16, **kw),
     "Conv2d-8x8x3x3": lambda lib, **kw: lib.Conv2d(8, 8, 3, **kw),
+    "3 Linear-32x48": lambda lib, **kw: _several(3, lib.Linear, 48, 32, **kw),
 }
 
 
@@ -51,7 +61,7 @@ class MergeRow(Row):
     @property
     def id(self) -> str:
         """The name of the row."""
-        return f"{self.layer}-r{self.r}-{dtype_name(self.dtype)}-eval+train"
+        return f"{self.layer.replace(' ', 'x')}-r{self.r}-{dtype_name(self.dtype)}-eval+train"
 
     def columns(self) -> dict[str, Any]:
         """Return the first columns of the table."""
@@ -69,7 +79,7 @@ class MergeRow(Row):
         make = {**LAYERS, **TOYS}[self.layer]
         made = {"r": self.r, "lora_alpha": self.r, "device": lab.device, "dtype": self.dtype}
         first = make(library, **made)
-        copies = lab.clock.copies(max(p.nbytes for p in first.parameters()))
+        copies = lab.clock.copies(sum(p.nbytes for p in first.parameters()))
         layers = [first, *(make(library, **made) for _ in range(copies - 1))]
         return [randomize_(layer, 0.02 / self.r**0.25) for layer in layers]
 
@@ -77,24 +87,29 @@ class MergeRow(Row):
         """Return a peer ready to merge and unmerge."""
         torch.manual_seed(0)
         if peer == CLONES:
-            weights = [_weight(m) for m in self.layers(lora_fast, lab)]
-            copies = [w.detach().clone() for w in weights]
-            return Contestant([partial(_clone_twice, weight) for weight in copies])
-        layers = self.layers(lora_fast if peer == OURS else import_module("loralib"), lab)
+            copies = [_weights(m) for m in self.layers(lora_fast, lab)]
+            return Contestant([partial(_clone_twice, weights) for weights in copies])
+        ours = peer == OURS
+        layers = self.layers(lora_fast if ours else import_module("loralib"), lab)
+        cycle = _cycle_at_once if ours and isinstance(layers[0], nn.ModuleList) else _cycle
         for layer in layers:
-            _cycle(layer)
-        after = partial(_memory, lab, layers[0]) if peer == OURS else None
-        return Contestant([partial(_cycle, layer) for layer in layers], after=after)
+            cycle(layer)
+        after = partial(_memory, lab, layers[0]) if ours else None
+        return Contestant([partial(cycle, layer) for layer in layers], after=after)
 
 
-def _weight(layer: Any) -> torch.Tensor:
-    weight: torch.Tensor = layer._weight_owner().weight
-    return weight
+def _members(layer: nn.Module) -> list[Any]:
+    return list(layer) if isinstance(layer, nn.ModuleList) else [layer]
 
 
-def _clone_twice(weight: torch.Tensor) -> None:
-    weight.clone()
-    weight.clone()
+def _weights(layer: nn.Module) -> list[torch.Tensor]:
+    return [one._weight_owner().weight.detach().clone() for one in _members(layer)]
+
+
+def _clone_twice(weights: list[torch.Tensor]) -> None:
+    for weight in weights:
+        weight.clone()
+        weight.clone()
 
 
 def _cycle(layer: nn.Module) -> None:
@@ -102,13 +117,18 @@ def _cycle(layer: nn.Module) -> None:
     layer.train()
 
 
-def _memory(lab: Lab, layer: Any) -> dict[str, float]:
-    weights = _weight(layer).numel()
-    before = _weight(layer).detach().clone()
+def _cycle_at_once(layers: nn.Module) -> None:
+    lora_fast.merge(layers)
+    lora_fast.unmerge(layers)
+
+
+def _memory(lab: Lab, layer: nn.Module) -> dict[str, float]:
+    before = _weights(layer)
+    weights = sum(weight.numel() for weight in before)
     peak = lab.clock.peak_bytes(Candidate([layer.eval]))
-    kept = layer._record.nbytes()
+    kept = sum(one._record.nbytes() for one in _members(layer))
     layer.train()
-    if not torch.equal(before, _weight(layer)):
+    if not all(map(torch.equal, before, _weights(layer))):
         raise AssertionError("the cycle did not restore the weight bit for bit")
     return {"kept B/weight": kept / weights, "peak B/weight": peak / weights}
 
@@ -128,6 +148,8 @@ def rows(selection: Selection) -> Iterator[MergeRow]:
         names, dtypes = LAYERS, (torch.float32, torch.bfloat16)
     for dtype in dtypes:
         for name in names:
+            if " " in name and not (selection.on_gpu or selection.level == "toy"):
+                continue  # on a CPU a call from Python is no large part of a merge
             several = name == "Linear-4096x4096" and selection.level != "quick"
             for r in (1, 8, 16, 64, 256) if several else (16,):
                 if selection.wants(tokens=0, r=r, dtype=dtype) and not selection.shapes:
