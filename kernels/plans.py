@@ -59,10 +59,10 @@ BUSY = 0.75  # the part of them that must have a tile, on average, for the large
 LIBRARY_RANK = 64  # from this rank on two vendor GEMMs over dY beat one pass (kernels are thin)
 MERGED_WEIGHT = WeightConfig(32, 64, num_warps=4)
 
-# Below this many elements a convolution's weight is formed by torch's addmm. The kernel saves the
-# copy that addmm makes of W first, 4 bytes of traffic an element in 16 bits: 0.3 us of an H100's
-# 3.35 TB/s at 2**18 elements (170 channels of 3 x 3), which no longer pays for a Python launch.
-MERGED_WEIGHT_MIN_NUMEL = 2**18
+# Below this many elements eager mode leaves a convolution's weight to torch's addmm. The kernel
+# saves the copy that addmm makes of W first: on an H200 7 us of 15 at 2.4 M elements, less than the
+# host takes longer to launch it.
+MERGED_WEIGHT_MIN_NUMEL = 2**23
 
 
 @dataclass(frozen=True)

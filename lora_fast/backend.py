@@ -44,6 +44,12 @@ _TRITON_OPS = frozenset({"lora_linear", "lora_merged_linear", "lora_embedding", 
 # Elements from which the eager Linear's faster dropout on a CPU outweighs its calls from Python:
 # fp32, p = 0.1, 256 to 1024 features, one thread of an EPYC of family 25 model 1, 2026-11-27.
 _MANY_DROPPED = 2**16
+# M N K of a Linear up to which eager mode leaves it to torch: on an H200 50 us of the tensor cores
+# for each of the two large products of a step, for which the host launches seven fused kernels.
+# What drops gains more by these: up to so many elements of x.
+_FEW_OPERATIONS = 2**34
+_FEW_DROPPED = 2**21
+_FEW_ROWS = 64
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TENSOR_SCALING = "scaling is a tensor, which may want a gradient"
 _INDEX_DTYPES = (torch.int64, torch.int32)
@@ -146,6 +152,8 @@ def choose(
     if special:
         return decided(op, Backend.REFERENCE, special)
     reason = _why_not_triton(op, tensors) if on_gpu else "not a CUDA tensor"
+    if reason is None and op == "lora_linear" and _launching_outlasts(tensors, drops):
+        return decided(op, Backend.EAGER, "torch launches sooner than so little is computed")
     reason = reason or _why_torch_is_as_fast(op, tensors)
     if reason is None:
         return decided(op, Backend.TRITON, "plain CUDA tensors")
@@ -247,6 +255,22 @@ def _dropping_eagerly_pays(op: str, x: Tensor | None) -> bool:
     if op != "lora_linear" or torch.compiler.is_compiling():
         return False
     return x is not None and x.is_cpu and x.numel() >= _MANY_DROPPED and x.is_contiguous()
+
+
+def _launching_outlasts(tensors: tuple[Tensor | None, ...], drops: bool) -> bool:
+    """Tell whether the host takes longer to launch the fused kernels than a GPU to compute."""
+    if len(tensors) < 5 or torch.compiler.is_compiling():  # `explain`; a graph is launched at once
+        return False
+    x, weight, _, _, bias = tensors
+    assert x is not None and weight is not None
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype) or autocasts(x):
+        return False
+    (n, k), elements = weight.shape, x.numel()
+    if elements * n > _FEW_OPERATIONS or (drops and elements > _FEW_DROPPED):
+        return False
+    # For a few rows and no gradient there is one fused launch.
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return learns or elements > _FEW_ROWS * k
 
 
 def _why_torch_is_as_fast(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:

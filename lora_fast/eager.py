@@ -89,7 +89,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            return (*_backward_through_reference(ctx, grads[0]), None, None, None)
+            return (*backward_through_reference(ctx, grads[0]), None, None, None)
         x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
         need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
         scaling, blocks, rank = ctx.scaling, ctx.blocks, lora_B.shape[1]
@@ -129,13 +129,19 @@ class _LowRankLinear(torch.autograd.Function):
         return dx, dW, dA, dB, dbias, None, None, None
 
 
-def _backward_through_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The same gradients from differentiable formulas, for double backward."""
+def backward_through_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, W, A, B and bias from differentiable formulas, for double backward.
+
+    Args:
+        ctx: with x, W, A, B, something and the mask saved, and `scaling`, `keep_scale`, `blocks`
+            and `out_features` set.
+        dy: (..., N).
+    """
     *inputs, _, keep = ctx.saved_tensors
     # One input may depend on another: through an alias of its own each is differentiated alone.
     inputs = [None if t is None else t.view_as(t) for t in inputs]
     x, weight, lora_A, lora_B = inputs
-    dropped = x if keep is None else x * keep * ctx.keep_scale
+    dropped = x if keep is None else x * keep.view(x.shape) * ctx.keep_scale
     s = F.linear(dropped, lora_A) * ctx.scaling
     n = ctx.out_features
     y = x.new_zeros((*x.shape[:-1], n)) if weight is None else F.linear(x, weight)

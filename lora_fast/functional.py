@@ -20,6 +20,7 @@ from lora_fast import (
     reference,
 )
 from lora_fast.backend import Backend, choose
+from lora_fast.lora_first import lora_first
 from lora_fast.merging import merge_, unmerge_
 
 __all__ = [
@@ -86,6 +87,9 @@ def lora_linear(
             )
         if backend is Backend.EAGER:
             factors = (reference.like(lora_A, x), reference.like(lora_B, x))
+            if x.is_cuda:
+                p = dropout_p if drops else 0.0
+                return lora_first(x, weight, *factors, scaling, bias, p)
             whole = ((0, weight.shape[0]),)
             return eager.low_rank_linear(x, weight, *factors, scaling, bias, dropout_p, whole)
         if x.dim() > 2 and _flattens(x):

@@ -136,8 +136,8 @@ def test_where_the_kernel_pays() -> None:
         a, b = torch.empty(48, k, dtype=adapter), torch.empty(k, 48, dtype=torch.bfloat16)
         return merged_weight_pays(weight, a, b)
 
-    assert pays(weight(256))
-    assert not pays(weight(64))
+    assert pays(weight(1024))
+    assert not pays(weight(512))
     assert pays(weight(64), adapter=torch.float32)
     assert pays(weight(64).to(memory_format=torch.channels_last))
 
