@@ -5,43 +5,39 @@ the allocator gives activations the same memory step after step.
 """
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-class _Memory(NamedTuple):
+class Memory(NamedTuple):
     """What a descriptor needs to know of its tensor, whose memory it does not keep from freeing."""
 
     address: int
     dtype: torch.dtype
 
     def data_ptr(self) -> int:
+        """As a tensor's."""
         return self.address
+
+
+def tiled(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """A matrix as the accelerator reads and writes it, in blocks of [rows, cols]."""
+    if not matrix.is_cuda:  # interpreted or compiled only: those look at the tensor
+        return TensorDescriptor.from_tensor(matrix, [rows, cols])
+    return _kept(matrix.data_ptr(), matrix.dtype, matrix.shape, matrix.stride(), rows, cols)
 
 
 @lru_cache(maxsize=4096)
 def _kept(
-    kind: Any,
-    memory: _Memory,
+    address: int,
+    dtype: torch.dtype,
     shape: torch.Size,
     strides: tuple[int, ...],
-    block: tuple[int, ...],
-    *layout: Any,
-) -> Any:
-    return kind(memory, list(shape), list(strides), list(block), *layout)
-
-
-def tiled(matrix: Tensor, *block: int) -> TensorDescriptor:
-    """A matrix as the accelerator reads and writes it, in blocks."""
-    return descriptor(TensorDescriptor, matrix, block)
-
-
-def descriptor(kind: Any, matrix: Tensor, block: tuple[int, ...], *layout: Any) -> Any:
-    """The descriptor of a class of Triton's: its tensor, shape, strides, block and more."""
-    if not matrix.is_cuda:  # interpreted or compiled only: those look at the tensor
-        return kind(matrix, matrix.shape, matrix.stride(), list(block), *layout)
-    memory = _Memory(matrix.data_ptr(), matrix.dtype)
-    return _kept(kind, memory, matrix.shape, matrix.stride(), block, *layout)
+    rows: int,
+    cols: int,
+) -> TensorDescriptor:
+    memory = Memory(address, dtype)
+    return TensorDescriptor(memory, list(shape), list(strides), [rows, cols])

@@ -5,6 +5,8 @@ up by a string made of all that, every time. Here the compiled kernel is found b
 launched as `CompiledKernel.__getitem__` launches it, with addresses in the place of tensors.
 """
 
+import functools
+import operator
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 CACHE_SIZE = 4096  # per kernel
+_TENSORS = frozenset((Tensor, Parameter))
 # Whoever takes its place (the compile report, a tracer) wants to see every launch.
 _RUN = JITFunction.run
 
@@ -66,13 +69,53 @@ class Launch:
         grid: one to three sizes.
         constants: the kernel's constexpr arguments and Triton's options.
         prepared: by device, what runs where the address of every tensor is a multiple of 16.
+        tensors: where among the arguments tensors are; `nested`: tuples that hold some.
     """
 
-    __slots__ = ("constants", "grid", "prepared")
+    __slots__ = ("constants", "grid", "nested", "prepared", "tensors")
 
     def __init__(self, grid: tuple[int, ...], constants: dict[str, Any]) -> None:
         self.grid, self.constants = grid, constants
         self.prepared: dict[int, tuple[Any, tuple[Any, ...]]] = {}
+        self.tensors: tuple[int, ...] = ()
+        self.nested: tuple[int, ...] = ()
+
+    def note(self, device: int, found: tuple[Any, tuple[Any, ...]], args: tuple[Any, ...]) -> None:
+        """Keep what was prepared for these arguments."""
+        kinds = [type(arg) for arg in args]
+        self.tensors = tuple(i for i, kind in enumerate(kinds) if kind in _TENSORS)
+        self.nested = tuple(
+            i for i, kind in enumerate(kinds) if kind is tuple and holds_tensor(args[i])
+        )
+        self.prepared[device] = found
+
+    def addresses(self, args: tuple[Any, ...]) -> tuple[list[Any], int]:
+        """The arguments with tensors as addresses, and the bits that are set in any of these."""
+        values, bits = list(args), 0
+        for i in self.tensors:
+            address = values[i].data_ptr()
+            values[i] = address
+            bits |= address
+        for i in self.nested:
+            values[i], more = nested_addresses(values[i])
+            bits |= more
+        return values, bits
+
+
+def holds_tensor(arg: Any) -> bool:
+    """Is it a tensor, or a tuple that holds one at any depth?"""
+    return type(arg) in _TENSORS or (type(arg) is tuple and any(map(holds_tensor, arg)))
+
+
+def nested_addresses(arg: Any) -> tuple[Any, int]:
+    """Like `Launch.addresses`, of one argument at any depth."""
+    if type(arg) in _TENSORS:
+        address = arg.data_ptr()
+        return address, address
+    if type(arg) is not tuple or not arg:
+        return arg, 0
+    members, bits = zip(*map(nested_addresses, arg), strict=True)
+    return members, functools.reduce(operator.or_, bits)
 
 
 def launch(kernel: Any, todo: Launch, *args: Any) -> None:
@@ -85,22 +128,6 @@ def launch(kernel: Any, todo: Launch, *args: Any) -> None:
         kernel.run(todo, args)
     else:
         kernel[todo.grid](*args, **todo.constants)
-
-
-def addresses(args: tuple[Any, ...]) -> tuple[list[Any], int]:
-    """The arguments with tensors as their addresses, and the bits that are set in any of these."""
-    values, bits = [], 0
-    for arg in args:
-        kind = type(arg)
-        if kind is Tensor or kind is Parameter:
-            arg = arg.data_ptr()
-            bits |= arg
-        elif kind is tuple and arg and type(arg[0]) is not int:
-            members, more = addresses(arg)
-            arg = tuple(members)
-            bits |= more
-        values.append(arg)
-    return values, bits
 
 
 class PreparedKernel:
@@ -126,13 +153,13 @@ class PreparedKernel:
         device = driver.get_current_device()
         found = todo.prepared.get(device)
         if found is not None and JITFunction.run is _RUN and not self.kernel.pre_run_hooks:
-            values, bits = addresses(args)
+            values, bits = todo.addresses(args)
             if not bits % 16:
                 start(found, todo.grid, driver.get_current_stream(device), args, values)
                 return
         key = self.launch(todo.grid, *args, **todo.constants)
-        if key in self.prepared and not addresses(args)[1] % 16:
-            todo.prepared[device] = self.prepared[key]
+        if key in self.prepared and not nested_addresses(args)[1] % 16:
+            todo.note(device, self.prepared[key], args)
 
     def launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
         """Run on the current device and stream; return the key of what ran."""
