@@ -8,8 +8,8 @@ The low-rank update is the first steps of the same loop: a tile of y multiplies 
 rank (t with U), then along the depth (x with W). So the update needs no shared memory, no barrier
 and no accumulator of its own, and the mask multiplies the accumulator in between.
 
-Compiled for sm_90 and run on a model of the hardware (tests/kernels/hopper_model.py), but not on
-a GPU yet: no rule chooses it, only a measured table may.
+Without a GPU it runs on a model of the hardware (tests/kernels/hopper_model.py). On an H200 it
+takes as long as the vendor's product without the update (docs/targets.md).
 """
 
 from functools import lru_cache
@@ -327,21 +327,17 @@ def lora_gemm_hopper(
     (M, K), (N, R) = x.shape, up.shape
     t, up = rank_operand(t, x.dtype), rank_operand(up, x.dtype)
     w_is_kn, up_is_rn = w.stride(1) != 1, up.stride(1) != 1
-    bias_dtype = None if bias is None else bias.dtype
-    rows, cols, depth, block_r, part, todo = hopper_work(
+    block_r, todo = hopper_work(
         *(config, M, N, R, w_is_kn, up_is_rn, x.device, x.dtype),
-        *(K, bias_dtype, keep is not None),
+        *(K, None if bias is None else bias.dtype, keep is not None),
     )
+    rows, cols, depth = config.block_m, config.block_n, config.block_k
     launch(
-        lora_gemm_hopper_kernel,
-        todo,
-        describe(x, rows, depth),
-        describe_factor(w, cols, depth, w_is_kn),
-        describe(t, rows, block_r),
-        describe_factor(up, cols, block_r, up_is_rn),
-        describe(y, *part),
-        *(bias, keep, packed_width(N)),
-        *(M, N, K, R),
+        *(lora_gemm_hopper_kernel, todo),
+        *(describe(x, rows, depth), describe_factor(w, cols, depth, w_is_kn)),
+        *(describe(t, rows, block_r), describe_factor(up, cols, block_r, up_is_rn)),
+        describe(y, rows // GROUPS.value, cols // config.parts),
+        *(bias, keep, packed_width(N), M, N, K, R),
     )
 
 
@@ -356,8 +352,8 @@ def hopper_work(
     device: torch.device,
     dtype: torch.dtype,
     *details: object,
-) -> tuple[int, int, int, int, tuple[int, int], Launch]:
-    """The sizes of a tile of y, of a step, of the rank and of a part of y; and the launch.
+) -> tuple[int, Launch]:
+    """The width of a step along the rank, and the launch.
 
     `details` are what else decides how it is compiled.
     """
@@ -375,9 +371,7 @@ def hopper_work(
         "W_IS_KN": w_is_kn,
         "num_warps": config.num_warps // GROUPS.value,
     }
-    part = config.block_m // GROUPS.value, config.block_n // config.parts
-    todo = Launch((min(tiles, processor_count(device)),), constants)
-    return config.block_m, config.block_n, config.block_k, block_r, part, todo
+    return block_r, Launch((min(tiles, processor_count(device)),), constants)
 
 
 def check_hopper(device: torch.device, dtype: torch.dtype, config: GemmConfig) -> None:

@@ -105,7 +105,7 @@ def test_kernels_know_nothing_of_the_rest(name):
         (
             "functional",
             {"autograd", "autograd_embedding", "autograd_weight"}
-            | {"backend", "checks", "eager", "merging", "reference"},
+            | {"backend", "checks", "eager", "lora_first", "merging", "reference"},
         ),
         (
             "merging",
@@ -114,6 +114,7 @@ def test_kernels_know_nothing_of_the_rest(name):
         ("compiled", {"ops", "record", "reference"}),
         ("versions", set()),
         ("eager", {"dropout"}),
+        ("lora_first", {"eager"}),
         ("dropout", {"ops"}),
         ("scripting", set()),
     ],

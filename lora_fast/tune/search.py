@@ -52,7 +52,7 @@ class DeviceClock:
         self.seconds_of_a_flush = self._flush_alone() if self.is_cuda else 0.0
 
     def _flush_alone(self) -> float:
-        times = []
+        times: list[float] = []
         for _ in range(5):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
