@@ -17,8 +17,10 @@ import torch
 from contest import Absent
 
 import lora_fast
+from lora_fast import backend, functional
 
 REFERENCE = "lora_fast:reference"
+EAGER = "lora_fast:eager"
 MERGED_WEIGHT = "lora_fast:merged_weight"
 
 _BACKWARD = ("lora_fast:dx_", "lora_fast:sb_")
@@ -38,10 +40,12 @@ def forced() -> dict[str, Callable[[], AbstractContextManager[None]]]:
     `lora_fast:dx_fused` and the like choose dx, `lora_fast:sb_library` and `lora_fast:sb_kernel`
     who computes dS and dB; `lora_fast:reference` is plain torch. On Hopper
     `lora_fast:specialised` takes the products whose warps divide the work, both ways.
-    `lora_fast:merged_weight` forms a convolution's weight by the kernel, also a small one.
+    `lora_fast:merged_weight` forms a convolution's weight by the kernel, also a small one;
+    `lora_fast:eager` takes torch's kernels with a backward written by hand, also for a large layer.
     """
     found: dict[str, Callable[[], AbstractContextManager[None]]] = {
-        REFERENCE: partial(lora_fast.use_backend, "reference")
+        REFERENCE: partial(lora_fast.use_backend, "reference"),
+        EAGER: _eager,
     }
     if not _HAS_TRITON:
         return found
@@ -73,7 +77,8 @@ def of(kind: str, *, backward: bool) -> list[str]:
     For an embedding there is one kernel, whose tiles alone depend on the call.
     """
     if kind in ("Linear", "MergedLinear"):
-        products = [peer for peer in forced() if peer != MERGED_WEIGHT]
+        others = (MERGED_WEIGHT,) if kind == "Linear" else (MERGED_WEIGHT, EAGER)
+        products = [peer for peer in forced() if peer not in others]
         return [peer for peer in products if backward or not peer.startswith(_BACKWARD)]
     return [REFERENCE] if kind == "Embedding" else [REFERENCE, MERGED_WEIGHT]
 
@@ -115,12 +120,26 @@ def _force(what: str, **chosen: Any) -> Iterator[None]:
 
 @contextmanager
 def on_kernels() -> Iterator[None]:
-    """Run the fused kernels, which on a CPU takes Triton's interpreter."""
-    if torch.cuda.is_available():
-        yield
-        return
+    """Run the fused kernels, of a small layer too; on a CPU that takes Triton's interpreter."""
     with lora_fast.use_backend("triton"):
         yield
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Run `lora_linear` on torch's kernels, whatever the size."""
+    choose = functional.choose
+
+    def chosen(op: str, *tensors: Any, **kwargs: Any) -> backend.Backend:
+        if op == "lora_linear":
+            return backend.decided(op, backend.Backend.EAGER, "forced")
+        return choose(op, *tensors, **kwargs)
+
+    functional.choose = chosen  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        functional.choose = choose  # type: ignore[attr-defined]
 
 
 @contextmanager

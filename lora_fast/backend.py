@@ -52,6 +52,7 @@ _FEW_DROPPED = 2**21
 _FEW_ROWS = 64
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TENSOR_SCALING = "scaling is a tensor, which may want a gradient"
+_LAUNCHED_SOONER = "torch launches sooner than so little is computed"
 _INDEX_DTYPES = (torch.int64, torch.int32)
 # Ops whose input and weight, the first two tensors, must have one dtype.
 _ONE_DTYPE_OPS = frozenset({"lora_linear", "lora_merged_linear"})
@@ -153,7 +154,7 @@ def choose(
         return decided(op, Backend.REFERENCE, special)
     reason = _why_not_triton(op, tensors) if on_gpu else "not a CUDA tensor"
     if reason is None and op == "lora_linear" and _launching_outlasts(tensors, drops):
-        return decided(op, Backend.EAGER, "torch launches sooner than so little is computed")
+        return decided(op, Backend.EAGER, _LAUNCHED_SOONER)
     reason = reason or _why_torch_is_as_fast(op, tensors)
     if reason is None:
         return decided(op, Backend.TRITON, "plain CUDA tensors")
@@ -302,7 +303,11 @@ class Decision(NamedTuple):
 def what_runs() -> list[Decision]:
     """Return which implementation serves each op on each device of this machine, and why."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    return [Decision(op, device, *_explain_op(op, device)) for device in devices for op in _OPS]
+    found = [Decision(op, device, *_explain_op(op, device)) for device in devices for op in _OPS]
+    fused = ("lora_linear", "cuda", Backend.TRITON.value)
+    if _selected == "auto" and any(decision[:3] == fused for decision in found):
+        found.append(Decision(*fused[:2], Backend.EAGER.value, f"where {_LAUNCHED_SOONER}"))
+    return found
 
 
 def has_triton() -> bool:

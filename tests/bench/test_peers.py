@@ -76,10 +76,11 @@ def test_a_forced_implementation_runs(kernel_lab, row, peer):
     name = peer.removeprefix(f"{OURS}:")
     what, _, choice = name.partition("_")
     op = "lora_linear" if row.kind == "Linear" else "lora_merged_linear"
-    assert seen.pop(op) == ("reference" if name == "reference" else "triton")
+    on_torch = name in ("reference", "eager")
+    assert seen.pop(op) == (name if on_torch else "triton")
     if name == "specialised":
         assert (seen["forward"], seen["dx"]) == ("split", "fused")
-    elif name == "reference":
+    elif on_torch:
         assert seen == {}
     else:
         assert (seen[what] == choice) if what in ("dx", "sb") else (seen["forward"] == name)
@@ -119,7 +120,8 @@ def test_each_kind_has_its_peers():
     known = partial(peers.known, backward=True)
     every = [p for p in peers.PEERS if p != implementations.MERGED_WEIGHT]
     assert known("Linear") == every
-    assert known("MergedLinear") == [p for p in every if p not in peers._LINEAR_ALONE]
+    alone = (*peers._LINEAR_ALONE, implementations.EAGER)
+    assert known("MergedLinear") == [p for p in every if p not in alone]
     few = ["frozen", "loralib", "loralib-compiled", "peft", OURS, implementations.REFERENCE]
     assert known("Embedding") == few
     assert known("Conv1d") == known("Conv3d") == known("Conv2d")
