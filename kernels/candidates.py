@@ -18,6 +18,7 @@ from lora_fast.kernels.configs import (
     GradSBConfig,
     ShrinkConfig,
     WeightConfig,
+    gemm_config,
 )
 from lora_fast.kernels.decode_configs import DecodeConfig
 from lora_fast.kernels.plans import (
@@ -131,6 +132,10 @@ def candidates(arch: Architecture, call: Call, rule: Any) -> Steps:
 
 def _forward_steps(arch: Architecture, call: Call, rule: ForwardPlan) -> Steps:
     ways: list[Change] = [{"impl": impl} for impl in get_args(ForwardImpl)]
+    dtype = getattr(torch, call.dtype)
+    for way in ways:
+        if way["impl"] == "one_pass":  # which takes more shared memory than the others
+            way["gemm"] = gemm_config(arch, call.M, dtype, one_pass=True)
     ways += [{"impl": "split", "gemm": gemm} for gemm in _gemms(arch, call)]
     ways += [{"impl": "one_pass", "gemm": gemm} for gemm in _gemms(arch, call, one_pass=True)]
     ways += [

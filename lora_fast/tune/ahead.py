@@ -29,7 +29,7 @@ def processes() -> int:
     return min(_MOST_PROCESSES, cores or 1)
 
 
-def compile_ahead(jobs: list[Job], device: torch.device, workers: int) -> None:
+def compile_ahead(jobs: list[Job], device: torch.device, workers: int) -> int:
     """Run the plans that the jobs will try, once each; what fails here will fail there, and say so.
 
     Calls that differ in sizes alone take the same kernels, nearly always: one of them stands for
@@ -39,17 +39,20 @@ def compile_ahead(jobs: list[Job], device: torch.device, workers: int) -> None:
         jobs: what is to be measured.
         device: a GPU.
         workers: how many processes.
+
+    Returns:
+        How many plans ran.
     """
     tasks = [(job, changes) for job in _representatives(jobs) for changes in _portions(job)]
     context = multiprocessing.get_context("spawn")  # a forked process has no use of CUDA
     with ProcessPoolExecutor(min(workers, len(tasks)) or 1, context) as pool:
         futures = [pool.submit(_run_each, job, changes, str(device)) for job, changes in tasks]
         try:
-            for _ in tqdm(as_completed(futures), "compiling", len(tasks), disable=None):
-                pass
+            done = list(tqdm(as_completed(futures), "compiling", len(tasks), disable=None))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return sum(future.result() for future in done if future.exception() is None)
 
 
 def _representatives(jobs: list[Job]) -> Iterator[Job]:
@@ -67,19 +70,22 @@ def _portions(job: Job) -> Iterator[list[Change]]:
         yield changes[start : start + _PLANS_OF_A_TASK]
 
 
-def _run_each(job: Job, changes: list[Change], device: str) -> None:
+def _run_each(job: Job, changes: list[Change], device: str) -> int:
     try:
         problem = job.prepare(torch.device(device))
     except Exception:  # the measurement will tell
-        return
+        return 0
+    ran = 0
     for change in changes:
         for way in _ways(job, change):
             try:
                 problem.run(replace(job.rule, **way, **change))
+                ran += 1
             except Exception:
                 continue
     if problem.device.type == "cuda":
         torch.cuda.synchronize(problem.device)
+    return ran
 
 
 def _ways(job: Job, change: Change) -> Iterator[Change]:

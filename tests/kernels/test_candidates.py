@@ -90,3 +90,12 @@ def test_an_op_without_candidates_is_named() -> None:
         candidates(ARCH, CALL._replace(op="lora_conv"), RULE)
     with pytest.raises(ValueError, match=r"op must be one of lora_linear_fwd, .*got 'lora_conv'"):
         plans.rule_for(ARCH, CALL._replace(op="lora_conv"))
+
+
+def test_one_pass_has_the_tile_that_leaves_room_for_s() -> None:
+    chip = configs.ARCHITECTURES["sm_90"]
+    call = Call.of("lora_linear_fwd", 8192, 4096, 4096, 16, torch.bfloat16, False)
+    ways, _ = candidates(chip, call, plans.rule_for(chip, call))
+    (way,) = (way for way in ways if way["impl"] == "one_pass" and way["gemm"].tma and
+              way["gemm"].block_n == 256)  # fmt: skip
+    assert way["gemm"] == chip.gemm_one_pass
