@@ -4,8 +4,9 @@ To make one takes the host longer than to launch a kernel; and a weight stays wh
 the allocator gives activations the same memory step after step.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,19 +26,29 @@ class Memory(NamedTuple):
 
 def tiled(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
     """A matrix as the accelerator reads and writes it, in blocks of [rows, cols]."""
+    return described(_tiled, matrix, rows, cols)
+
+
+def _tiled(base: Any, shape: Any, strides: Any, rows: int, cols: int) -> TensorDescriptor:
+    return TensorDescriptor(base, shape, strides, [rows, cols])
+
+
+def described(make: Callable[..., Any], matrix: Tensor, rows: int, cols: int) -> Any:
+    """What `make` makes of a matrix, its shape and strides, and the block [rows, cols]."""
     if not matrix.is_cuda:  # interpreted or compiled only: those look at the tensor
-        return TensorDescriptor.from_tensor(matrix, [rows, cols])
-    return _kept(matrix.data_ptr(), matrix.dtype, matrix.shape, matrix.stride(), rows, cols)
+        return make(matrix, matrix.shape, matrix.stride(), rows, cols)
+    address, dtype = matrix.data_ptr(), matrix.dtype
+    return _kept(make, address, dtype, matrix.shape, matrix.stride(), rows, cols)
 
 
 @lru_cache(maxsize=4096)
 def _kept(
+    make: Callable[..., Any],
     address: int,
     dtype: torch.dtype,
     shape: torch.Size,
     strides: tuple[int, ...],
     rows: int,
     cols: int,
-) -> TensorDescriptor:
-    memory = Memory(address, dtype)
-    return TensorDescriptor(memory, list(shape), list(strides), [rows, cols])
+) -> Any:
+    return make(Memory(address, dtype), list(shape), list(strides), rows, cols)
