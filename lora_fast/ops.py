@@ -175,7 +175,7 @@ def launcher(op: str, tensor: Tensor) -> Callable[..., Any]:
         torch.compiler.is_compiling()
         or type(tensor) not in _PLAIN_TYPES
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._dispatch_keys(tensor).raw_repr() != _plain_keys(tensor.device.type)
+        or torch._C._dispatch_keys(tensor).raw_repr() not in _plain_keys(tensor.device.type)
     ):
         return cast(Callable[..., Any], getattr(torch.ops.lora_fast, op).default)
     return _kernel(op)
@@ -185,10 +185,13 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 @functools.cache
-def _plain_keys(device_type: str) -> int:
-    """The dispatch keys of a tensor of which nothing is to be known but its device."""
-    keys: int = torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr()
-    return keys
+def _plain_keys(device_type: str) -> frozenset[int]:
+    """The dispatch keys of tensors of which nothing is to be known but their device."""
+    found = []
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            found.append(torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
+    return frozenset(found)
 
 
 def _register_kernel(op: str) -> None:

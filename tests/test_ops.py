@@ -302,3 +302,30 @@ def test_the_compiled_dropout(dtype: torch.dtype) -> None:
     keep = torch.zeros_like(x, dtype=torch.bool)
     args = (x, torch.zeros_like(x), keep, torch.get_rng_state(), 0.75, 1 / 0.75)
     torch.library.opcheck(ops.dropout_, args, test_utils=CHECKS)
+
+
+# --------------------------------------------------------------------------------- the short way
+
+
+def test_plain_tensors_go_past_the_dispatcher() -> None:
+    direct = ops._kernel("lora_linear_fwd")
+    plain = torch.ones(2, 3)
+    with torch.inference_mode():
+        inference = torch.ones(2, 3)
+    for x in (plain, plain.requires_grad_(), torch.nn.Parameter(plain), inference, plain[:, 1:]):
+        assert ops.launcher("lora_linear_fwd", x) is direct
+
+
+def test_what_is_watched_goes_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, plain = ops.lora_linear_fwd, torch.ones(2, 3)
+    found = []
+    torch.func.vmap(lambda x: found.append(ops.launcher("lora_linear_fwd", x)) or x)(plain)
+    torch.func.grad(lambda x: found.append(ops.launcher("lora_linear_fwd", x)) or x.sum())(plain)
+    with FakeTensorMode() as mode:
+        found.append(ops.launcher("lora_linear_fwd", plain))
+        found.append(ops.launcher("lora_linear_fwd", mode.from_tensor(plain)))
+    for x in (plain.to(torch.complex64).conj(), torch._neg_view(plain)):
+        found.append(ops.launcher("lora_linear_fwd", x))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found.append(ops.launcher("lora_linear_fwd", plain))
+    assert found == [op] * 7
