@@ -62,7 +62,8 @@ def test_dropout(shape: Any, p: float, device: torch.device) -> None:
         torch.manual_seed(0)
         return run(tensors, p)
 
-    mask = ours([t.detach().requires_grad_() for t in tensors]).grad_fn.saved_tensors[-1]
+    y = ours([t.detach().requires_grad_() for t in tensors])
+    mask = y.grad_fn.saved_tensors[-1]
     keep = mask.view(shape).double() * (0.0 if p == 1.0 else 1.0 / (1.0 - p))
     found = results(ours, tensors, torch.float32)
     eager, oracle = (
