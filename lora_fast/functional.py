@@ -65,9 +65,10 @@ def lora_linear(
         RuntimeError: a forced backend cannot serve the call.
 
     Note:
-        Accumulates as torch's matrix products do (fp32 for 16-bit dtypes). On a CPU dropout draws
-        what `torch.nn.functional.dropout` draws; the fused kernels draw one seed per call from
-        torch's generator and drop with the multiple of 2^-16 nearest to `dropout_p`.
+        Accumulates as torch's matrix products do (fp32 for 16-bit dtypes). On a CPU, and in a call
+        too small for a GPU's kernels to pay, dropout draws what `torch.nn.functional.dropout`
+        draws; the fused kernels draw one seed per call from torch's generator and drop with the
+        multiple of 2^-16 nearest to `dropout_p`.
         Source: loralib/layers.py:147-152.
     """
     if isinstance(x, Tensor):  # an fx proxy has no shape to check
