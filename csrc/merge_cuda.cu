@@ -6,106 +6,63 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include <memory>
-
+#include "merge.h"
 #include "merge_cuda_kernels.cuh"
 #include "module.h"
 
 namespace lora_fast {
 namespace {
 
-Layout layout_of(const View& view, int64_t cols, const void* data, int64_t element_size) {
-  Layout layout;
-  if (view.dims == 1) {
-    layout.is_matrix = true;
-    layout.col_stride = view.stride[0];
-    layout.row_stride = cols * view.stride[0];
-  } else if (view.dims == 2 && view.size[1] == cols) {
-    layout.is_matrix = true;
-    layout.col_stride = view.stride[1];
-    layout.row_stride = view.stride[0];
-  }
-  layout.is_aligned = layout.is_matrix && layout.col_stride == 1 && cols % kVector == 0 &&
-      layout.row_stride % kVector == 0 &&
-      reinterpret_cast<uintptr_t>(data) % (element_size * kVector) == 0;
-  return layout;
+#if defined(__CUDACC__)  // who compiles this for a CPU has a start of his own
+template <class... Parameters, class... Arguments>
+void start(
+    void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+    Arguments&&... arguments) {
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(arguments...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
-
-// Jobs that go into one launch after another.
-struct Queue {
-  std::vector<std::pair<std::unique_ptr<Batch>, int64_t>> batches;  // with their tiles
-
-  void add(Job job, int64_t tiles) {
-    if (batches.empty() || batches.back().first->count == kBatch ||
-        batches.back().second + tiles > std::numeric_limits<int32_t>::max()) {
-      batches.emplace_back(std::make_unique<Batch>(), 0);
-    }
-    auto& [batch, used] = batches.back();
-    job.first_tile = used;
-    used += tiles;
-    batch->jobs[batch->count++] = job;
-  }
-};
+#endif
 
 template <class F>
 class Launcher {
   using Bits = typename F::Bits;
 
  public:
-  Launcher(const std::vector<Item>& items, int32_t device) : items_(items) {
+  Launcher(const std::vector<Item>& items, int32_t device)
+      : items_(items), plan_(items, sizeof(Bits)) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-    for (size_t i = 0; i < items.size(); ++i) {
-      if (items[i].numel() != 0) add(i);
-    }
   }
 
   // written: a flag for each tile, or null.
   template <Mode kMode>
   void run(Outcome* outcomes, uint8_t* written) {
-    launch<kMode, true>(aligned_, outcomes, written);
-    launch<kMode, false>(strided_, outcomes, written);
+    launch<kMode, true>(plan_.aligned, outcomes, written);
+    launch<kMode, false>(plan_.strided, outcomes, written);
   }
 
   void restore(size_t index, int64_t count) {
     if (count == 0) return;
-    const unsigned blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
-    restore_kernel<Bits><<<blocks, kThreads, 0, stream_>>>(items_[index], count);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    const int64_t blocks = (count + kThreads - 1) / kThreads;
+    start(restore_kernel<Bits>, blocks, kThreads, stream_, items_[index], count);
   }
 
-  int64_t tiles() const { return tiles_; }
+  int64_t tiles() const { return plan_.tiles; }
   cudaStream_t stream() const { return stream_; }
 
  private:
   template <Mode kMode, bool kAligned>
   void launch(const Queue& queue, Outcome* outcomes, uint8_t*& written) {
     for (const auto& [batch, tiles] : queue.batches) {
-      merge_kernel<F, kMode, kAligned>
-          <<<static_cast<unsigned>(tiles), kThreads, 0, stream_>>>(*batch, outcomes, written);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      const auto kernel = merge_kernel<F, kMode, kAligned>;
+      start(kernel, tiles, kThreads, stream_, *batch, outcomes, written);
       if (written != nullptr) written += tiles;
     }
   }
 
-  void add(size_t index) {
-    const Item& item = items_[index];
-    Job job;
-    job.item = item;
-    job.index = static_cast<int>(index);
-    job.col_tiles = (item.cols + kTileCols - 1) / kTileCols;
-    job.weight = layout_of(item.weight_view, item.cols, item.weight, sizeof(Bits));
-    job.code = layout_of(item.code_view, item.cols, item.code, sizeof(int8_t));
-    const bool is_aligned = job.weight.is_aligned && (item.code == nullptr || job.code.is_aligned);
-    const int64_t tiles = (item.rows + kTileRows - 1) / kTileRows * job.col_tiles;
-    (is_aligned ? aligned_ : strided_).add(job, tiles);
-    tiles_ += tiles;
-  }
-
   const std::vector<Item>& items_;
-  Queue aligned_, strided_;
-  int64_t tiles_ = 0;
+  Plan plan_;
   cudaStream_t stream_ = nullptr;
 };
 

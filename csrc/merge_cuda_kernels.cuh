@@ -5,93 +5,135 @@
 // back.
 #pragma once
 
-#include "merge.h"
+#include "merge_cuda_jobs.h"
+#include "merge_groups.h"
 
 namespace lora_fast {
-constexpr int kThreads = 256;
-constexpr int kVector = 4;  // neighbouring columns of one thread
-constexpr int kRows = 4;    // rows of one thread
-constexpr int kTileCols = 128;
-constexpr int kTileRows = kThreads * kVector / kTileCols * kRows;
-constexpr int kChunk = 16;  // ranks of the factors in shared memory at a time
-constexpr int kBatch = 48;  // weights in one launch: a kernel's arguments have 32,764 bytes
+constexpr int kChunk = 16;    // ranks of the factors in shared memory at a time
+constexpr int kListed = 512;  // entries of the overflow list that a block gathers
 
-// Blocks that share a multiprocessor: enough loads must be on their way to keep the memory busy.
+// Blocks that share a multiprocessor: as many as have registers for what each thread holds.
 template <class F, bool kAligned>
-constexpr int kBlocks = sizeof(typename F::Compute) == 4 && kAligned ? 3 : 1;
+constexpr int kBlocks = kAligned && sizeof(typename F::Compute) == 4 ? 2 : 1;
 
 enum class Mode { kMerge, kUndo, kUnmerge };
 
-// Where the element in row and column of an item lies.
-struct Layout {
-  int64_t row_stride = 0, col_stride = 0;
-  bool is_matrix = false;   // else only View::offset tells
-  bool is_aligned = false;  // kVector columns can be moved at once
+// Which rows and columns of its tile a thread has. A warp has 4 threads down and 8 across, so that
+// its reads of shared memory are broadcasts of 64 and 128 bytes; 4 warps stand side by side.
+template <int kRows>
+struct Place {
+  int row, col;
+  __device__ __forceinline__ Place()
+      : row(threadIdx.x / 128 * (4 * kRows) + threadIdx.x % 32 / 8 * kRows),
+        col(threadIdx.x / 32 % 4 * 32 + threadIdx.x % 8 * kGroup) {}
 };
 
-struct Job {
-  Item item;
-  Layout weight, code;
-  int64_t first_tile = 0, col_tiles = 0;
-  int index = 0;  // of the item in the call
-};
-
-struct Batch {
-  Job jobs[kBatch];
-  int count = 0;
-};
-static_assert(sizeof(Batch) < 32000, "a kernel's arguments have 32,764 bytes");
-
-// What the blocks find out about one item.
-struct Outcome {
-  unsigned long long overflow, not_finite, list_full;
-};
-
-template <class E>
-struct alignas(sizeof(E) * kVector) Packed {
-  E lane[kVector];
-};
-
-template <class E>
-__device__ __forceinline__ E& at(
-    E* base, const Item& item, const View& view, const Layout& layout, int64_t row, int64_t col) {
-  if (layout.is_matrix) return base[row * layout.row_stride + col * layout.col_stride];
-  return base[view.offset(row * item.cols + col)];
-}
-
-template <bool kAligned, class E>
-__device__ __forceinline__ Packed<E> load(
-    E* base, const Item& item, const View& view, const Layout& layout, int64_t row, int64_t col) {
-  Packed<E> result{};
-  if (row >= item.rows || col >= item.cols) return result;
-  if constexpr (kAligned) {
-    result = *reinterpret_cast<const Packed<E>*>(base + row * layout.row_stride + col);
+// So many bytes at once, by one instruction where there is one for as many.
+template <int kBytes>
+__device__ __forceinline__ void load_bytes(void* to, const void* from) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kBytes == 4) {
+    *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
+  } else if constexpr (kBytes == 8) {
+    *static_cast<uint2*>(to) = *static_cast<const uint2*>(from);
   } else {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (col + i < item.cols) result.lane[i] = at(base, item, view, layout, row, col + i);
+    for (int i = 0; i < kBytes / 16; ++i) {
+      static_cast<uint4*>(to)[i] = static_cast<const uint4*>(from)[i];
     }
   }
-  return result;
+#else
+  memcpy(to, from, kBytes);
+#endif
 }
 
-template <bool kAligned, class E>
-__device__ __forceinline__ void store(
-    E* base, const Item& item, const View& view, const Layout& layout, int64_t row, int64_t col,
-    const Packed<E>& values) {
-  if (row >= item.rows || col >= item.cols) return;
-  if constexpr (kAligned) {
-    *reinterpret_cast<Packed<E>*>(base + row * layout.row_stride + col) = values;
+template <int kBytes>
+__device__ __forceinline__ void store_bytes(void* to, const void* from) {
+#if defined(__CUDA_ARCH__)
+  // An assignment is compiled to several stores at times.
+  if constexpr (kBytes == 4) {
+    __stwb(static_cast<uint32_t*>(to), *static_cast<const uint32_t*>(from));
+  } else if constexpr (kBytes == 8) {
+    __stwb(static_cast<uint2*>(to), *static_cast<const uint2*>(from));
   } else {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (col + i < item.cols) at(base, item, view, layout, row, col + i) = values.lane[i];
+    for (int i = 0; i < kBytes / 16; ++i) {
+      __stwb(static_cast<uint4*>(to) + i, static_cast<const uint4*>(from)[i]);
     }
   }
+#else
+  memcpy(to, from, kBytes);
+#endif
 }
 
-// Reads kCount elements of a factor, kStep apart in its first or second dimension, of which those
-// below `valid` are there; rounded to what F computes in. All are on their way before any is used.
+// What a thread has of a weight or its code: groups of four neighbours, one below the other.
+template <class E, bool kAligned>
+struct Part {
+  E* base;
+  const Item& item;
+  const View& view;
+  const Layout& layout;
+  int64_t row, col;  // of the first element
+  int rows;          // that are there
+
+  __device__ __forceinline__ Part(
+      void* data, const Item& its_item, const View& its_view, const Layout& its_layout,
+      int64_t first_row, int64_t first_col, int most)
+      : base(static_cast<E*>(data)),
+        item(its_item),
+        view(its_view),
+        layout(its_layout),
+        row(first_row),
+        col(first_col),
+        rows(0) {
+    const int64_t rest = item.rows - row;
+    if (col < item.cols && rest > 0) rows = rest < most ? static_cast<int>(rest) : most;
+    if constexpr (kAligned) base += row * layout.row_stride + col;
+  }
+
+  // `group`: of the row r, kGroup elements in as many bytes as they have in memory.
+  template <class Packed>
+  __device__ __forceinline__ void load(int r, Packed& group) const {
+    static_assert(sizeof(Packed) == kGroup * sizeof(E));
+    if (r >= rows) return;
+    if constexpr (kAligned) {
+      load_bytes<sizeof(Packed)>(&group, base + r * layout.row_stride);
+    } else {
+      E lanes[kGroup] = {};
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        if (col + i < item.cols) lanes[i] = at(r, i);
+      }
+      memcpy(&group, lanes, sizeof(Packed));
+    }
+  }
+
+  template <class Packed>
+  __device__ __forceinline__ void store(int r, const Packed& group) const {
+    static_assert(sizeof(Packed) == kGroup * sizeof(E));
+    if (r >= rows) return;
+    if constexpr (kAligned) {
+      store_bytes<sizeof(Packed)>(base + r * layout.row_stride, &group);
+    } else {
+      E lanes[kGroup];
+      memcpy(lanes, &group, sizeof(Packed));
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        if (col + i < item.cols) at(r, i) = lanes[i];
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ E& at(int r, int i) const {
+    if (layout.is_matrix)
+      return base[(row + r) * layout.row_stride + (col + i) * layout.col_stride];
+    return base[view.offset((row + r) * item.cols + col + i)];
+  }
+};
+
+// Reads kCount elements of a factor, `step` apart, of which those below `valid` are there; rounded
+// to what F computes in. All are on their way before any is used.
 template <class Compute, int kCount, class Stored, class Widen>
 __device__ __forceinline__ void read(
     const void* data, int64_t at, int64_t step, int valid, Compute (&found)[kCount], Widen widen) {
@@ -117,44 +159,51 @@ __device__ __forceinline__ void read_factor(
       return read<Compute, kCount, float>(
           data, at, step, valid, found, [](float value) { return value; });
     case Dtype::kFp16:
-      return read<Compute, kCount, uint16_t>(data, at, step, valid, found, Fp16::widen);
-    default: return read<Compute, kCount, uint16_t>(data, at, step, valid, found, Bf16::widen);
+      return read<Compute, kCount, uint16_t>(
+          data, at, step, valid, found, [](uint16_t bits) { return Fp16::widen(bits); });
+    default:
+      return read<Compute, kCount, uint16_t>(
+          data, at, step, valid, found, [](uint16_t bits) { return Bf16::widen(bits); });
   }
 }
 
-template <class F>
-struct Accumulator {
+// The sums of a thread's part of a tile.
+template <class F, int kRows>
+struct Sums {
   using Compute = typename F::Compute;
-  Compute value[kRows][kVector];
+  static constexpr int kTileRows = tile_rows(kRows);
+  Compute value[kRows][kGroup];
 
   // value = sum_j left[row, j] * right[j, col], j ascending, one fused multiply-add each.
-  __device__ __forceinline__ void compute(const Item& item, int64_t tile_row, int64_t tile_col) {
-    __shared__ Compute left[kChunk][kTileRows];
-    __shared__ Compute right[kChunk][kTileCols];
-    const int row = threadIdx.x / (kTileCols / kVector) * kRows;
-    const int col = threadIdx.x % (kTileCols / kVector) * kVector;
+  __device__ __forceinline__ void compute(
+      const Item& item, int64_t tile_row, int64_t tile_col, const Place<kRows>& mine) {
+    // Four more, so that the ranks of a row, which neighbouring threads bring, lie in other banks.
+    alignas(16) __shared__ Compute left[kChunk][kTileRows + 4];
+    alignas(16) __shared__ Compute right[kChunk][kTileCols];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-      for (int c = 0; c < kVector; ++c) value[r][c] = 0;
+      for (int c = 0; c < kGroup; ++c) value[r][c] = 0;
     }
     for (int64_t start = 0; start < item.rank; start += kChunk) {
-      const int ranks = static_cast<int>(min(static_cast<int64_t>(kChunk), item.rank - start));
+      const int64_t rest = item.rank - start;
+      const int ranks = rest < kChunk ? static_cast<int>(rest) : kChunk;
       __syncthreads();
       stage_left(item, tile_row, start, ranks, left);
       stage_right(item, tile_col, start, ranks, right);
       __syncthreads();
       // Not beyond ranks: adding 0 * 0 would turn a sum of -0 into +0.
+#pragma unroll 4
       for (int j = 0; j < ranks; ++j) {
-        Compute a[kRows], b[kVector];
+        Compute a[kRows], b[kGroup];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) a[r] = left[j][row + r];
+        for (int r = 0; r < kRows; ++r) a[r] = left[j][mine.row + r];
 #pragma unroll
-        for (int c = 0; c < kVector; ++c) b[c] = right[j][col + c];
+        for (int c = 0; c < kGroup; ++c) b[c] = right[j][mine.col + c];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-          for (int c = 0; c < kVector; ++c) value[r][c] = fused(a[r], b[c], value[r][c]);
+          for (int c = 0; c < kGroup; ++c) value[r][c] = fused(a[r], b[c], value[r][c]);
         }
       }
     }
@@ -164,7 +213,7 @@ struct Accumulator {
   // Ranks start to start + ranks of the tile's rows of the left factor; a thread has one rank.
   static __device__ __forceinline__ void stage_left(
       const Item& item, int64_t tile_row, int64_t start, int ranks,
-      Compute (&left)[kChunk][kTileRows]) {
+      Compute (&left)[kChunk][kTileRows + 4]) {
     constexpr int kStep = kThreads / kChunk, kCount = kTileRows / kStep;
     const int j = threadIdx.x % kChunk, first = threadIdx.x / kChunk;
     const Factor& factor = item.left;
@@ -194,104 +243,188 @@ struct Accumulator {
   // How many of first, first + step, ... are below end, at most `most`.
   static __device__ __forceinline__ int count_below(
       int64_t first, int64_t end, int step, int most) {
-    return static_cast<int>(
-        max(int64_t{0}, min(static_cast<int64_t>(most), (end - first + step - 1) / step)));
+    if (first >= end) return 0;
+    const int64_t count = (end - first + step - 1) / step;
+    return count < most ? static_cast<int>(count) : most;
   }
 };
 
-// Notes a weight whose code is kOverflow; false if the list is full.
+// The weights of a tile whose code is kOverflow, gathered so that the block asks for room in the
+// overflow list of its item once. What does not fit here goes there by itself.
 template <class Bits>
-__device__ bool list_overflow(
-    const Item& item, Outcome& outcome, int64_t row, int64_t col, Bits weight) {
-  const unsigned long long at = atomicAdd(&outcome.overflow, 1ull);
+struct Gathered {
+  int count;
+  unsigned long long first;  // place in the item's list
+  uint16_t place[kListed];   // row and column in the tile
+  Bits value[kListed];
+};
+
+// Puts a weight into the list of an item; false if that is full.
+template <class Bits>
+__device__ __forceinline__ bool put(
+    const Item& item, unsigned long long at, int64_t row, int64_t col, Bits weight) {
   if (at >= static_cast<unsigned long long>(item.overflow_size)) return false;
   item.overflow_index[at] = static_cast<int32_t>(item.passed_index(row, col));
   static_cast<Bits*>(item.overflow_value)[at] = weight;
   return true;
 }
 
-// Merges the thread's part of a tile in registers: after and code take the results.
-template <class F>
-__device__ __forceinline__ bool merge_part(
-    const Item& item, Outcome& outcome, const Accumulator<F>& acc, int64_t row, int64_t col,
-    Packed<typename F::Bits> (&weight)[kRows], Packed<int8_t> (&code)[kRows]) {
+// One tile of a job, as a thread of its block sees it.
+template <class F, int kRows>
+struct Tile {
+  using Bits = typename F::Bits;
   using Compute = typename F::Compute;
-  bool good = true;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int c = 0; c < kVector; ++c) {
-      const auto before = weight[r].lane[c];
-      const Merged<F> merged =
-          merge_weight<F>(before, acc.value[r][c], static_cast<Compute>(item.scaling));
-      weight[r].lane[c] = merged.bits;
-      code[r].lane[c] = merged.code;
-      if (row + r >= item.rows || col + c >= item.cols) continue;
-      if (merged.infinite != 0) {
-        outcome.not_finite = 1;
-        good = false;
-      } else if (merged.overflow != 0 && item.code != nullptr) {
-        if (!list_overflow(item, outcome, row + r, col + c, before)) {
-          outcome.list_full = 1;
+  const Job& job;
+  int64_t row, col;  // of the tile
+  Place<kRows> mine;
+
+  // Merges a row of the thread's weights in registers; false where one can't be merged.
+  __device__ __forceinline__ bool merge_row(
+      int r, const Compute (&acc)[kGroup], Group<F>& weight, uint32_t& code, Outcome& outcome,
+      Gathered<Bits>& gathered) const {
+    const Item& item = job.item;
+    const auto scaling = static_cast<Compute>(item.scaling);
+    const MergedGroup<F> merged = merge_group<F>(weight, acc, scaling);
+    Group<F> before = weight, back = merged.back;
+    weight = merged.bits;
+    code = merged.code;
+    if (merged.finite && (merged.fits || item.code == nullptr)) return true;
+    // One after another: these are few, and the code for them stays short.
+    bool good = true;
+    Compute sums[kGroup] = {acc[0], acc[1], acc[2], acc[3]};
+#pragma unroll 1
+    for (int i = 0; i < kGroup; ++i) {
+      Merged<F> one = encode<F>(before.lane(0), weight.lane(0), back.lane(0));
+      if (!merged.finite) one = merge_weight<F>(before.lane(0), sums[0], scaling);
+      if (is_there(r, i)) {
+        if (one.infinite != 0) {
+          outcome.not_finite = 1;
           good = false;
+        } else if (one.overflow != 0 && item.code != nullptr) {
+          good = gather(r, i, before.lane(0), outcome, gathered) && good;
         }
       }
+      weight.shift(one.bits);
+      code = code >> 8 | static_cast<uint32_t>(static_cast<uint8_t>(one.code)) << 24;
+      before.shift(0);
+      back.shift(0);
+      for (int k = 0; k + 1 < kGroup; ++k) sums[k] = sums[k + 1];
     }
+    return good;
   }
-  return good;
+
+  // Puts what was gathered into the item's list; false if that is full. The whole block calls it.
+  __device__ __forceinline__ bool hand_over(Outcome& outcome, Gathered<Bits>& gathered) const {
+    const int count = gathered.count < kListed ? gathered.count : kListed;
+    if (count == 0) return true;
+    if (threadIdx.x == 0) {
+      gathered.first = atomicAdd(&outcome.overflow, static_cast<unsigned long long>(count));
+    }
+    __syncthreads();
+    bool fits = true;
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const int place = gathered.place[i];
+      fits = put(job.item, gathered.first + i, row + place / kTileCols, col + place % kTileCols,
+                 gathered.value[i]) &&
+          fits;
+    }
+    if (!fits) outcome.list_full = 1;
+    return __syncthreads_and(fits);
+  }
+
+ private:
+  __device__ __forceinline__ bool is_there(int r, int i) const {
+    return row + mine.row + r < job.item.rows && col + mine.col + i < job.item.cols;
+  }
+
+  __device__ __forceinline__ bool gather(
+      int r, int i, Bits weight, Outcome& outcome, Gathered<Bits>& gathered) const {
+    const int at = atomicAdd(&gathered.count, 1);
+    if (at < kListed) {
+      gathered.place[at] = static_cast<uint16_t>((mine.row + r) * kTileCols + mine.col + i);
+      gathered.value[at] = weight;
+      return true;
+    }
+    const unsigned long long listed = atomicAdd(&outcome.overflow, 1ull);
+    if (put(job.item, listed, row + mine.row + r, col + mine.col + i, weight)) return true;
+    outcome.list_full = 1;
+    return false;
+  }
+};
+
+// Undoes the merge of a row of weights.
+template <class F>
+__device__ __forceinline__ Group<F> unmerge_row(
+    const Group<F>& merged, const typename F::Compute (&acc)[kGroup], typename F::Compute scaling,
+    uint32_t code) {
+  if (all_finite(merged)) return unmerge_group<F>(merged, acc, scaling, code);
+  Group<F> weight = merged;
+  typename F::Compute sums[kGroup] = {acc[0], acc[1], acc[2], acc[3]};
+#pragma unroll 1
+  for (int i = 0; i < kGroup; ++i) {
+    const auto one = static_cast<int8_t>(static_cast<uint8_t>(code));
+    weight.shift(unmerge_weight<F>(weight.lane(0), sums[0], scaling, one));
+    code >>= 8;
+    for (int k = 0; k + 1 < kGroup; ++k) sums[k] = sums[k + 1];
+  }
+  return weight;
 }
 
-// Grid: a block for each tile of kTileRows x kTileCols of each job. Any strides, unless kAligned.
+// Grid: a block for each tile of each job. Any strides, unless kAligned.
 template <class F, Mode kMode, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kBlocks<F, kAligned>)
     merge_kernel(const __grid_constant__ Batch batch, Outcome* outcomes, uint8_t* written) {
-  using Bits = typename F::Bits;
+  constexpr int kRows = thread_rows(sizeof(typename F::Bits), kAligned);
   int j = 0;
   while (j + 1 < batch.count && blockIdx.x >= batch.jobs[j + 1].first_tile) ++j;
   const Job& job = batch.jobs[j];
   const Item& item = job.item;
   if (kMode == Mode::kUndo && (item.code == nullptr || !written[blockIdx.x])) return;
 
-  const int64_t tile = blockIdx.x - job.first_tile;
-  const int64_t tile_row = tile / job.col_tiles * kTileRows;
-  const int64_t tile_col = tile % job.col_tiles * kTileCols;
-  const int64_t row = tile_row + threadIdx.x / (kTileCols / kVector) * kRows;
-  const int64_t col = tile_col + threadIdx.x % (kTileCols / kVector) * kVector;
+  const unsigned number = blockIdx.x - job.first_tile;
+  const Tile<F, kRows> tile{
+      job, static_cast<int64_t>(number / job.col_tiles) * tile_rows(kRows),
+      static_cast<int64_t>(number % job.col_tiles) * kTileCols};
+  const int64_t row = tile.row + tile.mine.row, col = tile.col + tile.mine.col;
+  const Part<typename F::Bits, kAligned> weights(
+      item.weight, item, item.weight_view, job.weight, row, col, kRows);
+  const Part<int8_t, kAligned> codes(item.code, item, item.code_view, job.code, row, col, kRows);
 
-  Bits* weights = static_cast<Bits*>(item.weight);
-  Packed<Bits> weight[kRows];
-  Packed<int8_t> code[kRows];
+  Group<F> weight[kRows] = {};
+  uint32_t code[kRows] = {};
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {  // before the sums, which hide the wait for it
-    weight[r] = load<kAligned>(weights, item, item.weight_view, job.weight, row + r, col);
+    weights.load(r, weight[r]);
+    if (kMode != Mode::kMerge) codes.load(r, code[r]);
   }
-  Accumulator<F> acc;
-  acc.compute(item, tile_row, tile_col);
+  Sums<F, kRows> sums;
 
-  if (kMode == Mode::kMerge) {
+  if constexpr (kMode == Mode::kMerge) {
+    __shared__ Gathered<typename F::Bits> gathered;
+    if (threadIdx.x == 0) gathered.count = 0;
+    __syncthreads();
+    sums.compute(item, tile.row, tile.col, tile.mine);
     Outcome& outcome = outcomes[job.index];
-    const bool good = merge_part<F>(item, outcome, acc, row, col, weight, code);
-    const bool all_good = __syncthreads_and(good);
+    bool good = true;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      good = tile.merge_row(r, sums.value[r], weight[r], code[r], outcome, gathered) && good;
+    }
+    const bool all_good = __syncthreads_and(good) && tile.hand_over(outcome, gathered);
     if (threadIdx.x == 0) written[blockIdx.x] = all_good;
     if (!all_good) return;
   } else {
+    sums.compute(item, tile.row, tile.col, tile.mine);
     const auto scaling = static_cast<typename F::Compute>(item.scaling);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      code[r] = load<kAligned>(item.code, item, item.code_view, job.code, row + r, col);
-#pragma unroll
-      for (int c = 0; c < kVector; ++c) {
-        weight[r].lane[c] =
-            unmerge_weight<F>(weight[r].lane[c], acc.value[r][c], scaling, code[r].lane[c]);
-      }
+      weight[r] = unmerge_row<F>(weight[r], sums.value[r], scaling, code[r]);
     }
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    store<kAligned>(weights, item, item.weight_view, job.weight, row + r, col, weight[r]);
-    if (kMode == Mode::kMerge && item.code != nullptr) {
-      store<kAligned>(item.code, item, item.code_view, job.code, row + r, col, code[r]);
-    }
+    weights.store(r, weight[r]);
+    if (kMode == Mode::kMerge && item.code != nullptr) codes.store(r, code[r]);
   }
 }
 

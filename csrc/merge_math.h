@@ -93,6 +93,14 @@ struct Bf16 {
     return static_cast<Bits>(select<uint32_t>(is_nan, 0x7fc0, rounded));
 #endif
   }
+  // Two at once, the first in the lower half of the word.
+  static LORA_FAST_INLINE uint32_t round_pair(Compute low, Compute high) {
+#if defined(__CUDA_ARCH__)
+    return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+#else
+    return round(low) | static_cast<uint32_t>(round(high)) << 16;
+#endif
+  }
 };
 
 struct Fp16 {
@@ -130,6 +138,13 @@ struct Fp16 {
     const uint32_t infinite = select<uint32_t>(magnitude > 0x7f800000, 0x7e00, 0x7c00);
     const uint32_t large = select(magnitude < 0x477ff000, normal, infinite);
     return static_cast<Bits>(select(magnitude < 0x38800000, subnormal, large) | sign);
+#endif
+  }
+  static LORA_FAST_INLINE uint32_t round_pair(Compute low, Compute high) {
+#if defined(__CUDA_ARCH__)
+    return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+#else
+    return round(low) | static_cast<uint32_t>(round(high)) << 16;
 #endif
   }
 };
@@ -172,6 +187,17 @@ struct Merged {
   typename F::Word overflow;  // 1: code is kOverflow
 };
 
+// Of a finite weight whose merged one is finite too, and what subtracting the delta gives.
+template <class F>
+LORA_FAST_INLINE Merged<F> encode(
+    typename F::Bits weight, typename F::Bits merged, typename F::Bits back) {
+  using Word = typename F::Word;
+  const Word distance = ordered<F>(weight) - ordered<F>(back);
+  const bool fits = static_cast<Word>(distance + 127) <= 254;
+  const Word code = select<Word>(fits, distance, static_cast<Word>(kOverflow));
+  return {merged, static_cast<int8_t>(static_cast<uint8_t>(code)), 0, static_cast<Word>(!fits)};
+}
+
 template <class F>
 LORA_FAST_INLINE Merged<F> merge_weight(
     typename F::Bits weight, typename F::Compute acc, typename F::Compute scaling) {
@@ -181,13 +207,12 @@ LORA_FAST_INLINE Merged<F> merge_weight(
   const bool finite = is_finite<F>(weight);  // inf and NaN are kept as they are
   const Bits merged = static_cast<Bits>(select<Word>(finite, sum, weight));
   const Bits back = F::round(fused(-scaling, acc, F::widen(merged)));
-  const Word distance = ordered<F>(weight) - ordered<F>(back);
-  const bool fits = static_cast<Word>(distance + 127) <= 254;
-  const Word code = select<Word>(fits, distance, static_cast<Word>(kOverflow));
-  return {
-      merged, static_cast<int8_t>(static_cast<uint8_t>(select<Word>(finite, code, 0))),
-      static_cast<Word>(finite) & static_cast<Word>(!is_finite<F>(merged)),
-      static_cast<Word>(finite) & static_cast<Word>(!fits)};
+  Merged<F> result = encode<F>(weight, merged, back);
+  const Word code = static_cast<Word>(static_cast<uint8_t>(result.code));
+  result.code = static_cast<int8_t>(static_cast<uint8_t>(select<Word>(finite, code, 0)));
+  result.infinite = static_cast<Word>(finite) & static_cast<Word>(!is_finite<F>(merged));
+  result.overflow &= static_cast<Word>(finite);
+  return result;
 }
 
 template <class F>
