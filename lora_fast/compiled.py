@@ -86,19 +86,24 @@ def merge(requests: Sequence[Merge]) -> list[MergeRecord | None]:
             _run(ops.unmerge_, [job.cut(n) for job, n in zip(jobs, status, strict=True)])
             raise
     del jobs  # their codes are large, and what follows makes its own
-    # The op has put every weight back.
-    if len(requests) > 1:
-        return _merge_each(requests)
-    return [None if _NOT_FINITE in status[0] else _merge_with_copy(requests[0])]
+    return _merge_apart(requests, status)  # the op has put every weight back
 
 
-def _merge_each(requests: Sequence[Merge]) -> list[MergeRecord | None]:
-    records: list[MergeRecord | None] = []
+def _merge_apart(
+    requests: Sequence[Merge], status: Sequence[Sequence[int]]
+) -> list[MergeRecord | None]:
+    """Merge together what can be, and with a copy what a code is not enough for."""
+    together = [i for i, lengths in enumerate(status) if min(lengths) >= 0]
+    records: list[MergeRecord | None] = [None] * len(requests)
     try:
-        for request in requests:
-            records += merge([request])
+        if together:
+            for i, record in zip(together, merge([requests[i] for i in together]), strict=True):
+                records[i] = record
+        for i, lengths in enumerate(status):
+            if min(lengths) < 0 and _NOT_FINITE not in lengths:
+                records[i] = _merge_with_copy(requests[i])
     except BaseException:
-        done = [(r.weight, record) for r, record in zip(requests, records, strict=False) if record]
+        done = [(r.weight, record) for r, record in zip(requests, records, strict=True) if record]
         unmerge([weight for weight, _ in done], [record for _, record in done])
         raise
     return records
