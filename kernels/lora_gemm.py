@@ -4,9 +4,13 @@ Forward: t = S, U = lora_B. One pass: t comes out of the same loop, t = multipli
 D = lora_A. Backward: x = dY, W = weight^T, t = dS, U = lora_A^T and `keep` is the dropout mask.
 """
 
+import logging
+
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from lora_fast.kernels.column_blocks import Blocks
 from lora_fast.kernels.configs import GemmConfig
@@ -24,6 +28,8 @@ from lora_fast.kernels.primitives import (
     rank_blocks,
     tile_ptrs,
 )
+
+_log = logging.getLogger("lora_fast.dispatch")
 
 
 @triton.jit
@@ -280,10 +286,10 @@ def lora_gemm(
     y = x.new_empty((M, N))
     one_pass = t is None
     tma_fits = config.tma and tma_operands_fit(x, w, down)
-    if config.specialised and tma_fits and blocks is None and not one_pass:
-        from lora_fast.kernels.lora_gemm_hopper import lora_gemm_hopper  # Gluon, for it alone
-
-        lora_gemm_hopper(x, w, up, t, y, config=config, bias=bias, keep=keep)
+    can_be_specialised = config.specialised and tma_fits and blocks is None and not one_pass
+    if can_be_specialised and specialised_product(
+        *(x, w, up, t, y), config=config, bias=bias, keep=keep
+    ):
         return y, t
     R = down.shape[0] if one_pass else t.shape[1]
     if one_pass:
@@ -313,6 +319,39 @@ def lora_gemm(
             *(down, down_strides, *rest),
         )
     return y, t
+
+
+def specialised_product(*operands: Tensor, **options: object) -> bool:
+    """Run `lora_gemm_hopper`; False where the Triton that is here can't compile it.
+
+    Gluon is experimental: its names and rules change from one Triton to the next.
+    """
+    global _refused
+    if _refused:
+        return False
+    try:
+        from lora_fast.kernels.lora_gemm_hopper import lora_gemm_hopper  # Gluon, for it alone
+
+        lora_gemm_hopper(*operands, **options)
+    except (ImportError, AttributeError, CompilationError, OutOfResources, PTXASError) as error:
+        _refused = _refusal(error)
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("parsing", "PassManager")):
+            raise  # not the compiler's
+        _refused = _refusal(error)
+    return not _refused
+
+
+_refused = False
+
+
+def _refusal(error: Exception) -> bool:
+    _log.warning(
+        "Triton %s does not compile the product for Hopper (%s: %s); the one for all chips, which "
+        "takes a few percent longer, serves in its place",
+        *(triton.__version__, type(error).__name__, str(error).strip().partition("\n")[0]),
+    )
+    return True
 
 
 def tma_operands_fit(x: Tensor, w: Tensor, down: Tensor | None) -> bool:

@@ -40,6 +40,11 @@ BUFFERS = gl.constexpr(2)  # of each group, for parts of y on their way out
 # rest of the 168 x 384 that a block of threads has, 240 as well.
 REGISTERS = gl.constexpr((240, 24))
 
+# Gluon changes its names from one Triton to the next: these are of 3.9, 3.8 has the latter two.
+REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 # Gluon compiles only functions of its own kind; the arithmetic is the one of the other kernels.
 grouped_tile = gluon.jit(primitives.grouped_tile.fn)
 
@@ -78,10 +83,22 @@ def slot(step, STAGES: gl.constexpr):
     return step % STAGES, (step // STAGES) & 1
 
 
+@gluon.constexpr_function
+def tiles_in(tile_shape, block_shape):
+    """The shape of as many blocks as a tile has room for."""
+    return stacked(tile_shape[0] * tile_shape[1] // (block_shape[0] * block_shape[1]), block_shape)
+
+
 @gluon.jit
 def stage_tile(tiles, stage, desc):
     """A stage's memory as a tile of `desc`; those along the rank are narrower than the stage."""
-    return tiles.index(stage)._reinterpret(desc.dtype, desc.block_shape, desc.layout)
+    memory = tiles.index(stage)
+    # All of the memory, as Triton demands from 3.8 on, and of it the first tile.
+    shape: gl.constexpr = tiles_in(memory.shape, desc.block_shape)
+    if REINTERPRET_IS_PUBLIC:
+        return memory.reinterpret(desc.dtype, shape, desc.layout).index(0)
+    else:
+        return memory._reinterpret(desc.dtype, shape, desc.layout).index(0)
 
 
 @gluon.jit
@@ -103,11 +120,11 @@ def fetch(pair, ring, step, start_m, start_n, depth, B_IS_KN: gl.constexpr):
         arrived = full.index(stage)
         mbarrier.expect(arrived, a_desc.block_type.nbytes + b_desc.block_type.nbytes)
         a_tile, b_tile = stage_tile(a_tiles, stage, a_desc), stage_tile(b_tiles, stage, b_desc)
-        tma.async_copy_global_to_shared(a_desc, [start_m, start_k], arrived, a_tile)
+        async_load(a_desc, [start_m, start_k], arrived, a_tile)
         if B_IS_KN:
-            tma.async_copy_global_to_shared(b_desc, [start_k, start_n], arrived, b_tile)
+            async_load(b_desc, [start_k, start_n], arrived, b_tile)
         else:
-            tma.async_copy_global_to_shared(b_desc, [start_n, start_k], arrived, b_tile)
+            async_load(b_desc, [start_n, start_k], arrived, b_tile)
         step += 1
     return step
 
@@ -174,7 +191,7 @@ def store(tile, y, start_m, start_n, GROUP: gl.constexpr):
         tma.store_wait(BUFFERS - 1)  # the part before the last has left this buffer
         y_tile.store(parts[part])
         fence_async_shared()
-        tma.async_copy_shared_to_global(y_desc, [start_m, start_n + part * COLS], y_tile)
+        async_store(y_desc, [start_m, start_n + part * COLS], y_tile)
 
 
 @gluon.jit

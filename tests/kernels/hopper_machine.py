@@ -142,9 +142,9 @@ class View:
     dtype: torch.dtype
     steps: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
 
-    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: object) -> "View":
-        assert torch.Size(shape).numel() <= self.block.capacity, "beyond the memory of its stage"
-        return View(self.block, list(shape), dtype)
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: object) -> "Tiles":
+        assert torch.Size(shape).numel() == self.block.capacity, "not all memory of its stage"
+        return Tiles(self.block, list(shape), dtype)
 
     def slice(self, start: int, length: int, dim: int) -> "View":
         return View(self.block, self.shape, self.dtype,
@@ -173,6 +173,20 @@ class View:
         self.block.data = tile.clone()
         machine = self.block.machine
         machine.unfenced.setdefault(machine.current, []).append(self.block)
+
+
+@dataclass
+class Tiles:
+    """A block of shared memory seen as several tiles, of which a kernel takes the first."""
+
+    block: Block
+    shape: list[int]
+    dtype: torch.dtype
+
+    def index(self, at: int) -> View:
+        """One of them."""
+        assert at == 0
+        return View(self.block, self.shape[1:], self.dtype)
 
 
 @dataclass

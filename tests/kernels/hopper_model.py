@@ -93,6 +93,7 @@ def namespace(machine: Machine, program: int, programs: int) -> dict[str, Any]:
         permute=torch.permute,
         program_id=lambda axis: program,
         reshape=torch.reshape,
+        shared_memory_descriptor=View,
         SliceLayout=lambda dim, parent: None,
         split=lambda tile: tile.unbind(-1),
         static_assert=lambda condition: None,

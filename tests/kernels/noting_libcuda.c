@@ -2,8 +2,10 @@
 #include <cuda.h>
 #include <string.h>
 
+#undef cuCtxGetDevice
 #undef cuCtxGetLimit
 #undef cuPointerGetAttribute
+#undef cuStreamIsCapturing
 
 // The launches since `noted` was set to 0: grid, block, shared memory, stream, function, arguments.
 unsigned char notes[1 << 16];
@@ -78,6 +80,10 @@ CUresult cuCtxGetCurrent(CUcontext* context) {
   *context = (CUcontext)1;
   return CUDA_SUCCESS;
 }
+CUresult cuCtxGetDevice(CUdevice* device) {
+  *device = 0;
+  return CUDA_SUCCESS;
+}
 CUresult cuDeviceGet(CUdevice* device, int ordinal) {
   *device = ordinal;
   return CUDA_SUCCESS;
@@ -99,6 +105,10 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
   return CUDA_SUCCESS;
 }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
 CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t* value, CUlimit limit) {
   *value = 0;

@@ -14,9 +14,12 @@ from lora_fast.testing import assert_within_budget
 
 pytest.importorskip("triton")
 
+import triton
 from hopper_machine import Descriptor, Pointer
 from hopper_model import Kernel
+from triton.compiler.errors import CompilationError
 
+from lora_fast.kernels import lora_gemm as module
 from lora_fast.kernels import lora_gemm_hopper, primitives
 from lora_fast.kernels.configs import ARCHITECTURES, architecture
 from lora_fast.kernels.dropout import packed_width, unpack_mask
@@ -170,7 +173,7 @@ MUTANTS = {
     "the update is off by two percent": ("acc *= keep.to(gl.float32)", "acc *= 1.02 * keep"),
     "a part is overwritten on its way": ("tma.store_wait(BUFFERS - 1)", "tma.store_wait(BUFFERS)"),
     "no fence before the store": (
-        "fence_async_shared()\n        tma", "tma"),
+        "fence_async_shared()\n        async_store", "async_store"),
     "the parts lie on top of one another": ("start_n + part * COLS", "start_n"),
     "a tile is skipped": ("range(gl.program_id(0), tiles,", "range(gl.program_id(0) + 1, tiles,"),
 }  # fmt: skip
@@ -230,6 +233,48 @@ def test_forced_on_what_it_is_not_made_for() -> None:
     for changes in ({"block_m": 64}, {"num_warps": 4}):
         with pytest.raises(ValueError, match=r"expected num_warps=8 and block_m=128 or 256"):
             launch(on_meta(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("error", "serves"),
+    [
+        (CompilationError(None, None, "no such name"), True),
+        (AttributeError("no such name"), True),
+        (RuntimeError("error encountered during parsing"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access"), False),
+        (torch.OutOfMemoryError("full"), False),
+        (ValueError("config: wrong"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_triton_cannot_compile_is_left_to_the_other_kernel(
+    error: Exception,
+    serves: bool,
+    kernel_device: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tries = []
+
+    def refuse(*args: Any, **options: Any) -> None:
+        tries.append(args)
+        raise error
+
+    monkeypatch.setattr(lora_gemm_hopper, "lora_gemm_hopper", refuse)
+    monkeypatch.setattr(module, "_refused", False)
+    x, w, up, t = (torch.randn(64, 64, device=kernel_device).half() for _ in range(4))
+    if not serves:
+        with pytest.raises(type(error)) as raised:
+            lora_gemm(x, w, up, t=t, config=SPECIALISED)
+        assert raised.value is error
+        return
+    for _ in range(2):
+        y, _ = lora_gemm(x, w, up, t=t, config=SPECIALISED)
+    exact = x.double() @ w.double().t() + t.double() @ up.double().t()
+    assert_within_budget(y, x @ w.t() + t @ up.t(), exact)
+    assert len(tries) == 1
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert f"Triton {triton.__version__} does not compile" in warning.getMessage()
 
 
 def test_operands_off_the_grid_take_the_kernel_with_pointers(kernel_device: Any) -> None:
