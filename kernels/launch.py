@@ -158,8 +158,9 @@ class PreparedKernel:
                 start(found, todo.grid, driver.get_current_stream(device), args, values)
                 return
         key = self.launch(todo.grid, *args, **todo.constants)
-        if key in self.prepared and not nested_addresses(args)[1] % 16:
-            todo.note(device, self.prepared[key], args)
+        found = self.prepared.get(key)
+        if found is not None and not nested_addresses(args)[1] % 16:
+            todo.note(device, found, args)
 
     def launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
         """Run on the current device and stream; return the key of what ran."""

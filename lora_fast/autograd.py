@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast import ops
+from lora_fast import checks, ops
 from lora_fast.eager import Blocks
 
 _SEED_END = 2**63 - 1
@@ -120,11 +120,7 @@ def _differentiable_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     a, b = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
     rows = x.reshape(-1, a.shape[1]) if x is not None else None
     if need_b and rows is None and need_x:
-        raise RuntimeError(
-            "lora_linear: with lora_A frozen the fused path does not keep x, which create_graph="
-            "True needs for the gradient of lora_B; run the forward under "
-            "lora_fast.use_backend('reference')"
-        )
+        raise checks.no_input_kept()
     drop = None
     if mask is not None:
         from lora_fast.kernels.dropout import keep_scale, unpack_mask

@@ -187,6 +187,8 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
         return "inside a functorch transform"
     if torch.compiler.is_compiling():
         return None
+    if any(t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors):
+        return "a tensor that torch negates or fills when it is read"
     if torch.jit.is_tracing():
         return "traced by torch.jit"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -269,9 +271,10 @@ def _launching_outlasts(tensors: tuple[Tensor | None, ...], drops: bool) -> bool
     (n, k), elements = weight.shape, x.numel()
     if elements * n > _FEW_OPERATIONS or (drops and elements > _FEW_DROPPED):
         return False
-    # For a few rows and no gradient there is one fused launch.
+    # For a few rows, no dropout and no gradient there is one fused launch. What drops must not ask
+    # for gradients: a checkpoint runs it without any first, and again with the same draws.
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return learns or elements > _FEW_ROWS * k
+    return drops or learns or elements > _FEW_ROWS * k
 
 
 def _why_torch_is_as_fast(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:

@@ -298,6 +298,14 @@ def scaling(op: str, value: Any) -> None:
         raise TypeError(f"{op}: scaling must be a number, got {value!r:.60} of type {_kind(value)}")
 
 
+def no_input_kept() -> RuntimeError:
+    """What a double backward needs and an implementation that keeps less does not have."""
+    return RuntimeError(
+        "lora_linear: with lora_A frozen a GPU's forward does not keep x, which create_graph=True "
+        "needs for the gradient of lora_B; run it under lora_fast.use_backend('reference')"
+    )
+
+
 def lora_dropout(p: Any) -> None:
     """Refuse a layer's dropout rate that is no number in [0, 1]."""
     if not _is_number(p):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast.dropout import dropout
+from lora_fast.reference import no_autocast
 
 Blocks = tuple[tuple[int, int], ...]
 """First and last + 1 column of every output block that has an adapter."""
@@ -88,12 +89,17 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return (*backward_through_reference(ctx, grads[0]), None, None, None)
+        with no_autocast(grads[0]):  # the operands have the dtypes of the forward
+            if torch.is_grad_enabled():
+                return (*backward_through_reference(ctx, grads[0]), None, None, None)
+            return (*_LowRankLinear._gradients(ctx, grads[0]), None, None, None)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
         need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
         scaling, blocks, rank = ctx.scaling, ctx.blocks, lora_B.shape[1]
-        dy = grads[0].reshape(-1, ctx.out_features)
+        dy = dy.reshape(-1, ctx.out_features)
         x2 = x.reshape(dy.shape[0], ctx.in_features)
         dx = dW = dA = dB = dbias = None
         keep2, dropped = None, x2
@@ -101,16 +107,17 @@ class _LowRankLinear(torch.autograd.Function):
             # As bytes, which torch converts in vectors; bool it converts one by one.
             keep2 = keep.view(torch.uint8).reshape(x2.shape).to(x2.dtype)
             dropped = x2 * keep2
-        # Nothing is written with `out=`, which vmap over the gradients has no rule for.
+        # Nothing is written with `out=`, and a slice may be all of dY: vmap over the gradients has
+        # no rule for the one nor for torch's alias.
         if need_B:
             if s is None:
                 s = F.linear(dropped, lora_A).mul_(ctx.keep_scale)
             pairs = zip(blocks, _columns(s, rank, blocks), strict=True)
-            dB = _joined([dy[:, lo:hi].t() @ s_block for (lo, hi), s_block in pairs], 0)
+            dB = _joined([dy.narrow(1, lo, hi - lo).t() @ s_b for (lo, hi), s_b in pairs], 0)
             dB.mul_(scaling)
         if need_x or need_A:
             factors = zip(blocks, _rows(lora_B, blocks), strict=True)
-            ds = _joined([dy[:, lo:hi] @ b_block for (lo, hi), b_block in factors], 1)
+            ds = _joined([dy.narrow(1, lo, hi - lo) @ b for (lo, hi), b in factors], 1)
             ds.mul_(scaling * ctx.keep_scale)
             if need_A:
                 dA = ds.t() @ dropped
@@ -126,7 +133,7 @@ class _LowRankLinear(torch.autograd.Function):
             dW = dy.t() @ x2
         if need_bias:
             dbias = dy.sum(0)
-        return dx, dW, dA, dB, dbias, None, None, None
+        return dx, dW, dA, dB, dbias
 
 
 def backward_through_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

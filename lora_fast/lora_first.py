@@ -2,7 +2,8 @@
 
 S = scaling dropout(X) A^T, then S B^T + bias, on which the large product goes on adding. Three
 launches forward and five backward, which cost the host less than those of the fused kernels: on a
-GPU, what counts where they have little to do. Backward keeps x, S and a byte a mask element.
+GPU, what counts where they have little to do. Backward keeps x, S and a byte a mask element, and of
+these what the gradients that are asked for need.
 """
 
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast import eager
+from lora_fast import checks, eager
+from lora_fast.reference import no_autocast
 
 
 def lora_first(
@@ -57,47 +59,73 @@ class _LoraFirst(torch.autograd.Function):
         keep, keep_scale = None, 1.0
         if dropout_p > 0.0:
             keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-            dropped, keep = torch.native_dropout(rows, dropout_p, True)
+            # Of x as it lies in memory, in whose order torch draws.
+            dropped, keep = torch.native_dropout(x, dropout_p, True)
+            dropped, keep = dropped.reshape(rows.shape), keep.reshape(rows.shape)
         s = _scaled(dropped, lora_A.t(), scaling)
         up = lora_B.t()
         y = torch.mm(s, up) if bias is None else torch.addmm(bias, s, up)
         y.addmm_(rows, weight.t())
-        # Without dX the weight plays no part, and a merge between forward and backward is harmless.
-        needs = ctx.needs_input_grad
-        ctx.save_for_backward(x, weight if needs[0] or needs[1] else None, lora_A, lora_B, s, keep)
+        need_x, need_weight, need_A, need_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_weight or need_A else None,
+            # Without dX the weight plays no part, and a merge between forward and backward is
+            # harmless.
+            weight if need_x or need_weight else None,
+            lora_A,
+            lora_B,
+            s if need_B else None,
+            keep if need_x or need_weight or need_A else None,
+        )
         ctx.scaling, ctx.keep_scale = scaling, keep_scale
-        ctx.out_features = weight.shape[0]
+        ctx.in_shape, ctx.out_features = x.shape, weight.shape[0]
         return y if x.dim() == 2 else eager.as_own(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            ctx.blocks = ((0, ctx.out_features),)
-            return (*eager.backward_through_reference(ctx, grads[0]), None, None)
+        with no_autocast(grads[0]):  # the operands have the dtypes of the forward
+            if torch.is_grad_enabled() and ctx.saved_tensors[0] is not None:
+                ctx.blocks = ((0, ctx.out_features),)
+                return (*eager.backward_through_reference(ctx, grads[0]), None, None)
+            return (*_LoraFirst._gradients(ctx, grads[0]), None, None)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiable where x was not needed."""
         x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
         need_x, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-        dy = grads[0] if x.dim() == 2 else grads[0].reshape(-1, ctx.out_features)
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled() and need_x and need_B:
+            raise checks.no_input_kept()
+        if dy.dim() != 2:
+            dy = dy.reshape(-1, ctx.out_features)
+        rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
         dx = dW = dA = dB = dbias = None
         if need_x or need_A:
             ds = _scaled(dy, lora_B, ctx.scaling)
             if need_A:
                 dA = ds.t() @ _kept(rows, keep, ctx.keep_scale)
             if need_x:
-                dx = _kept(ds @ lora_A, keep, ctx.keep_scale).addmm_(dy, weight)
-                dx = dx if x.dim() == 2 else dx.view(x.shape)
+                delta = _kept(ds @ lora_A, keep, ctx.keep_scale)
+                dx = delta + dy @ weight if _transformed() else delta.addmm_(dy, weight)
+                dx = dx if len(ctx.in_shape) == 2 else dx.view(ctx.in_shape)
         if need_B:
             dB = dy.t() @ s
         if need_weight:
             dW = dy.t() @ rows
         if need_bias:
             dbias = dy.sum(0)
-        return dx, dW, dA, dB, dbias, None, None
+        return dx, dW, dA, dB, dbias
 
 
 def _scaled(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """`scaling * (a @ b)`, with the factor before the rounding and in no launch of its own."""
+    if _transformed():  # whose rule for the other reads what it is to multiply by beta
+        return a @ b * scaling
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _kept(x: Tensor, keep: Tensor | None, scale: float) -> Tensor:

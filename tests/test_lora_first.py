@@ -108,12 +108,88 @@ def test_batched_gradients(device: torch.device) -> None:
         torch.testing.assert_close(tuple(g[i] for g in batched), alone)
 
 
+def test_vmap_over_the_backward(device: torch.device) -> None:
+    """Uninitialised memory, here NaN, stays out of it."""
+    tensors = [t.requires_grad_() for t in drawn((2, 3, 7), device)]
+    y = run(tensors)
+    seeds = torch.randn(4, *y.shape, device=device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        batched = torch.vmap(lambda seed: torch.autograd.grad(y, tensors, seed, retain_graph=True))(
+            seeds
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for i, seed in enumerate(seeds):
+        alone = torch.autograd.grad(y, tensors, seed, retain_graph=True)
+        torch.testing.assert_close(tuple(g[i] for g in batched), alone)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_backward_under_autocast(create_graph: bool, device: torch.device) -> None:
+    tensors = [t.requires_grad_() for t in drawn((2, 3, 7), device)]
+    y = run(tensors)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, tensors, dy, retain_graph=True)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        found = torch.autograd.grad(y, tensors, dy, create_graph=create_graph)
+    torch.testing.assert_close(found, expected)
+
+
+def test_draws_are_those_of_torch_in_any_order_of_memory(device: torch.device) -> None:
+    tensors = drawn((5, 6, 7), device)
+    for x in (tensors[0], tensors[0].transpose(0, 1), tensors[0].expand(5, 6, 7)):
+        torch.manual_seed(3)
+        y = run([x, *tensors[1:]], 0.5)
+        torch.manual_seed(3)
+        keep = F.dropout(torch.ones_like(x), 0.5)
+        torch.testing.assert_close(y, plain([x, *tensors[1:]], keep))
+
+
 def test_what_is_kept_for_backward(device: torch.device) -> None:
-    """x, S and a byte a mask element, beside the parameters."""
+    """x, S and a byte a mask element, beside the parameters; where A is frozen, x is not."""
     tensors = [t.requires_grad_() for t in drawn((64, 32), device, n=16, r=4)]
     for p in (0.0, 0.5):
         kept = saved_bytes(lambda p=p: run(tensors, p), tensors)
         assert kept == 64 * 4 * 4 + (64 * 32 if p else 0)
+    for t in tensors[:3]:
+        t.requires_grad_(False)
+    assert saved_bytes(lambda: run(tensors, 0.5), tensors[1:]) == 64 * 4 * 4
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_double_backward_of_frozen_factors(needed: tuple[bool, ...], device: torch.device) -> None:
+    """Right, or an error that names the remedy where it takes an x that was not kept."""
+    tensors = [t.double() for t in drawn((6, 7), device)]
+    for t, need in zip(tensors[:4], needed, strict=True):
+        t.requires_grad_(need)
+    leaves = [t for t in tensors if t.requires_grad]
+    if not leaves:
+        return
+    torch.manual_seed(2)
+    y = run(tensors, 0.5)
+    dy = torch.randn_like(y).requires_grad_()
+    x_learns, weight_learns, a_learns, b_learns = needed
+    if x_learns and b_learns and not (weight_learns or a_learns):
+        with pytest.raises(RuntimeError, match=r"does not keep x.*use_backend\('reference'\)"):
+            torch.autograd.grad(y, leaves, dy, create_graph=True)
+        return
+    keep = y.grad_fn.saved_tensors[-1]
+    # Where B alone learns its gradient does not show the mask, which is not kept.
+    mask = torch.zeros_like(tensors[0]) if keep is None else 2.0 * keep
+    found, exact = (
+        torch.autograd.grad(output, leaves, dy, create_graph=True)
+        for output in (y, plain(tensors, mask))
+    )
+    if keep is not None:
+        torch.testing.assert_close(found, exact)
+        found, exact = (
+            torch.autograd.grad(
+                sum(g.square().sum() for g in grads), [*leaves, dy], materialize_grads=True
+            )
+            for grads in (found, exact)
+        )
+        torch.testing.assert_close(found, exact)
 
 
 # ----------------------------------------------------------------------------------- the choice
@@ -144,6 +220,13 @@ def test_little_work_is_left_to_torch() -> None:
 def test_what_drops_gains_more_by_the_kernels() -> None:
     assert asked(2048, 1024, 1024, drops=True)
     assert not asked(2049, 1024, 1024, drops=True)
+
+
+def test_a_call_that_drops_does_not_ask_for_gradients() -> None:
+    """A checkpoint runs it without gradients first, then with: the draws must be the same."""
+    for rows in (1, 64, 65):
+        assert asked(rows, 1024, 1024, drops=True, learns=False)
+        assert asked(rows, 1024, 1024, drops=True, learns=True)
 
 
 def test_few_rows_without_gradients_are_one_launch() -> None:

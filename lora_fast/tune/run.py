@@ -52,10 +52,13 @@ def run(arguments: argparse.Namespace) -> int:
         print("Interpreted on a CPU: the times mean nothing, this only shows that tuning runs.")
     elif (workers := arguments.processes or ahead.processes()) > 1:
         ahead.compile_ahead(jobs, device, workers)
-    clock = search.DeviceClock(device)
     found = search.Found()
+    # Events are of the current device, whatever they are to time.
+    here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        return _measured(jobs, device, clock, arguments.minutes * 60, found)
+        with here:
+            clock = search.DeviceClock(device)
+            return _measured(jobs, device, clock, arguments.minutes * 60, found)
     finally:  # what was measured counts, also when a kernel breaks the GPU's context
         _print_found(found, len(jobs))
         print(target.write(found))
@@ -76,11 +79,8 @@ def _measured(
             bar.set_description(f"{job.call.op} {','.join(map(str, job.shape[:4]))}", refresh=False)
             bar.update()
 
-        # Events are of the current device, whatever they are to time.
-        here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         try:
-            with here:
-                search.search(jobs, device, clock, seconds, found, tried)
+            search.search(jobs, device, clock, seconds, found, tried)
         except KeyboardInterrupt:
             return 130
         except search.OutOfTimeError:

@@ -84,6 +84,27 @@ def test_refused_if_forced_and_served_if_not(
         torch.testing.assert_close(run(layer, x), expected)
 
 
+@pytest.mark.parametrize("which", range(5))
+def test_operands_that_torch_negates_when_it_reads_them(
+    which: int, kernel_device: torch.device
+) -> None:
+    """A kernel that reads their memory would take them for their opposites."""
+    operands = [
+        torch.randn(size, device=kernel_device) for size in ((3, K), (6, K), (2, K), (6, 2), (6,))
+    ]
+    expected = functional_call(*operands)
+    operands[which] = torch.complex(operands[which], -operands[which]).conj().imag
+    assert operands[which].is_neg()
+    with pytest.raises(RuntimeError, match="torch negates"):
+        functional_call(*operands)
+    with lora.use_backend("auto"):
+        torch.testing.assert_close(functional_call(*operands), expected)
+
+
+def functional_call(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    return functional.lora_linear(x, weight, a, b, 0.5, bias)
+
+
 def test_nested_tensors(make_layer: Any) -> None:
     layer = make_layer()
     rows = [torch.randn(m, K, device=layer.weight.device) for m in (2, 5)]

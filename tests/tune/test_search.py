@@ -177,3 +177,21 @@ def test_the_clock_times_what_it_calls() -> None:
     us = clock.once(lambda: calls.append(1))
     assert (calls, before <= clock.now()) == ([1], True)
     assert 0.0 < us < 1e6
+
+
+def test_the_clock_forgets_a_slow_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long the device must be kept busy follows the host, down as well as up."""
+
+    class Event:
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, end: "Event") -> float:
+            return 0.1
+
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: Event())
+    clock = search.DeviceClock(torch.device("cpu"))
+    clock.is_cuda, clock.seconds_of_a_flush = True, 1e-4
+    clock.flushes = 40
+    for _ in range(45):
+        clock.once(lambda: None)
+    assert clock.flushes < 10

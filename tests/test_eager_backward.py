@@ -1,0 +1,49 @@
+"""The backward written by hand for a CPU, under what may surround it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_fast as lora
+from lora_fast.testing import randomize_
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "blocks": lambda: lora.MergedLinear(24, 36, r=3, enable_lora=[True, False, True]),
+    "one_block": lambda: lora.MergedLinear(24, 36, r=3, enable_lora=[True]),
+    "dropped": lambda: lora.Linear(256, 36, r=3, lora_dropout=0.5),
+}
+
+
+def output(name: str) -> tuple[Tensor, list[Tensor]]:
+    """What a layer makes of enough rows for its own dropout, and what learns."""
+    layer = randomize_(LAYERS[name]())
+    lora.mark_only_lora_as_trainable(layer)
+    x = torch.randn(256, layer.in_features, requires_grad=True)
+    y = layer(x)
+    assert "LowRankLinear" in y.grad_fn.name()
+    return y, [x, layer.lora_A, layer.lora_B]
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_around_the_backward_alone(name: str, create_graph: bool) -> None:
+    y, learns = output(name)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, learns, dy, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, learns, dy, create_graph=create_graph)
+    # Sums in another order, by a hundredth of what bf16 would make of them.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_in_a_batch(name: str) -> None:
+    """As `torch.autograd.functional.jacobian(vectorize=True)` asks for them."""
+    y, learns = output(name)
+    dys = torch.randn(3, *y.shape)
+    batch = torch.autograd.grad(y, learns, dys, retain_graph=True, is_grads_batched=True)
+    for i, dy in enumerate(dys):
+        alone = torch.autograd.grad(y, learns, dy, retain_graph=True)
+        torch.testing.assert_close(tuple(grad[i] for grad in batch), alone)
