@@ -5,7 +5,7 @@ Where loralib is wrong the layers are right; docs/differences.md lists every dif
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, List, Optional  # noqa: UP035, loralib has them
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,22 @@ from lora_fast.lora_layer import (
     tell_no_gradient,
 )
 
+# With what `from loralib.layers import *` brings along.
 __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "ConvLoRA",
     "Embedding",
+    "F",
     "Linear",
+    "List",
     "LoRALayer",
     "MergedLinear",
+    "Optional",
+    "math",
+    "nn",
+    "torch",
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fast import checks, fsdp, functional, interrupts, readers, sharded
+from lora_fast import checks, fsdp, functional, interrupts, readers, sharded, sums
 from lora_fast.record import MergeRecord
 from lora_fast.saved_state import SavedState, remember_view
 
@@ -78,6 +78,16 @@ class MergingLayer(SavedState):
     # TorchScript takes the annotations of a class for its own types.
     __jit_ignored_attributes__ = ("_record", "_merged_version")
     __jit_unused_properties__: tuple[str, ...] = ("merge_weights",)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; `merged = True` merges where loading has just undone a saved merge.
+
+        It is what users of loralib write after they have loaded a state that was saved merged.
+        """
+        if name == "merged" and value and self.__dict__.get("_undid_merge"):
+            self._merge_now()
+        else:
+            super().__setattr__(name, value)
 
     def _has_adapter(self) -> bool:
         # The dictionary first: hasattr takes ten times as long, but finds a parametrized A too. As
@@ -169,7 +179,7 @@ class MergingLayer(SavedState):
                 return
             obstacle = self._obstacle() if self._has_adapter() else None
             if obstacle is not None:
-                _log.debug("%s stays unmerged: %s", self._described(), obstacle)
+                self._tell_obstacle(obstacle)
                 return
             try:
                 self._merge_now()
@@ -180,6 +190,17 @@ class MergingLayer(SavedState):
                     RuntimeWarning,
                     stacklevel=3,
                 )
+
+    def _tell_obstacle(self, obstacle: str) -> None:
+        """Log, once a layer, that `eval()` does not merge it: who exports its weight must know."""
+        told = self.__dict__.get("_told_obstacle") == obstacle
+        self.__dict__["_told_obstacle"] = obstacle
+        _log.log(
+            logging.DEBUG if told else logging.WARNING,
+            "%s stays unmerged in eval mode: %s. Its outputs are right, but its weight is the base "
+            "weight alone; effective_weight() has the sum that eval() would have stored.",
+            *(self._described(), obstacle),
+        )
 
     def _merge_now(self) -> None:
         """Merge, or raise with the weight and the layer as they were."""
@@ -221,6 +242,7 @@ class MergingLayer(SavedState):
         """Set what belongs together, past `nn.Module.__setattr__`, which looks for parameters."""
         version = None if record is None else sharded.version(self._weight_owner().weight)
         self.__dict__.update(merged=merged, _record=record, _merged_version=version)
+        self.__dict__.pop("_undid_merge", None)
 
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
         if record is None:  # someone set `merged` by hand: do what loralib does
@@ -240,17 +262,20 @@ class MergingLayer(SavedState):
 
     def _changed_while_merged(self, target: Tensor, record: MergeRecord) -> bool:
         """Tell whether somebody wrote to the weight since the merge, so that nothing is lost."""
-        if (
-            self._merged_version is None
-            or sharded.version(self._weight_owner().weight) == self._merged_version
-        ):
-            return False
         shard = sharded.local(target)
-        if shard.dtype != record.dtype or shard.device != record.lora_A.device:
+        if self._merged_version is None or shard.is_meta:
+            return False
+        factors = (record.lora_A, record.lora_B, record.scaling)
+        is_elsewhere = shard.dtype != record.dtype or shard.device != record.lora_A.device
+        if sharded.version(self._weight_owner().weight) == self._merged_version:
+            # A code undoes a write that torch did not count, a copy would throw it away.
+            return record.original is not None and (
+                is_elsewhere or not sums.is_sum(shard, record.original, *factors, **record.blocks())
+            )
+        if is_elsewhere:
             return True  # through `.data`
         original = shard.clone()
         functional.unmerge_(original, replace(record))
-        factors = (record.lora_A, record.lora_B, record.scaling)
         functional.merge_(original, *factors, **record.blocks())
         return not torch.equal(original, shard)
 

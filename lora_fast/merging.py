@@ -91,6 +91,8 @@ def _checked(request: Merge) -> Merge:
     # A float, as nearly always; of a DTensor each rank is asked when the others hear the answer.
     if type(scaling) is not float and not sharded.is_dtensor(weight):
         checks.scaling("merge_", scaling)
+        # A number of its own, as a tensor may change before the merge is undone.
+        request = request._replace(scaling=float(scaling))
     checks.delta_shapes("merge_", weight, lora_A, lora_B, enable_lora, out_splits)
     checks.mergeable("merge_", weight, lora_A, lora_B)
     if sharded.is_dtensor(weight) or not (sharded.is_dtensor(lora_A) or sharded.is_dtensor(lora_B)):

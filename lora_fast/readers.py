@@ -90,6 +90,7 @@ class _Holders:
         """Bring the modules, and how many of them hold a parameter (by its id), up to date."""
         if not self.is_stale:
             return
+        gc.collect()  # what nobody can reach any more holds nothing
         self.is_stale = _are_hidden()
         self.modules, self.count = weakref.WeakSet(), {}
         is_module: dict[type, bool] = {}

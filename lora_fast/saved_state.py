@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lora_fast import fsdp, functional, readers, sharded
+from lora_fast import fsdp, functional, readers, sharded, sums
 from lora_fast.record import MergeRecord
 
 # The weights that `state_dict()` took from merged layers, and whose they are: they are views, and
@@ -88,7 +88,9 @@ class SavedState:
         if metadata is not None and self._has_adapter():
             metadata["lora_merged"] = self.merged
             metadata["lora_r"] = self.r
-            metadata["lora_scaling"] = float(self.scaling)
+            scaling = self._one_scaling()
+            if scaling is not None:
+                metadata["lora_scaling"] = scaling
 
     def _load_from_state_dict(
         self,
@@ -113,7 +115,7 @@ class SavedState:
             key = prefix + self._weight_key()
             if holds_mine:
                 state_dict[key] = self._weight_owner().weight.detach()  # type: ignore[operator]
-            elif self._is_still_merged(state_dict.get(key), local_metadata):
+            else:
                 self._undo_saved_merge(state_dict, prefix, local_metadata)
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict,
@@ -176,6 +178,32 @@ class SavedState:
             for name, tensor in mine.items()
         )
 
+    def _is_mine_merged(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Tell whether a saved weight without a mark is this layer's base with the saved delta."""
+        names = (self._weight_key(), "lora_A", "lora_B")
+        weight: Any = self._weight_owner().weight
+        found = [weight, *(state_dict.get(prefix + name) for name in names)]
+        scaling, blocks = self._one_scaling(), self._blocks()
+        if scaling is None or any(
+            type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in found
+        ):
+            return False
+        base, saved, lora_A, lora_B = (t.detach().to(weight.device) for t in found)
+        base, saved = self._as_delta(base), self._as_delta(saved)
+        if not base.is_floating_point() or saved.dtype != base.dtype or torch.equal(saved, base):
+            return False
+        # What the delta does not change can't tell, and needs no telling.
+        return sums.is_sum(saved, base, lora_A, lora_B, scaling, **blocks) and not sums.is_sum(
+            saved, base, lora_A, lora_B, 0.0, **blocks
+        )
+
+    def _one_scaling(self) -> float | None:
+        """The factor of the update, if that is one number: a subclass may have several."""
+        try:
+            return float(self.scaling)
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return None
+
     def _is_still_merged(self, value: Any, metadata: dict[str, Any]) -> bool:
         """Tell whether a saved weight is merged: a view of a layer's own is what that layer is."""
         source = _views_of_merged.get(value) if isinstance(value, Tensor) else None
@@ -186,6 +214,21 @@ class SavedState:
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
         """Put the base weight where the checkpoint holds a merged one."""
+        is_merged = self._is_still_merged(state_dict.get(prefix + self._weight_key()), metadata)
+        if not is_merged and "lora_merged" in metadata:
+            return
+        if self._is_mine_merged(state_dict, prefix):
+            weight: Any = self._weight_owner().weight
+            state_dict[prefix + self._weight_key()] = weight.detach()
+        elif is_merged:
+            self._subtract_saved_delta(state_dict, prefix, metadata)
+        else:
+            return
+        self.__dict__["_undid_merge"] = True
+
+    def _subtract_saved_delta(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
         scaling = metadata.get("lora_scaling", self.scaling)
         keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
         if not all(k in state_dict for k in keys):
@@ -199,11 +242,12 @@ class SavedState:
     def _warn_of_another_scaling(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
-        scaling = metadata.get("lora_scaling", self.scaling)
-        if scaling != self.scaling and prefix + "lora_A" in state_dict:
+        mine = self._one_scaling()
+        scaling = metadata.get("lora_scaling", mine)
+        if scaling is not None and scaling != mine and prefix + "lora_A" in state_dict:
             warnings.warn(
                 f"{prefix or 'the layer'}: the adapter was saved with scaling {scaling}, the layer "
-                f"has {self.scaling}; build the layer with the same r and lora_alpha",
+                f"has {mine}; build the layer with the same r and lora_alpha",
                 UserWarning,
                 stacklevel=2,
             )

@@ -1,10 +1,15 @@
 """Which parameters are trained and which are saved."""
 
 from collections.abc import Iterator
+from typing import Dict  # noqa: UP035, loralib has it
 
+import torch
 from torch import Tensor, nn
 
 from lora_fast.lora_layer import LoRALayer
+
+# With what `from loralib.utils import *` brings along.
+__all__ = ["Dict", "LoRALayer", "lora_state_dict", "mark_only_lora_as_trainable", "nn", "torch"]
 
 _BIAS_MODES = ("none", "all", "lora_only")
 

@@ -113,8 +113,9 @@ def test_kernels_know_nothing_of_the_rest(name):
         ),
         ("compiled", {"ops", "record", "reference"}),
         ("versions", set()),
-        ("eager", {"dropout"}),
-        ("lora_first", {"eager"}),
+        ("eager", {"dropout", "reference"}),
+        ("lora_first", {"checks", "eager", "reference"}),
+        ("sums", {"reference"}),
         ("dropout", {"ops"}),
         ("scripting", set()),
     ],
@@ -385,3 +386,11 @@ def test_tree_names_no_path_of_one_machine():
         if path.suffix in {".md", ".py", ".toml", ".txt", ".yaml", ".yml", ".cpp", ".cu", ".h"}:
             found = folders.search(path.read_text(encoding="utf-8"))
             assert not found, f"{path.relative_to(ROOT)} names {found and found.group()}"
+
+
+@pytest.mark.parametrize("module", ["", ".layers", ".utils"])
+def test_a_star_brings_along_what_it_brings_of_loralib(module: str) -> None:
+    ours, theirs = {}, {}
+    exec(f"from lora_fast{module} import *", ours)
+    exec(f"from loralib{module} import *", theirs)
+    assert set(theirs) <= set(ours)

@@ -1,0 +1,67 @@
+"""Is a weight the sum of another and a delta, whoever added them up and rounded the sum?"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fast import reference
+
+# Elements of a weight that are looked at together, as a first difference ends the search.
+_CHUNK = 2**20
+
+
+@torch.no_grad()
+def is_sum(
+    weight: Tensor,
+    base: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    enable_lora: list[bool] | None = None,
+    out_splits: list[int] | None = None,
+) -> bool:
+    """Tell whether weight = base + scaling B A, within what rounding may make of it.
+
+    Args:
+        weight: as for `lora_fast.functional.merge_`.
+        base: the same shape, dtype and device.
+        lora_A: as for `merge_`.
+        lora_B: as for `merge_`.
+        scaling: as for `merge_`.
+        enable_lora: as for `merge_`.
+        out_splits: as for `merge_`.
+
+    Note:
+        The bound is that of a delta of r products, rounded to the weight's dtype before and after
+        it is scaled, as loralib does, and of the sum. Infinities and NaN equal themselves.
+    """
+    with reference.no_autocast(weight):
+        return _are_sums(weight, base, (lora_A, lora_B, enable_lora, out_splits), scaling)
+
+
+def _are_sums(weight: Tensor, base: Tensor, factors: Any, scaling: float) -> bool:
+    pairs = zip(
+        reference.delta_blocks(weight, *factors),
+        reference.delta_blocks(base, *factors),
+        strict=True,
+    )
+    for (sums, block_A, block_B), (summands, _, _) in pairs:
+        shape = (block_B.shape[0], block_A.shape[1])
+        rows = max(1, _CHUNK // max(1, shape[1]))
+        parts = [t.split(rows) for t in (sums.reshape(shape), summands.reshape(shape), block_B)]
+        for total, summand, part_B in zip(*parts, strict=True):
+            if not _is_sum(total, summand, part_B, block_A, float(scaling)):
+                return False
+    return True
+
+
+def _is_sum(weight: Tensor, base: Tensor, b: Tensor, a: Tensor, scaling: float) -> bool:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    eps, eps_of_sums = torch.finfo(weight.dtype).eps, torch.finfo(wide).eps
+    weight, base, a, b = (t.to(wide) for t in (weight, base, a, b))
+    delta = scaling * (b @ a)
+    products = abs(scaling) * (b.abs() @ a.abs())
+    allowed = eps * (weight.abs() + 3 * delta.abs()) + a.shape[0] * eps_of_sums * products
+    near = (weight - base - delta).abs() <= allowed
+    return bool((near | (weight == base) | (weight.isnan() & base.isnan())).all())

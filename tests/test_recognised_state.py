@@ -1,0 +1,194 @@
+"""States and writes that say nothing of a merge, recognised by what they are."""
+
+import gc
+import io
+import logging
+import types
+from typing import Any
+
+import loralib
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_fast as lora
+from lora_fast import sums
+from lora_fast.testing import randomize_
+
+SPLIT = {"enable_lora": [True, False, True]}
+MAKERS = {
+    "linear": lambda lib: lib.Linear(6, 8, r=2, lora_alpha=3),
+    "transposed": lambda lib: lib.Linear(6, 8, r=2, fan_in_fan_out=True),
+    "merged_linear": lambda lib: lib.MergedLinear(6, 9, r=2, **SPLIT),
+    "embedding": lambda lib: lib.Embedding(7, 6, r=2),
+    "conv2d": lambda lib: lib.Conv2d(4, 6, 3, r=2),
+}
+
+
+@pytest.fixture(params=["auto", "reference"])
+def backend(request: pytest.FixtureRequest) -> Any:
+    """With the compiled merge, and with the one that keeps a copy."""
+    with lora.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=MAKERS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def owner(layer: Any) -> Any:
+    return getattr(layer, "conv", layer)
+
+
+def plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, which carry no mark; what a file of safetensors holds."""
+    return {key: value.clone() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("saved_by", [lora, loralib], ids=["lora_fast", "loralib"])
+def test_a_merged_state_without_a_mark(
+    name: str, saved_by: Any, training: bool, dtype: torch.dtype, backend: str
+) -> None:
+    """The best epoch of a run, say, after the adapter has learned on: the base is the same."""
+    layer, source = randomize_(MAKERS[name](lora)).to(dtype), MAKERS[name](saved_by).to(dtype)
+    base = owner(layer).weight.detach().clone()
+    state = plain(layer.state_dict())
+    factors = {k: torch.randn_like(v) for k, v in state.items() if "lora_" in k}
+    source.load_state_dict(state | factors, strict=False)  # loralib's mask is a buffer
+    source.eval()
+    layer.train(training)
+    layer.load_state_dict(plain(source.state_dict()), strict=False)
+    assert layer.merged is not training
+    if not training:
+        torch.testing.assert_close(owner(layer).weight, owner(source).weight, rtol=0.05, atol=0.05)
+    layer.train()
+    assert torch.equal(owner(layer).weight, base)
+    assert all(torch.equal(layer.state_dict()[key], factors[key]) for key in factors)
+
+
+def test_another_base_without_a_mark_is_a_base(name: str, backend: str) -> None:
+    layer, other = (randomize_(MAKERS[name](lora)) for _ in range(2))
+    state = plain(other.state_dict())
+    layer.eval().load_state_dict(state)
+    assert torch.equal(owner(layer.train()).weight, owner(other).weight)
+
+
+def test_a_marked_state_of_an_unmerged_layer_is_believed() -> None:
+    """Somebody folds by hand, keeps the factors, and saves in training mode."""
+    layer = randomize_(lora.Linear(6, 8, r=2))
+    with torch.no_grad():
+        layer.weight += layer.scaling * layer.lora_B @ layer.lora_A
+    state, other = layer.state_dict(), randomize_(lora.Linear(6, 8, r=2))
+    other.load_state_dict(state)
+    assert torch.equal(other.weight, layer.weight)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_users_of_loralib_say_by_hand_that_what_they_loaded_is_merged(
+    marked: bool, backend: str
+) -> None:
+    layer = randomize_(lora.Linear(6, 8, r=2))
+    x, base = torch.randn(3, 6), layer.weight.detach().clone()
+    y = layer(x)
+    file = io.BytesIO()
+    state = layer.eval().state_dict()
+    torch.save(state if marked else plain(state), file)
+    file.seek(0)
+    other = lora.Linear(6, 8, r=2)
+    with torch.no_grad():
+        other.weight.copy_(base)
+    other.load_state_dict(torch.load(file))
+    other.merged = True
+    assert other.merged
+    torch.testing.assert_close(other(x), y)
+    torch.testing.assert_close(other.train()(x), y)
+    assert torch.equal(other.weight, base)
+    other.merged = True  # no longer about that file: what loralib does
+    assert other._record is None
+
+
+def test_factors_of_other_kinds_are_saved() -> None:
+    class Tasks(lora.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 8, r=2, merge_weights=False)
+            self.scaling = {"a": 1.0, "b": 2.0}
+
+    class Unscaled(lora.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 8, r=2, merge_weights=False)
+            del self.scaling
+
+    vector = lora.Linear(6, 8, r=2, merge_weights=False)
+    vector.scaling = torch.linspace(0.1, 1.0, 8)
+    for layer in (Tasks(), Unscaled(), vector):
+        state = layer.state_dict()
+        assert list(state) == ["weight", "bias", "lora_A", "lora_B"]
+        assert "lora_scaling" not in state._metadata[""]
+        assert layer.load_state_dict(state).missing_keys == []
+
+
+def test_a_factor_that_changes_while_merged(backend: str) -> None:
+    layer = randomize_(lora.Linear(6, 8, r=2))
+    base = layer.weight.detach().clone()
+    layer.scaling = nn.Parameter(torch.tensor(0.5))
+    assert layer.eval().merged
+    with torch.no_grad():
+        layer.scaling.mul_(3.0)
+    assert torch.equal(layer.train().weight, base)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_write_that_torch_does_not_count(backend: str, autocast: bool) -> None:
+    """Pretrained weights copied in through `.data` after `eval()`."""
+    layer, pretrained = randomize_(lora.Linear(6, 8, r=2)), torch.randn(8, 6)
+    layer.eval()
+    delta = layer.scaling * layer.lora_B @ layer.lora_A
+    layer.weight.data.copy_(pretrained)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        layer.train()
+    torch.testing.assert_close(layer.weight, pretrained - delta)
+
+
+def test_who_is_left_unmerged_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    layer = randomize_(lora.Linear(6, 8, r=2))
+    holder = nn.Linear(6, 8)
+    holder.weight = layer.weight
+    with caplog.at_level(logging.DEBUG, logger="lora_fast.merge"):
+        for _ in range(3):
+            layer.eval().train()
+    told = [record for record in caplog.records if "stays unmerged" in record.getMessage()]
+    assert [record.levelno for record in told] == [logging.WARNING, logging.DEBUG, logging.DEBUG]
+    assert "effective_weight()" in told[0].getMessage()
+    del holder
+    assert layer.eval().merged
+
+
+def test_what_nobody_can_reach_holds_no_weight() -> None:
+    layer, old = randomize_(lora.Linear(6, 8, r=2)), nn.Linear(6, 8)
+    layer.weight = old.weight
+    old.forward = types.MethodType(lambda self, x: x, old)  # a cycle
+    gc.disable()
+    try:
+        del old
+        assert layer.eval().merged
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.half], ids=str
+)
+def test_a_sum_is_told_from_its_neighbours(dtype: torch.dtype) -> None:
+    base, lora_A, lora_B = (torch.randn(size).to(dtype) for size in ((40, 30), (4, 30), (40, 4)))
+    base[0, 0], base[1, 1] = float("inf"), float("nan")
+    exact = base.double() + 0.7 * lora_B.double() @ lora_A.double()
+    theirs = base + (lora_B @ lora_A) * 0.7  # loralib's order of roundings
+    for weight in (exact.to(dtype), theirs):
+        assert sums.is_sum(weight, base, lora_A, lora_B, 0.7)
+        assert not sums.is_sum(weight, base, lora_A, lora_B, 0.75)
+        assert not sums.is_sum(weight, base, lora_A, lora_B, 0.0)
+        weight[2, 3] += 40 * torch.finfo(dtype).eps * (1.0 + weight[2, 3].abs())
+        assert not sums.is_sum(weight, base, lora_A, lora_B, 0.7)
