@@ -262,18 +262,20 @@ class MergingLayer(SavedState):
 
     def _changed_while_merged(self, target: Tensor, record: MergeRecord) -> bool:
         """Tell whether somebody wrote to the weight since the merge, so that nothing is lost."""
-        shard = sharded.local(target)
-        if self._merged_version is None or shard.is_meta:
+        if self._merged_version is None:
             return False
-        factors = (record.lora_A, record.lora_B, record.scaling)
-        is_elsewhere = shard.dtype != record.dtype or shard.device != record.lora_A.device
-        if sharded.version(self._weight_owner().weight) == self._merged_version:
-            # A code undoes a write that torch did not count, a copy would throw it away.
-            return record.original is not None and (
-                is_elsewhere or not sums.is_sum(shard, record.original, *factors, **record.blocks())
-            )
-        if is_elsewhere:
+        is_counted = sharded.version(self._weight_owner().weight) != self._merged_version
+        # A code undoes a write that torch did not count, a copy would throw it away.
+        if not is_counted and record.original is None:
+            return False
+        shard = sharded.local(target)
+        if shard.is_meta:
+            return False
+        if shard.dtype != record.dtype or shard.device != record.lora_A.device:
             return True  # through `.data`
+        factors = (record.lora_A, record.lora_B, record.scaling)
+        if not is_counted and record.original is not None:
+            return not sums.is_sum(shard, record.original, *factors, **record.blocks())
         original = shard.clone()
         functional.unmerge_(original, replace(record))
         functional.merge_(original, *factors, **record.blocks())
