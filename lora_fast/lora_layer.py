@@ -265,8 +265,9 @@ class MergingLayer(SavedState):
         if self._merged_version is None:
             return False
         is_counted = sharded.version(self._weight_owner().weight) != self._merged_version
-        # A code undoes a write that torch did not count, a copy would throw it away.
-        if not is_counted and record.original is None:
+        # A code undoes a write that torch did not count, a copy would throw it away. Of a shard the
+        # record may hold the factors of the whole.
+        if not is_counted and (record.original is None or record.of_shard):
             return False
         shard = sharded.local(target)
         if shard.is_meta:
