@@ -12,9 +12,6 @@ Without a GPU it runs on a model of the hardware (tests/kernels/hopper_model.py)
 takes as long as the vendor's product without the update (docs/targets.md).
 """
 
-from functools import lru_cache
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,11 +24,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lora_fast.kernels import primitives
-from lora_fast.kernels.configs import GemmConfig, architecture, processor_count
+from lora_fast.kernels.configs import GemmConfig
 from lora_fast.kernels.dropout import packed_width
 from lora_fast.kernels.hopper_operands import describe, describe_factor, rank_operand
-from lora_fast.kernels.launch import Launch, launch, prepared
-from lora_fast.kernels.primitives import cdiv, rank_blocks
+from lora_fast.kernels.hopper_work import hopper_work
+from lora_fast.kernels.launch import launch, prepared
 
 GROUPS = gl.constexpr(2)  # of four warps that multiply
 BUFFERS = gl.constexpr(2)  # of each group, for parts of y on their way out
@@ -345,7 +342,7 @@ def lora_gemm_hopper(
     t, up = rank_operand(t, x.dtype), rank_operand(up, x.dtype)
     w_is_kn, up_is_rn = w.stride(1) != 1, up.stride(1) != 1
     block_r, todo = hopper_work(
-        *(config, M, N, R, w_is_kn, up_is_rn, x.device, x.dtype),
+        *(config, GROUPS.value, M, N, R, w_is_kn, up_is_rn, x.device, x.dtype),
         *(K, None if bias is None else bias.dtype, keep is not None),
     )
     rows, cols, depth = config.block_m, config.block_n, config.block_k
@@ -356,57 +353,3 @@ def lora_gemm_hopper(
         describe(y, rows // GROUPS.value, cols // config.parts),
         *(bias, keep, packed_width(N), M, N, K, R),
     )
-
-
-@lru_cache(maxsize=4096)
-def hopper_work(
-    config: GemmConfig,
-    M: int,
-    N: int,
-    R: int,
-    w_is_kn: bool,
-    up_is_rn: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-    *details: object,
-) -> tuple[int, Launch]:
-    """The width of a step along the rank, and the launch.
-
-    `details` are what else decides how it is compiled.
-    """
-    check_hopper(device, dtype, config)
-    block_r = min(rank_blocks(R)[0], config.block_k)
-    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
-    constants = {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "BLOCK_R": block_r,
-        "GROUP_M": config.group_m,
-        "STAGES": config.num_stages,
-        "UP_IS_RN": up_is_rn,
-        "W_IS_KN": w_is_kn,
-        "num_warps": config.num_warps // GROUPS.value,
-    }
-    return block_r, Launch((min(tiles, processor_count(device)),), constants)
-
-
-def check_hopper(device: torch.device, dtype: torch.dtype, config: GemmConfig) -> None:
-    """Refuse what the kernel is not made for."""
-    on_gpu = device.type in ("cuda", "meta")  # meta: compiled for a GPU that is not here
-    if not on_gpu or architecture(device).name != "sm_90":
-        found = architecture(device).name if on_gpu else f"a tensor on {device}"
-        raise ValueError(
-            f"config: specialised warps need a Hopper GPU (sm_90), got {found}; "
-            "take a GemmConfig with specialised=False"
-        )
-    if dtype.itemsize != 2:
-        raise ValueError(
-            f"config: specialised warps need fp16 or bf16, got {dtype}; "
-            "take a GemmConfig with specialised=False"
-        )
-    if config.num_warps != 8 or config.block_m not in (128, 256):
-        raise ValueError(
-            "config: specialised warps are two groups of four, each for 64 or 128 rows of a tile: "
-            f"expected num_warps=8 and block_m=128 or 256, got {config}"
-        )

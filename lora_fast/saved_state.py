@@ -179,7 +179,7 @@ class SavedState:
         )
 
     def _is_mine_merged(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Tell whether a saved weight without a mark is this layer's base with the saved delta."""
+        """Tell whether a saved weight is this layer's base weight with the saved delta."""
         names = (self._weight_key(), "lora_A", "lora_B")
         weight: Any = self._weight_owner().weight
         found = [weight, *(state_dict.get(prefix + name) for name in names)]

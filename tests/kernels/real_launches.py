@@ -24,8 +24,8 @@ from lora_fast.kernels import (
     configs,
     descriptors,
     hopper_operands,
+    hopper_work,
     launch,
-    lora_gemm_hopper,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -128,7 +128,7 @@ def main(folder: str, wrong: bool) -> None:
 
     # As on a GPU, where these tensors would be.
     descriptors.described = hopper_operands.described = kept
-    lora_gemm_hopper.check_hopper = lambda *args: None
+    hopper_work.check_hopper = lambda *args: None
     compile_calls.meta = tensor
     comparison = Comparison(library, wrong)
     made = set()

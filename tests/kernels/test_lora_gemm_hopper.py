@@ -20,7 +20,7 @@ from hopper_model import Kernel
 from triton.compiler.errors import CompilationError
 
 from lora_fast.kernels import lora_gemm as module
-from lora_fast.kernels import lora_gemm_hopper, primitives
+from lora_fast.kernels import hopper_work, lora_gemm_hopper, primitives
 from lora_fast.kernels.configs import ARCHITECTURES, architecture
 from lora_fast.kernels.dropout import packed_width, unpack_mask
 from lora_fast.kernels.lora_gemm import lora_gemm
@@ -222,7 +222,7 @@ def test_forced_on_the_cpu() -> None:
 
 
 def test_forced_on_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_gemm_hopper, "architecture", lambda device: ARCHITECTURES["sm_80"])
+    monkeypatch.setattr(hopper_work, "architecture", lambda device: ARCHITECTURES["sm_80"])
     with pytest.raises(ValueError, match=r"sm_90.*got sm_80.*specialised=False"):
         launch(on_meta())
 
