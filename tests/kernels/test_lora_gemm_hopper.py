@@ -19,8 +19,8 @@ from hopper_machine import Descriptor, Pointer
 from hopper_model import Kernel
 from triton.compiler.errors import CompilationError
 
-from lora_fast.kernels import lora_gemm as module
 from lora_fast.kernels import hopper_work, lora_gemm_hopper, primitives
+from lora_fast.kernels import lora_gemm as module
 from lora_fast.kernels.configs import ARCHITECTURES, architecture
 from lora_fast.kernels.dropout import packed_width, unpack_mask
 from lora_fast.kernels.lora_gemm import lora_gemm
