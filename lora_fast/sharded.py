@@ -184,7 +184,6 @@ def _indices(weight: Any, dim: int) -> Tensor:
 
 def _distributed(tensor: Tensor, mesh: Any, placements: Any) -> Tensor:
     """A DTensor of what every rank holds whole: each takes its slice, nothing is sent."""
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import distribute_tensor
 
-    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=placements)
+    return distribute_tensor(tensor.detach(), mesh, placements, src_data_rank=None)

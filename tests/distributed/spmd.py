@@ -1,13 +1,16 @@
 """What the tests here share. Each rank builds the same model and the same batch from one seed."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
 
 import lora_fast as lora
 from lora_fast.testing import randomize_
@@ -82,6 +85,15 @@ def shard(model: nn.Module, **settings: object) -> nn.Module:
     for layer in list(model.children())[:-1]:
         fully_shard(layer, **settings)
     return fully_shard(model, **settings)
+
+
+def parallelize(module: nn.Module, mesh: DeviceMesh, plan: Any) -> nn.Module:
+    """`parallelize_module`, which in torch 2.10 unfreezes every parameter that it shards."""
+    trained = {name: p.requires_grad for name, p in module.named_parameters()}
+    parallelize_module(module, mesh, plan)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trained[name])
+    return module
 
 
 @torch.no_grad()

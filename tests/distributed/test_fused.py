@@ -5,12 +5,12 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from spmd import assert_same_parameters, mine, twin
+from spmd import assert_same_parameters, mine, parallelize, twin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -118,7 +118,7 @@ def test_shards_are_no_plain_tensors() -> None:
     """Tensor parallelism keeps DTensors in the forward: refused if forced, else torch's."""
     model = network()
     single = twin(model)
-    parallelize_module(model, init_device_mesh("cpu", (2,)), {"up": ColwiseParallel()})
+    parallelize(model, init_device_mesh("cpu", (2,)), {"up": ColwiseParallel()})
     x, _ = batch()
     with (
         lora.use_backend("triton"),

@@ -124,6 +124,10 @@ def test_autocast(dtype: torch.dtype, make_layer: Any) -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 11),
+    reason="torch 2.10's partitioner looks for draws that neither pass needs: KeyError",
+)
 def test_checkpointing_inside(make_layer: Any) -> None:
     layer = make_layer(0.5)
 
