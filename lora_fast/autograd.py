@@ -91,14 +91,15 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = dys
-        x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
+        # Once: what unpacks them under activation checkpointing hands them out one time only.
+        saved = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
         with _dtypes_of_the_forward(dy.device):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                grads = _differentiable_grads(ctx, dy)
+                grads = _differentiable_grads(ctx, saved, dy)
             else:
                 grads = ops.launcher("lora_linear_bwd", dy)(
-                    *(dy, x, weight, lora_A, lora_B, s, mask),
+                    *(dy, *saved),
                     *(ctx.scaling, ctx.dropout_p, needs, ctx.bias_dtype, ctx.edges),
                 )
         kept = (grad if need else None for grad, need in zip(grads, needs, strict=True))
@@ -112,9 +113,11 @@ def _dtypes_of_the_forward(device: torch.device) -> AbstractContextManager[objec
     return torch.autocast(device.type, enabled=False)
 
 
-def _differentiable_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_grads(
+    ctx: Any, saved: tuple[Tensor, ...], dy: Tensor
+) -> tuple[Tensor | None, ...]:
     """The gradients as ordinary torch code, for `create_graph=True`: they have gradients again."""
-    x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
+    x, weight, lora_A, lora_B, s, mask = saved
     need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     flat = dy.reshape(-1, dy.shape[-1])
     a, b = lora_A.to(dy.dtype), lora_B.to(dy.dtype)

@@ -67,7 +67,8 @@ class _LoraEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = dys
-        input, lora_A, lora_B = ctx.saved_tensors
+        # Once: what unpacks them under activation checkpointing hands them out one time only.
+        saved = input, lora_A, lora_B = ctx.saved_tensors
         need_w, need_a, need_b = ctx.needs_input_grad[:3]
         dw: Tensor | None = None
         da: Tensor | None = None
@@ -78,7 +79,7 @@ class _LoraEmbedding(torch.autograd.Function):
                 dy, input, ctx.num, padding, ctx.by_freq, ctx.sparse
             )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            da, db = _differentiable_grads(ctx, dy)
+            da, db = _differentiable_grads(ctx, saved, dy)
         elif need_a or need_b:
             da, db = ops.launcher("lora_embedding_bwd", dy)(
                 *(dy, input, lora_A, lora_B, ctx.scaling, ctx.padding_idx, ctx.by_freq),
@@ -89,9 +90,11 @@ class _LoraEmbedding(torch.autograd.Function):
         return (dw, da if need_a else None, db if need_b else None, *([None] * 5))
 
 
-def _differentiable_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _differentiable_grads(
+    ctx: Any, saved: tuple[Tensor, ...], dy: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """dA (of `sparse` its addends) and dB as ordinary torch code, for `create_graph=True`."""
-    input, lora_A, lora_B = ctx.saved_tensors
+    input, lora_A, lora_B = saved
     _, need_a, need_b = ctx.needs_input_grad[:3]
     rows, index = dy.reshape(-1, dy.shape[-1]), input.reshape(-1)
     options = {"padding_idx": ctx.padding_idx, "scale_grad_by_freq": ctx.by_freq}

@@ -91,7 +91,8 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         with no_autocast(grads[0]):  # the operands have the dtypes of the forward
             if torch.is_grad_enabled():
-                return (*backward_through_reference(ctx, grads[0]), None, None, None)
+                saved = ctx.saved_tensors
+                return (*backward_through_reference(ctx, saved, grads[0]), None, None, None)
             return (*_LowRankLinear._gradients(ctx, grads[0]), None, None, None)
 
     @staticmethod
@@ -136,15 +137,17 @@ class _LowRankLinear(torch.autograd.Function):
         return dx, dW, dA, dB, dbias
 
 
-def backward_through_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def backward_through_reference(
+    ctx: Any, saved: tuple[Tensor, ...], dy: Tensor
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, W, A, B and bias from differentiable formulas, for double backward.
 
     Args:
-        ctx: with x, W, A, B, something and the mask saved, and `scaling`, `keep_scale`, `blocks`
-            and `out_features` set.
+        ctx: with `scaling`, `keep_scale`, `blocks` and `out_features` set.
+        saved: x, W, A, B, something and the mask.
         dy: (..., N).
     """
-    *inputs, _, keep = ctx.saved_tensors
+    *inputs, _, keep = saved
     # One input may depend on another: through an alias of its own each is differentiated alone.
     inputs = [None if t is None else t.view_as(t) for t in inputs]
     x, weight, lora_A, lora_B = inputs

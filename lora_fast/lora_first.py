@@ -84,15 +84,17 @@ class _LoraFirst(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         with no_autocast(grads[0]):  # the operands have the dtypes of the forward
-            if torch.is_grad_enabled() and ctx.saved_tensors[0] is not None:
+            # Once: what unpacks them under activation checkpointing hands them out one time only.
+            saved = ctx.saved_tensors
+            if torch.is_grad_enabled() and saved[0] is not None:
                 ctx.blocks = ((0, ctx.out_features),)
-                return (*eager.backward_through_reference(ctx, grads[0]), None, None)
-            return (*_LoraFirst._gradients(ctx, grads[0]), None, None)
+                return (*eager.backward_through_reference(ctx, saved, grads[0]), None, None)
+            return (*_LoraFirst._gradients(ctx, saved, grads[0]), None, None)
 
     @staticmethod
-    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def _gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         """Differentiable where x was not needed."""
-        x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
+        x, weight, lora_A, lora_B, s, keep = saved
         need_x, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() and need_x and need_B:
             raise checks.no_input_kept()

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import lora_fast as lora
 from lora_fast import backend, functional
@@ -84,6 +85,12 @@ def test_gradients_of_gradients(p: float, device: torch.device) -> None:
 
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
+    # Which unpacks what was saved one time only.
+    found = []
+    for y in (function(*tensors), checkpoint(function, *tensors, use_reentrant=False)):
+        grads = torch.autograd.grad(y.sin().sum(), tensors, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), tensors))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=5)), ids=str)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lora_fast.testing import assert_within_budget
 
@@ -76,6 +77,24 @@ def test_third_derivatives(make_problem: Any) -> None:
         found.append(grads)
     for ours, eager, oracle in zip(*found, strict=True):
         assert_within_budget(ours.detach(), eager.detach(), oracle.detach())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_through_a_checkpoint(p: float, make_problem: Any) -> None:
+    """Which unpacks what was saved one time only."""
+    problem = make_problem((5, 19), 7, 3)
+    found = []
+    for wrap in (checkpoint, lambda run, *tensors, use_reentrant: run(*tensors)):
+        leaves = problem.leaves(NAMES)
+        torch.manual_seed(2)
+        y = wrap(
+            lambda *tensors: problem.fused(dict(zip(NAMES, tensors, strict=True)), p).sin(),
+            *leaves.values(),
+            use_reentrant=False,
+        )
+        found.append(second(y, leaves, NAMES, torch.ones_like(y).requires_grad_()))
+    for checkpointed, plain in zip(*found, strict=True):
+        assert torch.equal(checkpointed, plain)
 
 
 def test_half_precision_with_fp32_adapters(make_problem: Any) -> None:

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -103,6 +104,22 @@ def test_max_norm_limits_the_rows_of_the_weight_alone(index: Tensor, norm_type: 
     assert torch.equal(y, functional.lora_embedding(index, *t.values(), SCALING))
 
 
+def unpacked_once() -> Any:
+    """What is saved meanwhile can be had one time only, as under activation checkpointing."""
+    kept: list[Tensor | None] = []
+
+    def pack(tensor: Tensor) -> int:
+        kept.append(tensor)
+        return len(kept) - 1
+
+    def unpack(place: int) -> Tensor:
+        tensor, kept[place] = kept[place], None
+        assert tensor is not None, "unpacked before"
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize(("padding_idx", "by_freq"), [(None, False), (3, True)])
 def test_double_backward(
@@ -111,22 +128,24 @@ def test_double_backward(
     t = drawn(index.device)
     dy, v = torch.randn(2, *index.shape, WIDTH, device=index.device)
 
-    def second(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+    def second(dtype: torch.dtype, backend: str, saved: Any = nullcontext) -> tuple[Tensor, ...]:
         # torch has no sparse gradient of the weight that is divided by frequencies.
         leaves = [x.to(dtype) for x in t.values()]
         for leaf in leaves[1:] if sparse else leaves:
             leaf.requires_grad_()
         gradient = (dy + v).to(dtype).requires_grad_()
         with lora.use_backend(backend):
-            y = functional.lora_embedding(
-                index, *leaves, SCALING, padding_idx, scale_grad_by_freq=by_freq, sparse=sparse
-            )
+            with saved():
+                y = functional.lora_embedding(
+                    index, *leaves, SCALING, padding_idx, scale_grad_by_freq=by_freq, sparse=sparse
+                )
             da, db = torch.autograd.grad(y, leaves[1:], gradient, create_graph=True)
         penalty = da.to_dense().square().sum() + db.square().sum()
         found = torch.autograd.grad(penalty, (*leaves[1:], gradient))
         return tuple(grad.to_dense() for grad in found)
 
     found, eager = second(torch.float32, "triton"), second(torch.float32, "reference")
+    assert all(map(torch.equal, found, second(torch.float32, "triton", unpacked_once)))
     for name, *triple in zip(
         ("lora_A", "lora_B", "dy"), found, eager, second(torch.float64, "reference"), strict=True
     ):
