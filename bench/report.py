@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from results import ROOT, markdown, read, result_folders
-from tables import facts_line, full_rows, ordered, readme_rows, summary_rows
+from tables import comparison_rows, facts_line, full_rows, ordered, readme_rows, summary_rows
 
 from lora_fast.commands import status_of
 
@@ -46,7 +46,7 @@ def write_folder(folder: Path) -> None:
 
 
 def section(folders: Sequence[Path]) -> str:
-    """Return the README's part: a summary of each folder, and of the first the rows and a picture.
+    """Return the README's part: the first folder's summary, rows and picture, the others' summary.
 
     GPUs come first, then what was measured last.
 
@@ -54,11 +54,22 @@ def section(folders: Sequence[Path]) -> str:
         ValueError: a folder has no results.
     """
     found = sorted(((folder, read(folder)) for folder in folders), key=_rank, reverse=True)
-    parts = []
-    for result in found:
-        parts += _summary(*result)
-        if result is found[0]:
-            parts += _details(*result)
+    first, *others = found
+    parts = [
+        "Tables show how many times as long as lora_fast another library takes: above 1, lora_fast "
+        "is faster. The first covers all rows that were measured of each layer.",
+        f"### {first[0].name}",
+        _facts(*first),
+        markdown(summary_rows(first[1])),
+        *_details(*first),
+    ]
+    if others:
+        parts += [
+            "### Other machines",
+            "loralib / lora_fast, the median over the rows of each layer (and the extremes):",
+            markdown(comparison_rows({folder.name: tables for folder, tables in others})),
+            "\n".join(f"- {folder.name}: {_facts(folder, tables)}" for folder, tables in others),
+        ]
     return "\n\n".join(parts)
 
 
@@ -68,18 +79,17 @@ def _rank(result: tuple[Path, dict[str, Any]]) -> tuple[bool, str]:
     return "gpu" in facts, facts["date"]
 
 
-def _summary(folder: Path, tables: dict[str, Any]) -> list[str]:
+def _facts(folder: Path, tables: dict[str, Any]) -> str:
     names = [name for name, _ in ordered(tables)]
     links = ", ".join(f"[{name}]({_relative(folder)}/{name}.md)" for name in names)
-    facts = facts_line(tables[names[0]]["machine"])
-    return [f"### {folder.name}", f"{facts}. All rows: {links}.", markdown(summary_rows(tables))]
+    facts = {k: v for k, v in tables[names[0]]["machine"].items() if k != "missing"}
+    return f"{facts_line(facts)}. All rows: {links}."
 
 
 def _details(folder: Path, tables: dict[str, Any]) -> list[str]:
     rows = [row for _, table in ordered(tables) for row in table["rows"]]
     parts = [
-        "Rank 16, the most rows of each shape; a column that ends in / is how many times as long "
-        "as lora_fast the other takes:",
+        "Rank 16, the most rows of each shape; columns that end in / are such ratios:",
         markdown(readme_rows(rows)),
     ]
     if (folder / "speedup.svg").is_file():

@@ -171,14 +171,6 @@ def _without_empty_columns(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def summary_rows(tables: dict[str, Any]) -> list[dict[str, Any]]:
     """Return for each layer and pass how it stands to loralib over all of its rows."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for _, table in ordered(tables):
-        for row in table["rows"]:
-            entry = row["peers"].get(LORALIB, {})
-            if "ratio" in entry:
-                columns = row["columns"]
-                key = (columns["layer"], columns["pass"])
-                found.setdefault(key, []).append(entry["ratio"][0])
     return [
         {
             "layer": layer,
@@ -188,5 +180,35 @@ def summary_rows(tables: dict[str, Any]) -> list[dict[str, Any]]:
             "median": f"{statistics.median(ratios):.2f}",
             "largest": f"{max(ratios):.2f}",
         }
-        for (layer, what), ratios in found.items()
+        for (layer, what), ratios in _ratios_to_loralib(tables).items()
     ]
+
+
+def comparison_rows(machines: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the same for several machines, a column for each."""
+    found = {name: _ratios_to_loralib(tables) for name, tables in machines.items()}
+    kinds = dict.fromkeys(kind for ratios in found.values() for kind in ratios)
+    return [
+        {"layer": layer, "what": what}
+        | {name: _median_and_extremes(ratios.get((layer, what))) for name, ratios in found.items()}
+        for layer, what in kinds
+    ]
+
+
+def _ratios_to_loralib(tables: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
+    """Return the ratios of all rows by layer and pass."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for _, table in ordered(tables):
+        for row in table["rows"]:
+            entry = row["peers"].get(LORALIB, {})
+            if "ratio" in entry:
+                columns = row["columns"]
+                key = (columns["layer"], columns["pass"])
+                found.setdefault(key, []).append(entry["ratio"][0])
+    return found
+
+
+def _median_and_extremes(ratios: list[float] | None) -> str:
+    if not ratios:
+        return ""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"

@@ -84,10 +84,13 @@ def test_a_gpu_comes_first_and_then_the_newest_which_alone_shows_its_rows(save):
         save("first", row("a")),  # of the first of January
     ]
     text = report.section(folders)
-    titles = re.findall(r"^### (.*)$", text, re.MULTILINE)
-    assert titles == ["old", "newest", "older", "first"]
+    assert re.findall(r"^### (.*)$", text, re.MULTILINE) == ["old", "Other machines"]
     assert text.count("Rank 16, the most rows of each shape") == 1
-    assert text.index("Rank 16") < text.index("### newest")
+    assert text.index("Rank 16") < text.index("### Other machines")
+    assert "| layer | what | newest | older | first |" in text
+    cells = " | ".join(["1.25 (1.25-1.25)"] * 3)
+    assert f"| Linear | fwd+bwd | {cells} |" in text
+    assert re.findall(r"^- (\w+): ", text, re.MULTILINE) == ["newest", "older", "first"]
 
 
 def test_twice_is_as_once(folder, monkeypatch, tmp_path):
