@@ -8,6 +8,7 @@ calling forward; they get the effective weight, or the slow path.
 
 import gc
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -191,15 +192,53 @@ def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> N
         child.register_forward_pre_hook(_no_fast_path)
 
 
+class _Turn:
+    """Whose forward reads a layer's effective weight: one thread's at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.thread: int | None = None
+
+    def take(self) -> None:
+        """Wait for another thread's forward to end."""
+        if self.thread != threading.get_ident():  # else Ctrl-C ended it without the hook
+            self.lock.acquire()
+            self.thread = threading.get_ident()
+
+    def give_back(self) -> None:
+        """Let the next thread in."""
+        if self.thread == threading.get_ident():
+            self.thread = None
+            self.lock.release()
+
+
+_turns: "weakref.WeakKeyDictionary[nn.Module, _Turn]" = weakref.WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+def _turn(layer: nn.Module) -> _Turn:
+    with _turns_lock:
+        return _turns.setdefault(layer, _Turn())
+
+
 def _expose_effective_weight(attention: nn.Module, args: Any) -> None:
-    layer = attention.out_proj
-    if hasattr(type(layer), "effective_weight"):
-        # An instance attribute is found before the parameter of the same name.
-        vars(layer)["weight"] = layer.effective_weight()  # type: ignore[operator, union-attr]
+    layer: Any = attention.out_proj
+    if not hasattr(type(layer), "effective_weight"):
+        return
+    if not torch.compiler.is_compiling():
+        _turn(layer).take()
+        vars(layer).pop("weight", None)
+    # An instance attribute is found before the parameter of the same name.
+    vars(layer)["weight"] = layer.effective_weight()
 
 
 def _hide_effective_weight(attention: nn.Module, args: Any, output: Any) -> None:
-    vars(attention.out_proj).pop("weight", None)
+    layer: Any = attention.out_proj
+    if not hasattr(type(layer), "effective_weight"):
+        return
+    vars(layer).pop("weight", None)
+    if not torch.compiler.is_compiling():
+        _turn(layer).give_back()
 
 
 def _no_fast_path(layer: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -54,6 +56,42 @@ def test_b12_attention_applies_the_adapter_in_every_mode(merge: bool, need_weigh
             got, _ = module(x, x, x, need_weights=need_weights)
         torch.testing.assert_close(got, expected)
     assert torch.equal(module.out_proj.weight, before)
+
+
+def test_b12_attention_in_several_threads() -> None:
+    """Each finds the effective weight, also while another's forward ends."""
+    module, x = attention(merge_weights=False).eval(), torch.randn(3, 5, 8)
+    expected = attended(module, x, effective(module.out_proj))
+
+    def worst(_: int) -> float:
+        with torch.no_grad():
+            outputs = [module(x, x, x)[0] for _ in range(300)]
+        return max((y - expected).abs().max().item() for y in outputs)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert max(pool.map(worst, range(4))) < 1e-5
+    finally:
+        sys.setswitchinterval(interval)
+    assert "weight" not in vars(module.out_proj)
+
+
+def test_b12_attention_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls no hook after a KeyboardInterrupt; the next forward is right all the same."""
+    module, x = attention(merge_weights=False), torch.randn(3, 5, 8)
+    expected = attended(module, x, effective(module.out_proj))
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            module(x, x, x)
+    torch.testing.assert_close(module(x, x, x)[0], expected)
+    assert "weight" not in vars(module.out_proj)
 
 
 def test_b12_attention_gives_the_adapter_its_gradients() -> None:
