@@ -20,7 +20,7 @@ import lora_fast
 from lora_fast import backend, functional
 
 REFERENCE = "lora_fast:reference"
-EAGER = "lora_fast:eager"
+EAGER_LORA_FIRST = "lora_fast:eager_lora_first"
 MERGED_WEIGHT = "lora_fast:merged_weight"
 
 _BACKWARD = ("lora_fast:dx_", "lora_fast:sb_")
@@ -41,11 +41,11 @@ def forced() -> dict[str, Callable[[], AbstractContextManager[None]]]:
     who computes dS and dB; `lora_fast:reference` is plain torch. On Hopper
     `lora_fast:specialised` takes the products whose warps divide the work, both ways.
     `lora_fast:merged_weight` forms a convolution's weight by the kernel, also a small one;
-    `lora_fast:eager` takes torch's kernels with a backward written by hand, also for a large layer.
+    `lora_fast:eager_lora_first` takes torch's kernels, the update first, also for a large layer.
     """
     found: dict[str, Callable[[], AbstractContextManager[None]]] = {
         REFERENCE: partial(lora_fast.use_backend, "reference"),
-        EAGER: _eager,
+        EAGER_LORA_FIRST: _eager_lora_first,
     }
     if not _HAS_TRITON:
         return found
@@ -77,7 +77,7 @@ def of(kind: str, *, backward: bool) -> list[str]:
     For an embedding there is one kernel, whose tiles alone depend on the call.
     """
     if kind in ("Linear", "MergedLinear"):
-        others = (MERGED_WEIGHT,) if kind == "Linear" else (MERGED_WEIGHT, EAGER)
+        others = (MERGED_WEIGHT,) if kind == "Linear" else (MERGED_WEIGHT, EAGER_LORA_FIRST)
         products = [peer for peer in forced() if peer not in others]
         return [peer for peer in products if backward or not peer.startswith(_BACKWARD)]
     return [REFERENCE] if kind == "Embedding" else [REFERENCE, MERGED_WEIGHT]
@@ -126,13 +126,13 @@ def on_kernels() -> Iterator[None]:
 
 
 @contextmanager
-def _eager() -> Iterator[None]:
+def _eager_lora_first() -> Iterator[None]:
     """Run `lora_linear` on torch's kernels, whatever the size."""
     choose = functional.choose
 
     def chosen(op: str, *tensors: Any, **kwargs: Any) -> backend.Backend:
         if op == "lora_linear":
-            return backend.decided(op, backend.Backend.EAGER, "forced")
+            return backend.decided(op, backend.Backend.EAGER_LORA_FIRST, "forced")
         return choose(op, *tensors, **kwargs)
 
     functional.choose = chosen  # type: ignore[attr-defined]

@@ -29,6 +29,8 @@ class Backend(Enum):
     """The fused kernels in `lora_fast.kernels`."""
     EAGER = "eager"
     """`lora_fast.eager`: torch's own kernels, with a backward written by hand."""
+    EAGER_LORA_FIRST = "eager_lora_first"
+    """`lora_fast.lora_first`: the same in the fewest launches, for a GPU with little to compute."""
     COMPILED = "compiled"
     """The merge in C++ and CUDA, from csrc."""
     REFERENCE = "reference"
@@ -154,10 +156,12 @@ def choose(
         return decided(op, Backend.REFERENCE, special)
     reason = _why_not_triton(op, tensors) if on_gpu else "not a CUDA tensor"
     if reason is None and op == "lora_linear" and _launching_outlasts(tensors, drops):
-        return decided(op, Backend.EAGER, _LAUNCHED_SOONER)
+        return decided(op, Backend.EAGER_LORA_FIRST, _LAUNCHED_SOONER)
     reason = reason or _why_torch_is_as_fast(op, tensors)
     if reason is None:
         return decided(op, Backend.TRITON, "plain CUDA tensors")
+    if on_gpu and (torch.compiler.is_compiling() or autocasts(x)):
+        otherwise = Backend.REFERENCE  # `_needs_reference` left these to the kernels
     return decided(op, otherwise, reason)
 
 
@@ -309,7 +313,9 @@ def what_runs() -> list[Decision]:
     found = [Decision(op, device, *_explain_op(op, device)) for device in devices for op in _OPS]
     fused = ("lora_linear", "cuda", Backend.TRITON.value)
     if _selected == "auto" and any(decision[:3] == fused for decision in found):
-        found.append(Decision(*fused[:2], Backend.EAGER.value, f"where {_LAUNCHED_SOONER}"))
+        found.append(
+            Decision(*fused[:2], Backend.EAGER_LORA_FIRST.value, f"where {_LAUNCHED_SOONER}")
+        )
     return found
 
 
@@ -340,7 +346,7 @@ def explanation() -> str:
     if not torch.cuda.is_available():
         rows.append("cuda: not available, nothing is fused on this machine")
     for op, device, implementation, reason in what_runs():
-        rows.append(f"{op:20} {device:5} -> {implementation:10} {reason}")
+        rows.append(f"{op:20} {device:5} -> {implementation:16} {reason}")
     return "\n".join(rows)
 
 

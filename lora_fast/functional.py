@@ -86,11 +86,12 @@ def lora_linear(
             return autograd.lora_linear(
                 x, weight, lora_A, lora_B, scaling, bias, dropout_p, training
             )
+        if backend is Backend.EAGER_LORA_FIRST:
+            factors = (reference.like(lora_A, x), reference.like(lora_B, x))
+            p = dropout_p if drops else 0.0
+            return lora_first(x, weight, *factors, scaling, bias, p)
         if backend is Backend.EAGER:
             factors = (reference.like(lora_A, x), reference.like(lora_B, x))
-            if x.is_cuda:
-                p = dropout_p if drops else 0.0
-                return lora_first(x, weight, *factors, scaling, bias, p)
             whole = ((0, weight.shape[0]),)
             return eager.low_rank_linear(x, weight, *factors, scaling, bias, dropout_p, whole)
         if x.dim() > 2 and _flattens(x):

@@ -350,6 +350,39 @@ def test_a_gpu_of_long_ago_is_told_also_while_a_graph_is_traced(
     assert chosen(torch.zeros(())).item() == float(too_old)
 
 
+class OnGpu:
+    """What `choose` asks a CUDA tensor."""
+
+    is_cuda, is_cpu, is_nested, requires_grad = True, False, False, True
+    device, dtype = torch.device("cuda", 0), torch.float32
+
+    def numel(self) -> int:
+        return 12
+
+    def is_complex(self) -> bool:
+        return False
+
+    is_neg = _is_zerotensor = is_complex
+
+
+@pytest.mark.parametrize(
+    ("autocast", "compiling", "expected"),
+    [(False, False, "eager"), (True, False, "reference"), (False, True, "reference")],
+)
+def test_a_gpu_without_kernels(
+    autocast: bool, compiling: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only plain torch casts under autocast, and traces, what the kernels do not serve."""
+    monkeypatch.setattr(backend, "_lacks_shared_memory", lambda device: True)
+    monkeypatch.setattr(backend, "Tensor", OnGpu)
+    monkeypatch.setattr(backend, "autocasts", lambda x: autocast)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(torch._C._functorch, "is_batchedtensor", lambda x: False)
+    tensors = [OnGpu() for _ in range(4)]
+    assert backend.choose("lora_merged_linear", *tensors).value == expected
+    assert backend.choose("lora_linear", *tensors).value == "reference"
+
+
 @pytest.mark.parametrize(("capability", "too_old"), [((7, 5), True), ((8, 0), False)])
 def test_turing_is_of_long_ago(
     capability: tuple[int, int], too_old: bool, monkeypatch: pytest.MonkeyPatch

@@ -76,7 +76,7 @@ def test_a_forced_implementation_runs(kernel_lab, row, peer):
     name = peer.removeprefix(f"{OURS}:")
     what, _, choice = name.partition("_")
     op = "lora_linear" if row.kind == "Linear" else "lora_merged_linear"
-    on_torch = name in ("reference", "eager")
+    on_torch = name in ("reference", "eager_lora_first")
     assert seen.pop(op) == (name if on_torch else "triton")
     if name == "specialised":
         assert (seen["forward"], seen["dx"]) == ("split", "fused")
@@ -120,7 +120,7 @@ def test_each_kind_has_its_peers():
     known = partial(peers.known, backward=True)
     every = [p for p in peers.PEERS if p != implementations.MERGED_WEIGHT]
     assert known("Linear") == every
-    alone = (*peers._LINEAR_ALONE, implementations.EAGER)
+    alone = (*peers._LINEAR_ALONE, implementations.EAGER_LORA_FIRST)
     assert known("MergedLinear") == [p for p in every if p not in alone]
     few = ["frozen", "loralib", "loralib-compiled", "peft", OURS, implementations.REFERENCE]
     assert known("Embedding") == few
