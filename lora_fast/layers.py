@@ -375,11 +375,9 @@ class MergedLinear(_LinearBase):
         p = self._dropout_rate()
         if p is None:
             y = F.linear(x, weight, bias)  # before a dropout that works in place
-            no_weight = weight.new_zeros(()).expand_as(weight)
-            update = functional.lora_merged_linear(
-                self.lora_dropout(x), no_weight, lora_A, lora_B, self.scaling, **self._blocks()
-            )
-            return y + update
+            dropped = self.lora_dropout(x)
+            s = F.linear(dropped, reference.like(lora_A, dropped))
+            return reference.grouped_expand(y, s, lora_B, self.scaling, **self._blocks())
         return functional.lora_merged_linear(
             x, weight, lora_A, lora_B, self.scaling, bias, p, p > 0.0, **self._blocks()
         )

@@ -76,10 +76,23 @@ def lora_merged_linear(
         widths = block_widths(weight.shape[0], enable_lora, out_splits)
         delta = merged_delta(a, b, scaling, enable_lora=enable_lora, out_splits=widths)
         return F.linear(x, weight, bias) + F.linear(dropout(x, dropout_p, training), delta)
-    s = F.linear(dropout(x, dropout_p, training), like(lora_A, x)) * scaling
-    lora_B = like(lora_B, x)
-    widths = block_widths(weight.shape[0], enable_lora, out_splits)
-    blocks = F.linear(x, weight, bias).split(widths, -1)
+    y, s = F.linear(x, weight, bias), F.linear(dropout(x, dropout_p, training), like(lora_A, x))
+    return grouped_expand(y, s, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits)
+
+
+def grouped_expand(
+    y: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    enable_lora: list[bool],
+    out_splits: list[int] | None = None,
+) -> Tensor:
+    """Y, and block g of it + scaling S_g B_g^T where g is enabled, out of place."""
+    s, lora_B = s * scaling, like(lora_B, s)
+    widths = block_widths(y.shape[-1], enable_lora, out_splits)
+    blocks = y.split(widths, -1)
     updated: list[Tensor] = []
     row, rank = 0, 0
     for i in range(len(enable_lora)):

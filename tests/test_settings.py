@@ -89,6 +89,21 @@ def test_hooks_on_the_dropout_are_called(register: str) -> None:
     assert calls == [1]
 
 
+@pytest.mark.parametrize("cls", ["Linear", "MergedLinear"])
+def test_another_dropout_module(cls: str) -> None:
+    """It is called, and what it gives goes to the adapter alone."""
+    ours, theirs = pair(cls)
+    x = INPUTS[cls].clone()
+    x[0, 0] = torch.inf
+    expected = ours(x)
+    for layer in (ours, theirs):
+        layer.lora_dropout = nn.Identity()
+    assert torch.equal(ours(x).isnan(), expected.isnan())
+    torch.testing.assert_close(ours(INPUTS[cls]), theirs(INPUTS[cls]))
+    ours.lora_dropout = nn.Threshold(torch.inf, 0.0)
+    torch.testing.assert_close(ours(INPUTS[cls]), ours._frozen(INPUTS[cls]))
+
+
 @pytest.mark.parametrize("alpha", [None, "16"])
 def test_lora_alpha_is_a_number(alpha: Any) -> None:
     with pytest.raises(TypeError, match="lora_alpha must be a number"):
