@@ -261,7 +261,7 @@ def test_what_triton_cannot_compile_is_left_to_the_other_kernel(
         raise error
 
     monkeypatch.setattr(lora_gemm_hopper, "lora_gemm_hopper", refuse)
-    monkeypatch.setattr(module, "_refused", False)
+    monkeypatch.setattr(module, "_refused", set())
     x, w, up, t = (torch.randn(64, 64, device=kernel_device).half() for _ in range(4))
     if not serves:
         with pytest.raises(type(error)) as raised:
