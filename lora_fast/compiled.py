@@ -123,6 +123,19 @@ def unmerge(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
             jobs.append(_Job(request, _blocks(request), record.codes, factors[:2]))
     if jobs:
         _run(ops.unmerge_, jobs)
+    for record in records:
+        _keep_until_read(record)
+
+
+def _keep_until_read(record: MergeRecord) -> None:
+    """Let what the GPU may still read outlive the record, where another stream made it."""
+    if not record.lora_A.is_cuda:
+        return
+    lists = itertools.chain.from_iterable(record.codes)
+    stream = torch.cuda.current_stream(record.lora_A.device)
+    for tensor in (record.original, record.lora_A, record.lora_B, *lists):
+        if tensor is not None:
+            tensor.record_stream(stream)
 
 
 class _Job(NamedTuple):

@@ -69,6 +69,11 @@ class MergeRecord:
                 f"unmerge_: the record is of a {self.dtype} weight of shape {tuple(self.shape)}, "
                 f"got a {weight.dtype} weight of shape {tuple(weight.shape)}"
             )
+        if self.lora_A.device != weight.device:
+            raise ValueError(
+                f"unmerge_: the record is on {self.lora_A.device}, the weight on {weight.device}; "
+                "move the weight back to unmerge it"
+            )
 
     def blocks(self) -> dict[str, Any]:
         """Return the arguments that describe a grouped weight to the functions."""

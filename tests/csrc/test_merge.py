@@ -348,6 +348,8 @@ def test_a_record_serves_once_and_for_its_own_weight() -> None:
         with pytest.raises(ValueError, match=what):
             functional.unmerge_(wrong, record)
         assert torch.equal(bits(wrong), before)
+    with pytest.raises(ValueError, match="record is on cpu, the weight on meta"):
+        functional.unmerge_(weight.to("meta"), record)
     functional.unmerge_(weight, record)
     before = bits(weight)
     with pytest.raises(ValueError, match="used before"):

@@ -110,3 +110,21 @@ def test_strided_weights() -> None:
     assert same_bits(wide[:, ::2].clone(), before[:, ::2].clone())
     functional.unmerge_(wide[:, 1:61:2], record)
     assert same_bits(wide, before)
+
+
+def test_an_unmerge_on_another_stream_than_the_merge() -> None:
+    """The codes' memory is not given to others before that stream has read it."""
+    weight, lora_A, lora_B = (
+        torch.randn(s, device="cuda") for s in ((512, 512), (4, 512), (512, 4))
+    )
+    before = weight.clone()
+    record = functional.merge_(weight, lora_A, lora_B, 0.5)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        functional.unmerge_(weight, record)
+    del record
+    others = [torch.full_like(weight, 77, dtype=torch.int8) for _ in range(8)]
+    torch.cuda.synchronize()
+    assert len(others) == 8
+    assert same_bits(weight, before)
