@@ -24,7 +24,7 @@ _RUN = JITFunction.run
 
 
 def specialised(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
-    """What of the arguments decides which compiled kernel serves them, or more; and the arguments.
+    """Return a key by which the kernel compiled for these arguments is found, and its values.
 
     Triton looks at the dtype of a tensor and whether its address is a multiple of 16, at the width
     and divisibility of an integer and whether it is 1, and at the type alone of a float.

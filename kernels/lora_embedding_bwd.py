@@ -4,7 +4,6 @@ S = scaling * A^T[index], dS = scaling * dY B, dB = dY^T S     (pass over dY)
 dA[:, v] = sum of the rows of dS whose index is v              (`segment_sum`)
 """
 
-import torch
 from torch import Tensor
 
 from lora_fast.kernels.configs import architecture
@@ -50,8 +49,7 @@ def lora_embedding_bwd(
         rows = rows.contiguous()
     if plan is None:
         plan = embedding_backward_plan(architecture(dy.device), M, D, num, R, dy.dtype)
-    dbias: torch.dtype | None = None
-    wanted = {"need_ds": need_a, "need_db": need_b, "dbias_dtype": dbias}
+    wanted = {"need_ds": need_a, "need_db": need_b, "dbias_dtype": None}
     with on_device_of(dy):
         s = gather_columns(index, lora_a, scaling, dy.dtype) if need_b else None
         if plan.library_sb:

@@ -48,7 +48,7 @@ _TRITON_OPS = frozenset({"lora_linear", "lora_merged_linear", "lora_embedding", 
 _MANY_DROPPED = 2**16
 # M N K of a Linear up to which eager mode leaves it to torch: on an H200 50 us of the tensor cores
 # for each of the two large products of a step, for which the host launches seven fused kernels.
-# What drops gains more by these: up to so many elements of x.
+# With dropout the fused kernels save more, so the limit is lower: this many elements of x.
 _FEW_OPERATIONS = 2**34
 _FEW_DROPPED = 2**21
 _FEW_ROWS = 64

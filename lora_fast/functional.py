@@ -72,7 +72,7 @@ def lora_linear(
         Source: loralib/layers.py:147-152.
     """
     if isinstance(x, Tensor):  # an fx proxy has no shape to check
-        # The most usual values are told at a glance, and spared a call.
+        # Usual values need no call to be told.
         if type(dropout_p) is not float or dropout_p:
             checks.dropout_p("lora_linear", dropout_p)
         if type(scaling) is not float:

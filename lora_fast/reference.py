@@ -318,7 +318,10 @@ def unmerge_(weight: Tensor, original: Tensor) -> None:
 
 def overflow_message(weight: Tensor) -> str:
     """Say that a merge was refused."""
-    return f"the merged weight does not fit {weight.dtype}: some of its elements overflow"
+    return (
+        f"the merged weight does not fit {weight.dtype}: some of its elements overflow; use a "
+        "wider dtype or a smaller scaling"
+    )
 
 
 def finite_where(weight: Tensor, original: Tensor) -> bool:

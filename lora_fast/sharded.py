@@ -114,7 +114,9 @@ def _refuse_together(weight: Any, error: Exception | None) -> None:
     if overflows > 0:
         raise OverflowError(reference.overflow_message(weight))
     if errors > 0:
-        raise RuntimeError("the merge failed on another rank")
+        raise RuntimeError(
+            "merge_: it failed on another rank, whose error says why; no rank is merged"
+        )
 
 
 def _part(
@@ -170,7 +172,10 @@ def _indices(weight: Any, dim: int) -> Tensor:
     placements: list[Any] = []
     for placement in weight.placements:
         if placement.is_partial():
-            raise ValueError("a weight whose ranks hold parts of a sum cannot be merged")
+            raise ValueError(
+                "merge_: the ranks hold parts of a sum (Partial) in the place of the weight; "
+                "redistribute it to Shard or Replicate first"
+            )
         if placement.is_replicate() or placement.dim != dim:
             placements.append(Replicate())
         elif hasattr(placement, "split_factor"):  # FSDP2 over tensor parallel

@@ -1,4 +1,4 @@
-"""What tests and measurements of LoRA code need, an error budget that nobody chooses above all.
+"""What tests and measurements of LoRA code need; above all a derived, not chosen, error budget.
 
 The budget comes from PyTorch itself: the answer in float64 is the oracle, and an implementation may
 be off by twice what eager PyTorch is off in the same dtype, plus one rounding of the result and

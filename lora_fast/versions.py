@@ -39,7 +39,7 @@ def merged(weight: Tensor, original: int | None) -> Versions | None:
     """Let autograd see a merge.
 
     Args:
-        weight: it.
+        weight: the merged weight.
         original: its number before, from `current`.
 
     Returns:
@@ -58,7 +58,7 @@ def restored(weight: Tensor, versions: Versions | None, before: int | None) -> N
     """Let autograd see that a weight has its original bits again: by its number of then, if it may.
 
     Args:
-        weight: it.
+        weight: the restored weight.
         versions: what `merged` returned.
         before: its number just before it was restored. Another than it was merged under belongs to
             a copy of the weight, or somebody wrote to it.

@@ -42,7 +42,10 @@ def _merge(layers: Layers, progress: bool) -> int:
     if not layers:
         raise ValueError("merge: the model has no LoRA layer with r > 0")
     if not todo:
-        raise ValueError(f"merge: all {len(layers)} LoRA layers of the model are merged already")
+        raise ValueError(
+            f"merge: all {len(layers)} LoRA layers of the model are merged already; unmerge(model) "
+            "or train() undoes it"
+        )
     obstacles = [f"{name}: {why}" for name, layer in todo.items() if (why := layer._obstacle())]
     if obstacles:
         raise RuntimeError("merge: nothing was merged. " + "; ".join(obstacles))
@@ -79,7 +82,9 @@ def unmerge(model: nn.Module, *, progress: bool = False) -> int:
 def _unmerge(layers: Layers, progress: bool) -> int:
     todo = {name: layer for name, layer in layers.items() if layer.merged}
     if not todo:
-        raise ValueError("unmerge: no LoRA layer of the model is merged")
+        raise ValueError(
+            "unmerge: no LoRA layer of the model is merged; merge(model) or eval() merges"
+        )
     done: list[MergingLayer] = []
     try:
         for batch in _shown(todo, "unmerge", progress):

@@ -89,7 +89,10 @@ def test_another_dtype_through_data() -> None:
 def test_a_mark_taken_off_by_hand_leaves_nothing_behind() -> None:
     layer = randomize_(lora.Linear(4, 4, r=2)).eval()
     layer.merged = False
-    copy.deepcopy(layer.half())
+    twin = copy.deepcopy(layer.half())
+    assert not twin.merged
+    assert torch.equal(twin.weight, layer.weight)
+    assert torch.equal(twin.train().weight, layer.weight)
 
 
 def test_a_rank_set_to_zero_switches_the_adapter_off(make: Any) -> None:

@@ -51,8 +51,8 @@ class Report:
             lines.append([row.what, row.loralib, row.lora_fast, verdict])
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         text = [self.title, ""]
-        for what, ours, theirs, verdict in lines:
-            cells = (what.ljust(widths[0]), ours.rjust(widths[1]), theirs.rjust(widths[2]), verdict)
+        for what, theirs, ours, verdict in lines:
+            cells = (what.ljust(widths[0]), theirs.rjust(widths[1]), ours.rjust(widths[2]), verdict)
             text.append("  ".join(cells).rstrip())
         if self.interrupted:
             text += ["", "Interrupted: this is what was done until then."]

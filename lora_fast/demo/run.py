@@ -21,6 +21,8 @@ BATCH = 8
 CYCLES = 100
 # Two orders of the same sums: what a hundred steps may make of fp32's rounding.
 SAME_LOSS = 0.02
+# With masks of their own the runs differ as two seeds do: by this part of the first loss at most.
+DROPOUT_NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -172,12 +174,13 @@ def _training_rows(report: Report) -> None:
     fused = ours.model.training and next(ours.model.parameters()).is_cuda
     own_mask = fused and report.facts["dropout"] > 0
     kind = "own dropout masks: equal within sampling noise" if own_mask else "same draws"
+    allowed = DROPOUT_NOISE * theirs.losses[0] if own_mask else SAME_LOSS
     report.add("training loss, first step", (f"{run.losses[0]:.4f}" for run in report.runs))
     report.add(
         "training loss, last step",
         (f"{loss:.4f}" for loss in pairs[-1]),
         f"{kind}; largest difference of a step {largest:.1e}",
-        passed=own_mask or largest < SAME_LOSS,
+        passed=largest < allowed,
     )
     if ours.valid_after is not None:
         for what, values in (

@@ -124,6 +124,9 @@ def test_empty_weights(shape: tuple[int, int]) -> None:
     weight = torch.empty(shape)
     record = functional.merge_(weight, *factors(*shape, 2, torch.float32), 1.0)
     functional.unmerge_(weight, record)
+    assert record.spent
+    assert record.nbytes() == 0
+    assert weight.shape == shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

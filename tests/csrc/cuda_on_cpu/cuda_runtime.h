@@ -26,14 +26,24 @@ inline thread_local Dim3 threadIdx;
 inline Dim3 blockIdx, blockDim;
 
 using cudaStream_t = void*;
+using cudaError_t = int32_t;
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
-inline void cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t) {
   memset(to, value, size);
+  return 0;
 }
-inline void cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
+inline cudaError_t cudaMemcpyAsync(
+    void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
   memcpy(to, from, size);
+  return 0;
 }
-inline void cudaStreamSynchronize(cudaStream_t) {}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return 0; }
+// What torch's STD_CUDA_CHECK calls.
+inline void torch_c10_cuda_check_msg(
+    int32_t, const char*, const char*, uint32_t, bool, char** message) {
+  *message = nullptr;
+}
+inline void torch_c10_cuda_free_error_msg(char*) {}
 
 // The threads of a block. They stay for the blocks to come.
 class Block {

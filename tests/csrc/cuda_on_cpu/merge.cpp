@@ -3,7 +3,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 
 #define aoti_torch_get_current_cuda_stream(device, stream) (*(stream) = nullptr, 0)
 #define DeviceGuard NoGuard
@@ -12,8 +11,6 @@ struct NoGuard {
   explicit NoGuard(int32_t) {}
 };
 }  // namespace torch::stable::accelerator
-#undef STD_CUDA_CHECK
-#define STD_CUDA_CHECK(call) (call)
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(library, device, m) \
   _STABLE_TORCH_LIBRARY_IMPL(lora_fast_on_cpu, CPU, m, C10_UID)
