@@ -11,6 +11,14 @@ import torch
 from torch import Tensor
 
 
+class InputError(ValueError, RuntimeError):
+    """An input of a shape that does not fit: torch's own layers raise RuntimeError there."""
+
+
+class InputTypeError(TypeError, RuntimeError):
+    """An input of a dtype that does not fit: torch's own layers raise RuntimeError there."""
+
+
 def tensors(op: str, bias: Any = None, **named: Any) -> None:
     """Refuse arguments that are no tensors, nor stand for one; `bias` may be None.
 
@@ -54,7 +62,7 @@ def _refuse_linear_shapes(
     tensors("lora_linear", bias, weight=weight, lora_A=lora_A, lora_B=lora_B)
     n, k = _matrix("lora_linear", weight)
     if x.dim() == 0 or x.size(-1) != k:
-        raise ValueError(
+        raise InputError(
             f"lora_linear: x must have {k} features in its last dimension, as weight "
             f"{tuple(weight.shape)} expects, got shape {tuple(x.shape)}"
         )
@@ -84,7 +92,7 @@ def merged_linear_shapes(
     if isinstance(n, Tensor):  # traced by torch.jit
         return
     if x.dim() == 0 or x.size(-1) != k:
-        raise ValueError(
+        raise InputError(
             f"lora_merged_linear: x must have {k} features in its last dimension, as weight "
             f"{tuple(weight.shape)} expects, got shape {tuple(x.shape)}"
         )
@@ -164,7 +172,7 @@ def edge_splits(edges: Sequence[int], out_features: int) -> tuple[list[bool], li
 def embedding_shapes(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """Refuse tensors that do not fit `lora_embedding`."""
     if input.is_floating_point() or input.is_complex():
-        raise TypeError(
+        raise InputTypeError(
             f"lora_embedding: input must hold integer indices, got dtype {input.dtype}; "
             "convert with input.long()"
         )
@@ -269,6 +277,15 @@ def mergeable(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
             f"{op}: weight, lora_A and lora_B must be on one device, got {weight.device}, "
             f"{lora_A.device} and {lora_B.device}"
         )
+
+
+def not_faked(op: str, weight: Tensor) -> None:
+    """Refuse a weight with values under FakeTensorMode, where nothing is written to it."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if mode is not None and type(weight) in (Tensor, torch.nn.Parameter):
+        raise RuntimeError(f"{op}: under FakeTensorMode nothing is written; leave the mode first")
 
 
 def _is_number(value: Any) -> bool:

@@ -7,8 +7,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora_fast import functional, readers, scripting
+from lora_fast import checks, functional, readers, scripting
 from lora_fast.lora_layer import LoRALayer, MergingLayer, tell_no_gradient
+from lora_fast.saved_state import shares_memory
 
 # What a caller finds on a plain nn.Conv*d and may read here too.
 _CONV_ATTRIBUTES = frozenset(
@@ -36,7 +37,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         conv_module: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, or a subclass.
         in_channels: channels of the input.
         out_channels: channels of the output.
-        kernel_size: k, the same in every dimension; a tuple of equal sizes is accepted.
+        kernel_size: k; with an adapter the same in every dimension, also as a tuple.
         r: rank of the adapter; 0 for none. With r > 0 the kernel is frozen, the bias is not.
         lora_alpha: scale of the update.
         lora_dropout: accepted as in loralib, where it has no effect either; warns.
@@ -44,7 +45,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         kwargs: `stride`, `padding` and so on, as for the convolution module.
 
     Raises:
-        ValueError: the kernel is not the same size in every dimension.
+        ValueError: with r > 0, the kernel is not the same size in every dimension.
 
     Note:
         A is (r k, in_channels k), B (out_channels / groups * k^(d-1), r k) with d spatial
@@ -63,7 +64,8 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
-        k = _square(kernel_size, conv_module)
+        has_adapter = checks.rank(r) > 0
+        k: Any = _square(kernel_size, conv_module) if has_adapter else kernel_size
         super().__init__()
         self.conv = conv_module(in_channels, out_channels, k, **kwargs)
         LoRALayer.__init__(
@@ -142,14 +144,31 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         else:
             super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse what pruning and the like would put in the place of the convolution's weight.
+
+        Raises:
+            ValueError: `name` is such a name. Nothing has changed.
+        """
+        if name in ("weight_orig", "bias_orig"):
+            raise ValueError(
+                f"{type(self).__name__} has no {name.removesuffix('_orig')} of its own to prune or "
+                "parametrize: its convolution has; apply it to layer.conv"
+            )
+        super().register_parameter(name, param)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # loralib 0.1.1 wrote weight and bias, its newest commit those and conv.weight, conv.bias.
         for name in ("weight", "bias"):
-            if prefix + name in state_dict:
-                value = state_dict.pop(prefix + name)
-                state_dict.setdefault(f"{prefix}conv.{name}", value)
+            key, plain = f"{prefix}conv.{name}", prefix + name
+            if plain not in state_dict:
+                continue
+            value = state_dict.pop(plain)
+            # This layer's own state updated by that of a plain convolution: that one is meant.
+            if key not in state_dict or shares_memory(state_dict[key], getattr(self.conv, name)):
+                state_dict[key] = value
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

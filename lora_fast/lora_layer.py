@@ -1,11 +1,13 @@
 """What every LoRA layer shares: the adapter's settings, and the merge of `eval()` and `train()`."""
 
+import functools
 import logging
 import os
 import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -119,6 +121,13 @@ class MergingLayer(SavedState):
         """Return the arguments that describe a grouped weight to the functions."""
         return {}
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Give each class a `forward` of its own: torch.compile counts recompilations by code."""
+        super().__init_subclass__(**options)
+        shared = MergingLayer.forward
+        if cls.forward is shared or getattr(cls.forward, "__wrapped__", None) is shared:
+            cls.forward = _own_copy(shared)  # type: ignore[method-assign]
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer's output for `x`, as the layer it replaces, and add the adapter's."""
         # As torch.jit.is_scripting(), without the call: a script has no attributes of the class.
@@ -212,8 +221,9 @@ class MergingLayer(SavedState):
                 self._remember(True, None)
 
     def _merge_arguments(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        owner = self._weight_owner()
+        owner: Any = self._weight_owner()
         fsdp.show_shard(owner)
+        checks.not_faked("merge", owner.weight)
         target = self._as_delta(owner.weight.detach())  # type: ignore[operator]
         return target, self.lora_A, self.lora_B, self.scaling
 
@@ -236,6 +246,7 @@ class MergingLayer(SavedState):
                 "adapter was merged into it, and the base weight cannot be restored; call train() "
                 "first, then decompose it"
             )
+        checks.not_faked("unmerge", weight)
         return self._as_delta(weight.detach())
 
     def _remember(self, merged: bool, record: MergeRecord | None) -> None:
@@ -310,6 +321,12 @@ class MergingLayer(SavedState):
         return f"{base}, {mine}" if base else mine
 
 
+def _own_copy(function: Any) -> Any:
+    """The function on a code object of its own."""
+    copied = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return functools.update_wrapper(copied, function)
+
+
 def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
     """Merge what was just loaded into a layer in eval mode (a load_state_dict post-hook)."""
     if not layer.training and layer.merge_weights:  # type: ignore[attr-defined]
@@ -318,7 +335,8 @@ def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
 
 def tell_no_gradient(layer: MergingLayer) -> None:
     """Log, once a layer, that a merged forward gives A and B no gradient."""
-    if not layer.merged or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    # First, so that no graph asks whether a layer without an adapter is merged.
+    if torch.compiler.is_compiling() or not layer.merged or not torch.is_grad_enabled():
         return
     told = layer.__dict__.get("_told_no_gradient", False)
     # A tracer has put its own object in the place of layer.lora_A.

@@ -95,6 +95,7 @@ def _checked(request: Merge) -> Merge:
         request = request._replace(scaling=float(scaling))
     checks.delta_shapes("merge_", weight, lora_A, lora_B, enable_lora, out_splits)
     checks.mergeable("merge_", weight, lora_A, lora_B)
+    checks.not_faked("merge_", weight)
     if sharded.is_dtensor(weight) or not (sharded.is_dtensor(lora_A) or sharded.is_dtensor(lora_B)):
         return request
     return request._replace(lora_A=sharded.whole(lora_A), lora_B=sharded.whole(lora_B))
@@ -164,6 +165,7 @@ def _checked_local(weight: Tensor, record: MergeRecord) -> Tensor:
         )
     local = sharded.local(weight)
     record.check(local)
+    checks.not_faked("unmerge_", local)
     reason = None if record.original is not None else ops.load_compiled(local.device.type)
     if reason is not None:
         raise RuntimeError(f"unmerge_: the weight was merged by the compiled ops, and {reason}")

@@ -141,10 +141,10 @@ class SavedState:
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and value.shape != parameter.shape:
-                errors.append(
-                    f"size mismatch for {prefix + name}: the checkpoint has "
-                    f"{tuple(value.shape)}, the layer {tuple(parameter.shape)}; nothing of the "
-                    "layer was loaded"
+                errors.append(  # in torch's words, which programs look for
+                    f"size mismatch for {prefix + name}: copying a param with shape {value.shape} "
+                    f"from checkpoint, the shape in current model is {parameter.shape}; nothing "
+                    "of the layer was loaded"
                 )
         return errors
 
@@ -204,17 +204,26 @@ class SavedState:
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return None
 
-    def _is_still_merged(self, value: Any, metadata: dict[str, Any]) -> bool:
+    def _is_still_merged(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> bool:
         """Tell whether a saved weight is merged: a view of a layer's own is what that layer is."""
+        value = state_dict.get(prefix + self._weight_key())
         source = _views_of_merged.get(value) if isinstance(value, Tensor) else None
         layer = None if source is None else source()
-        return bool(metadata.get("lora_merged") if layer is None else layer.merged)
+        if layer is not None:
+            return layer.merged
+        # This layer's own state, in which somebody has put another weight: what the mark says is
+        # of the one that was there.
+        if shares_memory(state_dict.get(prefix + "lora_A"), self.lora_A):
+            return False
+        return bool(metadata.get("lora_merged"))
 
     def _undo_saved_merge(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
         """Put the base weight where the checkpoint holds a merged one."""
-        is_merged = self._is_still_merged(state_dict.get(prefix + self._weight_key()), metadata)
+        is_merged = self._is_still_merged(state_dict, prefix, metadata)
         if not is_merged and "lora_merged" in metadata:
             return
         if self._is_mine_merged(state_dict, prefix):
@@ -269,6 +278,15 @@ def remember_view(
     value = state_dict.get(prefix + layer._weight_key())
     if layer.merged and isinstance(value, Tensor):
         _views_of_merged[value] = weakref.ref(layer)
+
+
+def shares_memory(value: Any, parameter: Any) -> bool:
+    """Tell whether a value is a view of a plain parameter, as those of `state_dict()` are."""
+    if not isinstance(value, Tensor) or not isinstance(parameter, Tensor) or value.is_meta:
+        return False
+    if sharded.is_dtensor(value) or sharded.is_dtensor(parameter):
+        return False
+    return value.untyped_storage()._cdata == parameter.untyped_storage()._cdata
 
 
 def _are_equal(value: Any, tensor: Tensor) -> bool:

@@ -28,6 +28,18 @@ def call(op: str, shapes: dict[str, Any], p: float = 0.0, **kwargs: Any) -> Tens
 # --------------------------------------------------------------------------- shapes
 
 
+def test_wrong_inputs_are_also_what_torch_raises() -> None:
+    """Who catches RuntimeError around a model catches them too."""
+    for error, layer, x in (
+        (ValueError, lora.Linear(4, 6, r=2), torch.randn(3, 5)),
+        (ValueError, lora.MergedLinear(4, 6, r=2, enable_lora=[True]), torch.randn(3, 5)),
+        (TypeError, lora.Embedding(4, 6, r=2), torch.tensor([0.5])),
+    ):
+        for kind in (error, RuntimeError):
+            with pytest.raises(kind):
+                layer(x)
+
+
 @pytest.mark.parametrize(
     ("wrong", "expected", "got"),
     [

@@ -167,6 +167,26 @@ def test_four_layers_that_differ_in_alpha_make_two_frames() -> None:
     assert counter.frame_count == 2
 
 
+def test_layers_compiled_one_by_one_do_not_use_up_each_others_recompilations() -> None:
+    """torch.compile allows 8 for a piece of code, and each class has its own."""
+    torch.compiler.reset()
+    x, index, image = torch.randn(2, 8), torch.tensor([1]), torch.randn(1, 8, 5, 5)
+    layers = [
+        (lora.Linear(8, 8, r=2), x),
+        (lora.Linear(8, 8, r=2, lora_dropout=0.1), x),
+        (lora.Linear(8, 8, r=2, fan_in_fan_out=True), x),
+        (lora.Linear(8, 8), x),
+        (lora.MergedLinear(8, 8, r=2, enable_lora=[True, False]), x),
+        (lora.Embedding(8, 8, r=2), index),
+        (lora.Conv2d(8, 8, 3, r=2), image),
+    ]
+    for training in (True, False):
+        for layer, example in layers:
+            layer.train(training)
+            torch.compile(layer, backend="eager", fullgraph=True)(example)
+    assert len({id(type(layer).forward.__code__) for layer, _ in layers}) == 4
+
+
 def test_compile_with_dynamic_shapes_makes_one_graph() -> None:
     layer = build("linear")
     counter = CompileCounterWithBackend("aot_eager")

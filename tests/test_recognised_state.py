@@ -76,6 +76,15 @@ def test_another_base_without_a_mark_is_a_base(name: str, backend: str) -> None:
     assert torch.equal(owner(layer.train()).weight, owner(other).weight)
 
 
+def test_another_base_in_the_state_of_a_merged_layer(name: str, backend: str) -> None:
+    """The mark is of the weight that was there."""
+    layer, other = (randomize_(MAKERS[name](lora)) for _ in range(2))
+    state = layer.eval().state_dict()
+    state.update({key: v.clone() for key, v in other.state_dict().items() if "lora" not in key})
+    layer.load_state_dict(state)
+    assert torch.equal(owner(layer.train()).weight, owner(other).weight)
+
+
 def test_a_marked_state_of_an_unmerged_layer_is_believed() -> None:
     """Somebody folds by hand, keeps the factors, and saves in training mode."""
     layer = randomize_(lora.Linear(6, 8, r=2))

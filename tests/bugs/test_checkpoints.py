@@ -256,6 +256,21 @@ def test_b09_wrong_keys_are_still_reported(conv_case: Any) -> None:
         conv_case.build().load_state_dict(state)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_b09_a_state_updated_by_a_plain_convolutions(conv_case: Any, training: bool) -> None:
+    """The pretrained weight is meant, not the layer's own that the state holds beside it."""
+    layer = conv_case.build().train(training)
+    pretrained, source = conv_state(conv_case, "pretrained")
+    factors = lora.lora_state_dict(layer)
+    expected = {name: tensor.clone() for name, tensor in factors.items()}
+    state = layer.state_dict()
+    state.update(pretrained)
+    assert not any(layer.load_state_dict(state))
+    assert torch.equal(layer.train().weight, source.weight)
+    assert torch.equal(layer.bias, source.bias)
+    assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
 def test_b09_loralib_leaves_the_base_random() -> None:
     layer, pretrained = loralib.Conv2d(2, 2, 3, r=1), nn.Conv2d(2, 2, 3)
     layer.load_state_dict(pretrained.state_dict(), strict=False)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import lora_fast as lora
 from lora_fast.testing import randomize_
@@ -160,6 +161,24 @@ def test_b36_square_kernels_may_be_tuples(d: int) -> None:
 def test_b36_other_kernels_are_refused_with_a_reason(kernel: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"got {kernel!r}")):
         lora.Conv2d(4, 6, kernel, r=2)
+
+
+def test_b36_without_an_adapter_any_kernel_serves() -> None:
+    layer, plain = lora.Conv2d(4, 6, (3, 5)), nn.Conv2d(4, 6, (3, 5))
+    layer.conv.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 4, 7, 7)
+    assert torch.equal(layer(x), plain(x))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_pruning_a_convolution_is_left_to_its_convolution(name: str) -> None:
+    layer = lora.Conv2d(4, 6, 3, r=2)
+    before = list(layer.state_dict())
+    with pytest.raises(ValueError, match=f"no {name} of its own .* apply it to layer.conv"):
+        prune.l1_unstructured(layer, name, 0.5)
+    assert list(layer.state_dict()) == before
+    prune.l1_unstructured(layer.conv, name, 0.5)
+    assert layer(torch.randn(1, 4, 5, 5)).isfinite().all()
 
 
 def test_b36_loralib_refuses_tuples_without_a_word() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_fast as lora
 from lora_fast import compiled, functional, lora_layer, whole_model
@@ -140,6 +141,25 @@ def test_factors_elsewhere_are_refused() -> None:
     with pytest.warns(RuntimeWarning, match="was not merged"):
         assert not layer.eval().merged
     assert torch.equal(layer.weight, base)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_nothing_is_lost_under_fake_tensors(backend: str) -> None:
+    """They would swallow the writes to a weight that is none of them."""
+    layer = randomize_(lora.Embedding(6, 8, r=2))
+    base = layer.weight.detach().clone()
+    with lora.use_backend(backend):
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.warns(RuntimeWarning, match="Fake"):
+            layer.eval()
+        assert not layer.merged
+        layer.eval()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            with pytest.raises(RuntimeError, match="unmerge: under FakeTensorMode nothing is writ"):
+                layer.train()
+            with pytest.raises(RuntimeError, match="under FakeTensorMode nothing is written"):
+                lora.unmerge(layer)
+        assert layer.merged
+        assert torch.equal(layer.train().weight, base)
 
 
 def test_integers_are_refused() -> None:
