@@ -104,6 +104,8 @@ class Architecture:
             `gemm_wide` for fp32, `gemm_small` for few rows.
         gemm_specialised: the same for warps with a work of their own.
         gpu: name of the GPU, by which its measured tables are found; "" where there is none.
+        processors: its multiprocessors, which work on as many tiles at once; where there is no GPU
+            those of an H100 or H200.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Architecture:
     grad_a: GradAConfig
     gemm_specialised: GemmConfig | None = None
     gpu: str = ""
+    processors: int = 132
 
 
 _SMALL = GemmConfig(16, 32, 128, num_warps=4, num_stages=4)
@@ -207,7 +210,8 @@ def architecture(device: torch.device) -> Architecture:
         major, minor = torch.cuda.get_device_capability(device)
         older = "sm_80" if (major, minor) == (8, 0) else "sm_89"
         name = {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, older)
-    return replace(ARCHITECTURES[name], gpu=torch.cuda.get_device_name(device))
+    gpu = torch.cuda.get_device_name(device)
+    return replace(ARCHITECTURES[name], gpu=gpu, processors=processor_count(device))
 
 
 @cache

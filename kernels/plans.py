@@ -54,8 +54,7 @@ OPS = (
 )
 
 ONE_PASS_MAX_N = 3072  # beyond it, x A^T per column tile costs more than a second read of x
-PROCESSORS = 132  # of an H100 or H200: as many tiles are worked on at once
-BUSY = 0.75  # the part of them that must have a tile, on average, for the largest tiles to pay
+BUSY = 0.75  # the part of the chip that must have a tile, on average, for the largest tiles to pay
 LIBRARY_RANK = 64  # from this rank on two vendor GEMMs over dY beat one pass (kernels are thin)
 MERGED_WEIGHT = WeightConfig(32, 64, num_warps=4)
 
@@ -128,7 +127,7 @@ def specialised_pays(arch: Architecture, M: int, N: int, K: int, dtype: torch.dt
         return False
     rows = next_power_of_2(M)  # the rules change with M only there
     tiles = cdiv(rows, gemm.block_m) * cdiv(N, gemm.block_n)
-    return tiles >= BUSY * PROCESSORS * cdiv(tiles, PROCESSORS)
+    return tiles >= BUSY * arch.processors * cdiv(tiles, arch.processors)
 
 
 @lru_cache(maxsize=4096)

@@ -87,6 +87,9 @@ def test_hopper_has_a_kernel_of_its_own_where_it_has_work_for_all(
     for m, n, k in ((512, 4096, 4096), (128, 34304, 34304), (8192, 4095, 4096), (8192, 4096, 4090)):
         assert forward(m, n, k, 16, dtype, dropout=dropout) == alone
         assert input_grad(m, n, k, 16, dtype) == "lora_first"
+    # 64 tiles: too few for 132 multiprocessors, enough for the 78 of an H20.
+    small = replace(chip, processors=78)
+    assert forward_plan(small, 512, 4096, 4096, 16, dtype, dropout).gemm == chip.gemm_specialised
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
