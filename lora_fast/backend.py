@@ -160,7 +160,7 @@ def choose(
     reason = reason or _why_torch_is_as_fast(op, tensors)
     if reason is None:
         return decided(op, Backend.TRITON, "plain CUDA tensors")
-    if on_gpu and (torch.compiler.is_compiling() or autocasts(x)):
+    if x is not None and x.is_cuda and (torch.compiler.is_compiling() or autocasts(x)):
         otherwise = Backend.REFERENCE  # `_needs_reference` left these to the kernels
     return decided(op, otherwise, reason)
 

@@ -224,7 +224,7 @@ class MergingLayer(SavedState):
         owner: Any = self._weight_owner()
         fsdp.show_shard(owner)
         checks.not_faked("merge", owner.weight)
-        target = self._as_delta(owner.weight.detach())  # type: ignore[operator]
+        target = self._as_delta(owner.weight.detach())
         return target, self.lora_A, self.lora_B, self.scaling
 
     def _unmerge(self) -> None:

@@ -212,7 +212,7 @@ class SavedState:
         source = _views_of_merged.get(value) if isinstance(value, Tensor) else None
         layer = None if source is None else source()
         if layer is not None:
-            return layer.merged
+            return bool(layer.merged)
         # This layer's own state, in which somebody has put another weight: what the mark says is
         # of the one that was there.
         if shares_memory(state_dict.get(prefix + "lora_A"), self.lora_A):
@@ -286,7 +286,7 @@ def shares_memory(value: Any, parameter: Any) -> bool:
         return False
     if sharded.is_dtensor(value) or sharded.is_dtensor(parameter):
         return False
-    return value.untyped_storage()._cdata == parameter.untyped_storage()._cdata
+    return bool(value.untyped_storage()._cdata == parameter.untyped_storage()._cdata)
 
 
 def _are_equal(value: Any, tensor: Tensor) -> bool:
