@@ -203,6 +203,7 @@ class MergingLayer(SavedState):
     def _tell_obstacle(self, obstacle: str) -> None:
         """Log, once a layer, that `eval()` does not merge it: who exports its weight must know."""
         told = self.__dict__.get("_told_obstacle") == obstacle
+        told = told or readers.is_on_meta(self._weight_owner())  # nobody exports that
         self.__dict__["_told_obstacle"] = obstacle
         _log.log(
             logging.DEBUG if told else logging.WARNING,
@@ -297,13 +298,11 @@ class MergingLayer(SavedState):
         """Move or convert the original weight, not the merged one, and merge again."""
         remerge = self.merged and self._record is not None
         if remerge:
-            was_meta = self._weight_owner().weight.is_meta
             self._unmerge()
         try:
             return super()._apply(fn, recurse)  # type: ignore[misc]
         finally:
-            # From meta to a device the values are yet to be filled in.
-            if remerge and not (was_meta and not self._weight_owner().weight.is_meta):
+            if remerge:
                 self._merge()
 
     def _described(self) -> str:

@@ -29,11 +29,19 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
         return "max_norm limits the rows of the base weight, not of the merged one"
     if "weight" not in owner._parameters:
         return "the weight is computed (parametrization, pruning or weight norm)"
+    if is_on_meta(owner):
+        return "the weight is on the meta device, which holds no values"
     if _is_tied(owner._parameters) or _shares_memory(owner._parameters["weight"]):
         return "the weight is tied: another module holds it too"
     if _are_hidden() and _has_other_holders(owner._parameters):
         return "the weight may be tied: gc.freeze() hides who else holds it"
     return None
+
+
+def is_on_meta(owner: nn.Module) -> bool:
+    """Tell whether the weight has no values yet, or has them elsewhere as accelerate's hooks do."""
+    weight = owner._parameters.get("weight")
+    return weight is not None and weight.is_meta
 
 
 def stored_weight(owner: nn.Module) -> Tensor | None:

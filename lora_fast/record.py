@@ -72,7 +72,7 @@ class MergeRecord:
         if self.lora_A.device != weight.device:
             raise ValueError(
                 f"unmerge_: the record is on {self.lora_A.device}, the weight on {weight.device}; "
-                "move the weight back to unmerge it"
+                "move the weight back (remove the hooks that offload it, say) to unmerge it"
             )
 
     def blocks(self) -> dict[str, Any]:
