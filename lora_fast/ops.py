@@ -217,7 +217,7 @@ _register_kernel("lora_embedding_fwd")
 _register_kernel("lora_embedding_bwd")
 _register_kernel("merged_weight")
 
-# Bound once: resolving torch.ops.* costs time on every call.
+# Bound once, for who calls them by hand: resolving torch.ops.* takes time.
 lora_linear_fwd = torch.ops.lora_fast.lora_linear_fwd.default
 lora_linear_bwd = torch.ops.lora_fast.lora_linear_bwd.default
 lora_embedding_fwd = torch.ops.lora_fast.lora_embedding_fwd.default
