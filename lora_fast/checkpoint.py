@@ -36,8 +36,9 @@ def save(
         bias: as for `lora_state_dict`; used with `lora_only`.
 
     Raises:
-        ValueError: the model has no LoRA layers to save, or values that a safetensors file can't
-            hold; or there is something other than a file at `path`. Nothing was written.
+        ValueError: the model has no LoRA layers to save, or adapters whose values are not here, or
+            values that a safetensors file can't hold; or there is something other than a file at
+            `path`. Nothing was written.
         FileNotFoundError: there is no such folder.
 
     Note:
@@ -55,6 +56,16 @@ def save(
         raise ValueError(
             f"save: {', '.join(empty)} hold no values, being on the meta device; load or "
             "initialize the model first"
+        )
+    elsewhere = [
+        key
+        for key, value in kept.items()
+        if key.rpartition(".")[2] in ("lora_A", "lora_B") and value.dim() != 2
+    ]
+    if elsewhere:
+        raise ValueError(
+            f"save: {', '.join(elsewhere)} must have two dimensions, but hold a part at most, as "
+            "under DeepSpeed's ZeRO 3; save inside deepspeed.zero.GatheredParameters"
         )
     metadata = adapted if lora_only else every
     is_safetensors = Path(path).suffix == ".safetensors"

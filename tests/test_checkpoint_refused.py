@@ -223,6 +223,17 @@ def test_a_model_without_values_is_not_saved(name: str, lora_only: bool, tmp_pat
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_model_whose_values_are_elsewhere_is_not_saved(name: str, tmp_path: Path) -> None:
+    """DeepSpeed's ZeRO 3 leaves empty tensors in their place."""
+    model = net()
+    layer = next(m for m in model.modules() if isinstance(m, lora.Linear))
+    layer.lora_A.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"save: \S*lora_A must have two dim.*GatheredParameters"):
+        lora.save(model, tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_no_file_is_not_replaced(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     os.mkfifo(tmp_path / f"pipe-{name}")
