@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ class _Holders:
 
     def __init__(self) -> None:
         self.is_stale = True
+        self.all_reachable = False
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.count: dict[int, int] = {}
 
@@ -99,8 +100,7 @@ class _Holders:
         """Bring the modules, and how many of them hold a parameter (by its id), up to date."""
         if not self.is_stale:
             return
-        gc.collect()  # what nobody can reach any more holds nothing
-        self.is_stale = _are_hidden()
+        self.is_stale, self.all_reachable = _are_hidden(), False
         self.modules, self.count = weakref.WeakSet(), {}
         is_module: dict[type, bool] = {}
         for candidate in gc.get_objects():
@@ -111,6 +111,16 @@ class _Holders:
                 self.modules.add(candidate)
                 for parameter in set(map(id, candidate._parameters.values())):
                     self.count[parameter] = self.count.get(parameter, 0) + 1
+
+    def confirm(self, found: Callable[[], bool]) -> bool:
+        """Tell whether `found()`, also without the modules that nobody can reach any more."""
+        self.scan()
+        if found() and not self.all_reachable:
+            gc.collect()  # takes longer than the scan
+            self.is_stale = True
+            self.scan()
+            self.all_reachable = not self.is_stale
+        return found()
 
     def parameters(self) -> Iterator[Any]:
         """Yield what the known modules hold."""
@@ -130,8 +140,8 @@ def _is_tied(parameters: dict[str, Any]) -> bool:
     """Tell whether another module's parameters hold the same tensor."""
     if _references(parameters) <= _UNSHARED:  # only this dict does
         return False
-    _holders.scan()
-    return _holders.count.get(id(parameters["weight"]), 0) > 1
+    key = id(parameters["weight"])
+    return _holders.confirm(lambda: _holders.count.get(key, 0) > 1)
 
 
 def _shares_memory(weight: Any) -> bool:
@@ -140,14 +150,15 @@ def _shares_memory(weight: Any) -> bool:
         return False
     if _use_count is not None and _storage_uses(weight) <= _UNSHARED_STORAGE:
         return False
-    _holders.scan()
-    lo, hi = _span(weight)
-    for other in _holders.parameters():
-        if type(other) is nn.Parameter and other is not weight and other.device == weight.device:
-            start, end = _span(other)
-            if start < hi and lo < end:
-                return True
-    return False
+    return _holders.confirm(lambda: any(_overlap(weight, p) for p in _holders.parameters()))
+
+
+def _overlap(weight: nn.Parameter, other: Any) -> bool:
+    """Tell whether another plain parameter has memory in common with `weight`."""
+    if type(other) is not nn.Parameter or other is weight or other.device != weight.device:
+        return False
+    (lo, hi), (start, end) = _span(weight), _span(other)
+    return start < hi and lo < end
 
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)

@@ -91,11 +91,15 @@ def test_state_in_both_modes(drawn: Any, backend: str, assert_same: Callable[...
         # loralib merges in the layer's dtype; in float64 its merge is the oracle.
         wide = drawn.oracle(drawn.pair()[1], torch.zeros(1))
         wide.train(mode)
-        mine, its, exact = ours.state_dict(), theirs.state_dict(), wide.state_dict()
-        assert list(mine) == list(its)
-        for key, value in its.items():
-            assert mine[key].stride() == value.stride(), key
-            assert_same(mine[key], value, exact[key], key)
+        assert_same_states(assert_same, ours, theirs, wide)
+
+
+def assert_same_states(assert_same: Callable[..., None], ours: Any, theirs: Any, wide: Any) -> None:
+    mine, its, exact = ours.state_dict(), theirs.state_dict(), wide.state_dict()
+    assert list(mine) == list(its)
+    for key, value in its.items():
+        assert mine[key].stride() == value.stride(), key
+        assert_same(mine[key], value, exact[key], key)
 
 
 def test_the_generator_moves_as_in_loralib(drawn: Any) -> None:
