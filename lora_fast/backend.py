@@ -191,8 +191,9 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
         return "inside a functorch transform"
     if torch.compiler.is_compiling():
         return None
-    if any(t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors):
-        return "a tensor that torch negates or fills when it is read"
+    for t in tensors:  # any() would make a generator, in every call
+        if t is not None and (t.is_neg() or t._is_zerotensor()):
+            return "a tensor that torch negates or fills when it is read"
     if torch.jit.is_tracing():
         return "traced by torch.jit"
     if torch.autograd.forward_ad._current_level >= 0:

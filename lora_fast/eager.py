@@ -190,7 +190,8 @@ def _columns(s: Tensor, rank: int, blocks: Blocks) -> list[Tensor]:
 
 
 def _rows(lora_B: Tensor, blocks: Blocks) -> tuple[Tensor, ...]:
-    rows: tuple[Tensor, ...] = lora_B.split([hi - lo for lo, hi in blocks])
+    # Not split(), a function in Python around this one.
+    rows: tuple[Tensor, ...] = lora_B.split_with_sizes([hi - lo for lo, hi in blocks])
     return rows
 
 
