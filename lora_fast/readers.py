@@ -150,15 +150,17 @@ def _shares_memory(weight: Any) -> bool:
         return False
     if _use_count is not None and _storage_uses(weight) <= _UNSHARED_STORAGE:
         return False
-    return _holders.confirm(lambda: any(_overlap(weight, p) for p in _holders.parameters()))
+    lo, hi = _span(weight)
 
-
-def _overlap(weight: nn.Parameter, other: Any) -> bool:
-    """Tell whether another plain parameter has memory in common with `weight`."""
-    if type(other) is not nn.Parameter or other is weight or other.device != weight.device:
+    def is_shared() -> bool:
+        for other in _holders.parameters():
+            if type(other) is nn.Parameter and other is not weight:
+                start, end = _span(other)
+                if start < hi and lo < end and other.device == weight.device:
+                    return True
         return False
-    (lo, hi), (start, end) = _span(weight), _span(other)
-    return start < hi and lo < end
+
+    return _holders.confirm(is_shared)
 
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
