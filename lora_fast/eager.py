@@ -47,9 +47,37 @@ def low_rank_linear(
     """
     if not blocks:
         return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():  # spares the host the making of a node
+        return _forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, blocks)[0]
     return _LowRankLinear.apply(  # type: ignore[no-any-return]
         x, weight, lora_A, lora_B, bias, scaling, dropout_p, blocks
     )
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    blocks: Blocks,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Y, S and the dropout mask, None without dropout."""
+    keep = None
+    x2 = dropped = _as_matrix(x)
+    if dropout_p > 0.0:
+        dropped, keep = dropout(x, dropout_p)
+        dropped = _as_matrix(dropped)
+    y = F.linear(x2, weight, bias)
+    s = F.linear(dropped, lora_A)
+    rank = lora_B.shape[1]
+    for (lo, hi), s_block, b_block in zip(
+        blocks, _columns(s, rank, blocks), _rows(lora_B, blocks), strict=True
+    ):
+        y[:, lo:hi].addmm_(s_block, b_block.t(), alpha=scaling)
+    return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1])), s, keep
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -65,27 +93,16 @@ class _LowRankLinear(torch.autograd.Function):
         dropout_p: float,
         blocks: Blocks,
     ) -> Tensor:
-        keep, keep_scale = None, 1.0
-        x2 = dropped = _as_matrix(x)
-        if dropout_p > 0.0:
-            keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-            dropped, keep = dropout(x, dropout_p)
-            dropped = _as_matrix(dropped)
-        y = F.linear(x2, weight, bias)
-        s = F.linear(dropped, lora_A)
-        rank = lora_B.shape[1]
-        for (lo, hi), s_block, b_block in zip(
-            blocks, _columns(s, rank, blocks), _rows(lora_B, blocks), strict=True
-        ):
-            y[:, lo:hi].addmm_(s_block, b_block.t(), alpha=scaling)
+        y, s, keep = _forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, blocks)
         # Without dX the weight plays no part, and a merge between forward and backward is harmless.
         kept_weight = weight if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else None
         # Of more rows than the weight has room for, S would take more than loralib's dense delta.
         kept_s = s if s.numel() <= weight.numel() else None
         ctx.save_for_backward(x, kept_weight, lora_A, lora_B, kept_s, keep)
-        ctx.scaling, ctx.blocks, ctx.keep_scale = scaling, blocks, keep_scale
+        ctx.scaling, ctx.blocks = scaling, blocks
+        ctx.keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
         ctx.out_features, ctx.in_features = weight.shape
-        return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1]))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
