@@ -18,6 +18,10 @@ from lora_fast.record import MergeRecord
 _views_of_merged = WeakTensorKeyDictionary()
 
 
+# How far, relative to it, a merged weight may be from itself after a change of dtype, to fp8 too.
+_ROUNDED = 0.1
+
+
 class SavedState:
     """The part of a LoRA layer that writes and reads its state, without losing the base weight.
 
@@ -37,6 +41,7 @@ class SavedState:
     _as_delta: Callable[[Tensor], Tensor]
     _blocks: Callable[[], dict[str, Any]]
     _unmerge: Callable[[], None]
+    effective_weight: Callable[[], Tensor]
     _restore: Callable[[Tensor, MergeRecord | None], None]
 
     def __copy__(self) -> Any:
@@ -213,11 +218,23 @@ class SavedState:
         layer = None if source is None else source()
         if layer is not None:
             return bool(layer.merged)
-        # This layer's own state, in which somebody has put another weight: what the mark says is
-        # of the one that was there.
-        if shares_memory(state_dict.get(prefix + "lora_A"), self.lora_A):
-            return False
-        return bool(metadata.get("lora_merged"))
+        # In this layer's own state somebody has put another weight: the mark is of the one before.
+        is_merged = bool(metadata.get("lora_merged"))
+        if is_merged and shares_memory(state_dict.get(prefix + "lora_A"), self.lora_A):
+            if not isinstance(value, Tensor) or value.is_meta:
+                return False
+            return self._is_like_merged(value)
+        return is_merged
+
+    @torch.no_grad()
+    def _is_like_merged(self, value: Tensor) -> bool:
+        """Tell whether a weight is the merged one in another dtype, say, and no other base."""
+        base: Any = self._weight_owner().weight
+        merged = self.effective_weight().float()
+        saved = value.to(merged)
+        distance = torch.linalg.vector_norm(saved - merged)
+        is_near = distance <= _ROUNDED * torch.linalg.vector_norm(merged)
+        return bool(is_near and distance < torch.linalg.vector_norm(saved - base.float()))
 
     def _undo_saved_merge(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]

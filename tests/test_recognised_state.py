@@ -85,6 +85,16 @@ def test_another_base_in_the_state_of_a_merged_layer(name: str, backend: str) ->
     assert torch.equal(owner(layer.train()).weight, owner(other).weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_merged_weight_in_another_dtype(name: str, backend: str, dtype: torch.dtype) -> None:
+    layer = randomize_(MAKERS[name](lora))
+    base = owner(layer).weight.detach().clone()
+    state = layer.eval().state_dict()
+    state.update({key: v.to(dtype) for key, v in state.items() if "lora" not in key})
+    layer.load_state_dict(state)
+    torch.testing.assert_close(owner(layer.train()).weight, base, rtol=0.02, atol=0.02)
+
+
 def test_a_marked_state_of_an_unmerged_layer_is_believed() -> None:
     """Somebody folds by hand, keeps the factors, and saves in training mode."""
     layer = randomize_(lora.Linear(6, 8, r=2))
