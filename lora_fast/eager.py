@@ -82,18 +82,9 @@ def _forward(
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        bias: Tensor | None,
-        scaling: float,
-        dropout_p: float,
-        blocks: Blocks,
-    ) -> Tensor:
-        y, s, keep = _forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, blocks)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        y, s, keep = _forward(*arguments)
+        x, weight, lora_A, lora_B, _, scaling, dropout_p, blocks = arguments
         # Without dX the weight plays no part, and a merge between forward and backward is harmless.
         kept_weight = weight if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else None
         # Of more rows than the weight has room for, S would take more than loralib's dense delta.
