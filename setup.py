@@ -2,7 +2,8 @@
 
 LORA_FAST_BUILD chooses what is compiled:
     auto   what this machine has a compiler and a torch for (the default); failing is no error
-    none   nothing: merges keep a copy of the weight, a CPU drops as slowly as torch
+    none   nothing: merges keep a copy of the weight, a CPU is as slow as torch at dropout and at
+           adding to few rows
     cpu    the CPU ops, or an error
     cuda   the CPU and the CUDA ops, or an error
 
@@ -54,7 +55,7 @@ def extensions(cpp):
     found = [
         cpp.CppExtension(
             "lora_fast._C",
-            ["csrc/merge_cpu.cpp", "csrc/dropout_cpu.cpp"],
+            ["csrc/merge_cpu.cpp", "csrc/dropout_cpu.cpp", "csrc/lora_delta_cpu.cpp"],
             extra_compile_args=CXX_FLAGS,
             **common,
         )
@@ -113,7 +114,7 @@ def forgiving(build_ext):
             lost = (
                 "merges on a GPU"
                 if extension.name.endswith("_cuda")
-                else "a CPU drops as slowly as torch, and merges"
+                else "a CPU drops and adds to few rows as slowly as torch, and merges"
             )
             print(
                 f"lora_fast: {extension.name} was not compiled: {error}\n"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_fast import checks, ops
-from lora_fast.eager import Blocks
+from lora_fast.delta import Blocks
 
 _SEED_END = 2**63 - 1
 

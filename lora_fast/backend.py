@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_fast import delta
 from lora_fast.reference import autocasts
 
 _log = logging.getLogger("lora_fast.dispatch")
@@ -55,6 +56,7 @@ _FEW_ROWS = 64
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TENSOR_SCALING = "scaling is a tensor, which may want a gradient"
 _LAUNCHED_SOONER = "torch launches sooner than so little is computed"
+_EAGER_ON_A_CPU = "where many numbers are dropped, or a few rows of 16 bits added to"
 _INDEX_DTYPES = (torch.int64, torch.int32)
 # Ops whose input and weight, the first two tensors, must have one dtype.
 _ONE_DTYPE_OPS = frozenset({"lora_linear", "lora_merged_linear"})
@@ -139,7 +141,7 @@ def choose(
         return decided(op, Backend.REFERENCE, "chosen by set_backend")
     x = tensors[0]
     on_gpu = x is not None and x.is_cuda
-    eager = op == "lora_merged_linear" or (drops and _dropping_eagerly_pays(op, x))
+    eager = op == "lora_merged_linear" or (op == "lora_linear" and _eager_pays(x, drops))
     otherwise = Backend.EAGER if eager else Backend.REFERENCE
     if _selected == "auto" and not on_gpu and otherwise is Backend.REFERENCE:
         return decided(op, otherwise, "not a CUDA tensor")
@@ -258,11 +260,14 @@ def _lacks_shared_memory(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) < (8, 0)
 
 
-def _dropping_eagerly_pays(op: str, x: Tensor | None) -> bool:
-    """Tell whether a dropout and a backward written by hand beat torch's."""
-    if op != "lora_linear" or torch.compiler.is_compiling():
+def _eager_pays(x: Tensor | None, drops: bool) -> bool:
+    """Tell whether a dropout, a delta and a backward written by hand beat torch's on a CPU."""
+    if x is None or not x.is_cpu or torch.compiler.is_compiling():
         return False
-    return x is not None and x.is_cpu and x.numel() >= _MANY_DROPPED and x.is_contiguous()
+    if drops and x.numel() >= _MANY_DROPPED and x.is_contiguous():
+        return True
+    # In fp32 torch's products are as fast as the call of a backward in Python.
+    return x.dtype is not torch.float32 and x.dim() > 0 and delta.op_pays(x)
 
 
 def _launching_outlasts(tensors: tuple[Tensor | None, ...], drops: bool) -> bool:
@@ -317,6 +322,9 @@ def what_runs() -> list[Decision]:
         found.append(
             Decision(*fused[:2], Backend.EAGER_LORA_FIRST.value, f"where {_LAUNCHED_SOONER}")
         )
+    plain = ("lora_linear", "cpu", Backend.REFERENCE.value)
+    if _selected == "auto" and any(decision[:3] == plain for decision in found):
+        found.append(Decision(*plain[:2], Backend.EAGER.value, _EAGER_ON_A_CPU))
     return found
 
 

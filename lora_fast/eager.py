@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fast import delta
+from lora_fast.delta import Blocks
 from lora_fast.dropout import dropout
-from lora_fast.reference import no_autocast
-
-Blocks = tuple[tuple[int, int], ...]
-"""First and last + 1 column of every output block that has an adapter."""
+from lora_fast.reference import autocasts, no_autocast
 
 
 def low_rank_linear(
@@ -71,12 +70,7 @@ def _forward(
         dropped, keep = dropout(x, dropout_p)
         dropped = _as_matrix(dropped)
     y = F.linear(x2, weight, bias)
-    s = F.linear(dropped, lora_A)
-    rank = lora_B.shape[1]
-    for (lo, hi), s_block, b_block in zip(
-        blocks, _columns(s, rank, blocks), _rows(lora_B, blocks), strict=True
-    ):
-        y[:, lo:hi].addmm_(s_block, b_block.t(), alpha=scaling)
+    s = delta.add_(y, dropped, lora_A, lora_B, scaling, blocks)
     return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1])), s, keep
 
 
@@ -97,52 +91,33 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with no_autocast(grads[0]):  # the operands have the dtypes of the forward
-            if torch.is_grad_enabled():
-                saved = ctx.saved_tensors
-                return (*backward_through_reference(ctx, saved, grads[0]), None, None, None)
-            return (*_LowRankLinear._gradients(ctx, grads[0]), None, None, None)
+        dy = grads[0]
+        if autocasts(dy):
+            with no_autocast(dy):  # the operands have the dtypes of the forward
+                return _LowRankLinear.backward(ctx, *grads)
+        if torch.is_grad_enabled():
+            saved = ctx.saved_tensors
+            return (*backward_through_reference(ctx, saved, dy), None, None, None)
+        return _LowRankLinear._gradients(ctx, dy)
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
-        need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
-        scaling, blocks, rank = ctx.scaling, ctx.blocks, lora_B.shape[1]
-        dy = dy.reshape(-1, ctx.out_features)
-        x2 = x.reshape(dy.shape[0], ctx.in_features)
-        dx = dW = dA = dB = dbias = None
-        keep2, dropped = None, x2
-        if keep is not None and (need_x or need_A or s is None):
-            # As bytes, which torch converts in vectors; bool it converts one by one.
-            keep2 = keep.view(torch.uint8).reshape(x2.shape).to(x2.dtype)
-            dropped = x2 * keep2
-        # Nothing is written with `out=`, and a slice may be all of dY: vmap over the gradients has
-        # no rule for the one nor for torch's alias.
-        if need_B:
-            if s is None:
-                s = F.linear(dropped, lora_A).mul_(ctx.keep_scale)
-            pairs = zip(blocks, _columns(s, rank, blocks), strict=True)
-            dB = _joined([dy.narrow(1, lo, hi - lo).t() @ s_b for (lo, hi), s_b in pairs], 0)
-            dB.mul_(scaling)
-        if need_x or need_A:
-            factors = zip(blocks, _rows(lora_B, blocks), strict=True)
-            ds = _joined([dy.narrow(1, lo, hi - lo) @ b for (lo, hi), b in factors], 1)
-            ds.mul_(scaling * ctx.keep_scale)
-            if need_A:
-                dA = ds.t() @ dropped
-            if need_x:
-                dx = dy @ weight
-                if keep2 is None:
-                    dx.addmm_(ds, lora_A)
-                else:
-                    del dropped  # its memory serves the next product
-                    dx.addcmul_(ds @ lora_A, keep2)
-                dx = dx.view(x.shape)
-        if need_weight:
-            dW = dy.t() @ x2
-        if need_bias:
-            dbias = dy.sum(0)
-        return dx, dW, dA, dB, dbias
+        need_x, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        x2 = x
+        if x.dim() != 2:
+            dy = dy.reshape(-1, ctx.out_features)
+            x2 = x.reshape(dy.shape[0], ctx.in_features)
+        dx = dy @ weight if need_x else None
+        saved = (dy, x2, lora_A, lora_B, s, keep)
+        dA, dB = delta.gradients_(
+            dx, (need_A, need_B), saved, ctx.scaling, ctx.keep_scale, ctx.blocks
+        )
+        dW = dy.t() @ x2 if need_weight else None
+        dbias = dy.sum(0) if need_bias else None
+        if dx is not None and x2 is not x:
+            dx = dx.view(x.shape)
+        return dx, dW, dA, dB, dbias, None, None, None
 
 
 def backward_through_reference(
@@ -165,8 +140,8 @@ def backward_through_reference(
     y = x.new_zeros((*x.shape[:-1], n)) if weight is None else F.linear(x, weight)
     for (lo, hi), s_block, b_block in zip(
         ctx.blocks,
-        _columns(s, lora_B.shape[1], ctx.blocks),
-        _rows(lora_B, ctx.blocks),
+        delta.columns(s, lora_B.shape[1], ctx.blocks),
+        delta.rows(lora_B, ctx.blocks),
         strict=True,
     ):
         y = y + F.pad(F.linear(s_block, b_block), (lo, n - hi))
@@ -187,20 +162,6 @@ def as_own(y: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _as_matrix(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 2 else x.view(1, -1) if x.dim() == 1 else x
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _columns(s: Tensor, rank: int, blocks: Blocks) -> list[Tensor]:
-    return [s.narrow(-1, i * rank, rank) for i in range(len(blocks))]
-
-
-def _rows(lora_B: Tensor, blocks: Blocks) -> tuple[Tensor, ...]:
-    # Not split(), a function in Python around this one.
-    rows: tuple[Tensor, ...] = lora_B.split_with_sizes([hi - lo for lo, hi in blocks])
-    return rows
 
 
 def sparse_columns(

@@ -59,6 +59,17 @@ torch.library.define(
 )
 
 
+torch.library.define(
+    "lora_fast::lora_delta_fwd_",
+    "(Tensor x, Tensor lora_A, Tensor lora_B, float scaling, int[] edges, Tensor(a!) y) -> Tensor",
+)
+torch.library.define(
+    "lora_fast::lora_delta_bwd_",
+    "(Tensor dy, Tensor x, Tensor lora_A, Tensor lora_B, Tensor s, Tensor? keep, float scaling, "
+    "float keep_scale, int[] edges, Tensor(a!)? dx, Tensor(b!)? dA, Tensor(c!)? dB) -> bool",
+)
+
+
 @torch.library.register_fake("lora_fast::lora_linear_fwd")
 def _(
     x: Tensor,
@@ -156,6 +167,16 @@ def _(x: Tensor, *args: Any) -> None:
     return None
 
 
+@torch.library.register_fake("lora_fast::lora_delta_fwd_")
+def _(x: Tensor, lora_A: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((x.shape[0], lora_A.shape[0]))
+
+
+@torch.library.register_fake("lora_fast::lora_delta_bwd_")
+def _(dy: Tensor, *args: Any) -> bool:
+    return False
+
+
 @functools.cache
 def _kernel(op: str) -> Callable[..., Any]:
     """The launcher of a Triton op: the function named like the op, in the file named like it."""
@@ -171,14 +192,19 @@ def launcher(op: str, tensor: Tensor) -> Callable[..., Any]:
         op: its name.
         tensor: an argument, by which a tracer, a mode or a transform shows itself.
     """
-    if (
-        torch.compiler.is_compiling()
-        or type(tensor) not in _PLAIN_TYPES
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._dispatch_keys(tensor).raw_repr() not in _plain_keys(tensor.device.type)
-    ):
-        return cast(Callable[..., Any], getattr(torch.ops.lora_fast, op).default)
-    return _kernel(op)
+    if is_plain(tensor):
+        return _kernel(op)
+    return cast(Callable[..., Any], getattr(torch.ops.lora_fast, op).default)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Tell that no tracer, mode, transform or subclass has a part in what is done to a tensor."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in _PLAIN_TYPES
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.device.type)
+    )
 
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
@@ -226,6 +252,8 @@ merged_weight = torch.ops.lora_fast.merged_weight.default
 merge_ = torch.ops.lora_fast.merge_.default
 unmerge_ = torch.ops.lora_fast.unmerge_.default
 dropout_ = torch.ops.lora_fast.dropout_.default
+lora_delta_fwd_ = torch.ops.lora_fast.lora_delta_fwd_.default
+lora_delta_bwd_ = torch.ops.lora_fast.lora_delta_bwd_.default
 
 COMPILED_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 """Dtypes that the ops of csrc serve."""

@@ -199,7 +199,9 @@ def test_a_wrong_gradient_fails(no_kernels: None, monkeypatch: pytest.MonkeyPatc
         return y + (lora_A * 1e-2).sum() - (lora_A * 1e-2).sum().detach()
 
     monkeypatch.setattr(eager, "low_rank_linear", wrong)
-    assert failures(list(outcomes())) == {"lora_merged_linear"}
+    # Linear's few rows of 16 bits go there only for the sake of the compiled op.
+    linear = {"lora_linear"} if ops.load_compiled("cpu") is None else set()
+    assert failures(list(outcomes())) == {"lora_merged_linear"} | linear
 
 
 def test_a_merge_that_is_wrong_fails(no_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +249,7 @@ def test_a_wrong_kernel_fails_its_own_line_alone(
     found = [o for o in outcomes() if o.skipped is None]
     assert {(o.implementation, o.problem is not None) for o in found if o.device == "cpu"} <= {
         ("reference", False),
+        ("eager", False),
         ("triton", True),
     }
     assert any(o.problem is not None for o in found)

@@ -78,7 +78,8 @@ def test_kernels_know_nothing_of_the_rest(name):
         ),
         ("compiled", {"ops", "record", "reference"}),
         ("versions", set()),
-        ("eager", {"dropout", "reference"}),
+        ("eager", {"delta", "dropout", "reference"}),
+        ("delta", {"ops"}),
         ("lora_first", {"checks", "eager", "reference"}),
         ("sums", {"reference"}),
         ("dropout", {"ops"}),
@@ -99,7 +100,7 @@ def test_only_ops_names_the_compiled_part():
 @pytest.mark.parametrize("name", ["layers", "conv", "lora_layer"])
 def test_layers_know_no_implementation(name):
     """They reach it through `functional`; the reference serves what only they can be asked for."""
-    names = {"autograd", "eager", "lora_first", "ops", "compiled", "dropout"}
+    names = {"autograd", "delta", "eager", "lora_first", "ops", "compiled", "dropout"}
     assert not ours(imports(f"lora_fast.{name}")) & {f"lora_fast.{other}" for other in names}
 
 

@@ -1,0 +1,352 @@
+// Products of small fp32 matrices, a cell of the result at a time, for each instruction set.
+//
+// A cell is summed in registers, so its operands are read where they lie: nothing is packed, which
+// with few rows would take as long as the sums.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu_isa.h"
+#include "merge_math.h"
+
+namespace lora_fast {
+
+constexpr int64_t kCellRows = 8, kCellCols = 32;
+
+// A matrix [i, t] at data[i * row + t * step].
+struct Strided {
+  const float* data;
+  int64_t row, step = 1;
+};
+
+// GCC's vectors of floats, by their length; a single one is no vector.
+template <int kLanes>
+struct VectorOf {
+  typedef float Type __attribute__((vector_size(4 * kLanes)));
+};
+template <>
+struct VectorOf<1> {
+  using Type = float;
+};
+template <int kLanes>
+using Floats = typename VectorOf<kLanes>::Type;
+
+template <int kLanes>
+LORA_FAST_INLINE void load(const float* from, Floats<kLanes>& to) {
+  memcpy(&to, from, sizeof(to));
+}
+
+template <int kLanes>
+LORA_FAST_INLINE float total(const Floats<kLanes>& sums) {
+  if constexpr (kLanes == 1) {
+    return sums;
+  } else {
+    Floats<kLanes / 2> lower, upper;
+    memcpy(&lower, &sums, sizeof(lower));
+    memcpy(&upper, reinterpret_cast<const char*>(&sums) + sizeof(lower), sizeof(upper));
+    lower += upper;
+    return total<kLanes / 2>(lower);
+  }
+}
+
+// out[i, c] = sum over t of left[i, t] * right[t, c], c < kVectors * kLanes.
+template <int kRows, int kVectors, int kLanes>
+LORA_FAST_INLINE void multiply_block(
+    const Strided& left, const Strided& right, int64_t steps, float* out, int64_t out_row) {
+  Floats<kLanes> sum[kRows][kVectors] = {};
+  for (int64_t t = 0; t < steps; ++t) {
+    Floats<kLanes> value[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+      load<kLanes>(right.data + t * right.row + v * kLanes, value[v]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const float factor = left.data[i * left.row + t * left.step];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += factor * value[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      memcpy(out + i * out_row + v * kLanes, &sum[i][v], sizeof(sum[i][v]));
+    }
+  }
+}
+
+template <int kVectors, int kLanes>
+LORA_FAST_INLINE void multiply_columns(
+    const Strided& left, int64_t rows, const Strided& right, int64_t steps, float* out,
+    int64_t out_row) {
+  const auto at = [&](int64_t i) { return Strided{left.data + i * left.row, left.row, left.step}; };
+  constexpr int kMost = kVectors * kLanes > 8 && kLanes == 8 ? 4 : 8;  // AVX2 has 16 registers
+  int64_t i = 0;
+  for (; i + kMost <= rows; i += kMost) {
+    multiply_block<kMost, kVectors, kLanes>(at(i), right, steps, out + i * out_row, out_row);
+  }
+  if (kMost > 4 && i + 4 <= rows) {
+    multiply_block<4, kVectors, kLanes>(at(i), right, steps, out + i * out_row, out_row);
+    i += 4;
+  }
+  if (i + 2 <= rows) {
+    multiply_block<2, kVectors, kLanes>(at(i), right, steps, out + i * out_row, out_row);
+    i += 2;
+  }
+  if (i < rows)
+    multiply_block<1, kVectors, kLanes>(at(i), right, steps, out + i * out_row, out_row);
+}
+
+// out[i, c] = sum over t of left[i, t] * right[t, c], of at most kCellRows and kCellCols.
+template <int kLanes>
+LORA_FAST_INLINE void multiply_cell(
+    const Strided& left, int64_t rows, const Strided& right, int64_t cols, int64_t steps,
+    float* out, int64_t out_row) {
+  const auto at = [&](int64_t c) { return Strided{right.data + c, right.row}; };
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= cols; c += 2 * kLanes) {
+    multiply_columns<2, kLanes>(left, rows, at(c), steps, out + c, out_row);
+  }
+  if (c + kLanes <= cols) {
+    multiply_columns<1, kLanes>(left, rows, at(c), steps, out + c, out_row);
+    c += kLanes;
+  }
+  if (kLanes > 8 && c + 8 <= cols) {
+    multiply_columns<1, 8>(left, rows, at(c), steps, out + c, out_row);
+    c += 8;
+  }
+  if (kLanes > 4 && c + 4 <= cols) {
+    multiply_columns<1, 4>(left, rows, at(c), steps, out + c, out_row);
+    c += 4;
+  }
+  for (; c < cols; ++c) multiply_columns<1, 1>(left, rows, at(c), steps, out + c, out_row);
+}
+
+// out[i, j] = sum over t of left[i, t] * right[j, t]; both have a step of 1.
+template <int kRows, int kCols, int kLanes>
+LORA_FAST_INLINE void dot_block(
+    const Strided& left, const Strided& right, int64_t steps, float* out, int64_t out_row) {
+  Floats<kLanes> sum[kRows][kCols] = {};
+  int64_t t = 0;
+  for (; t + kLanes <= steps; t += kLanes) {
+    Floats<kLanes> value[kCols];
+#pragma GCC unroll 4
+    for (int j = 0; j < kCols; ++j) load<kLanes>(right.data + j * right.row + t, value[j]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      Floats<kLanes> factor;
+      load<kLanes>(left.data + i * left.row + t, factor);
+#pragma GCC unroll 4
+      for (int j = 0; j < kCols; ++j) sum[i][j] += factor * value[j];
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kCols; ++j) {
+      float sums = total<kLanes>(sum[i][j]);
+      for (int64_t rest = t; rest < steps; ++rest) {
+        sums += left.data[i * left.row + rest] * right.data[j * right.row + rest];
+      }
+      out[i * out_row + j] = sums;
+    }
+  }
+}
+
+template <int kRows, int kLanes>
+LORA_FAST_INLINE void dot_rows(
+    const Strided& left, const Strided& right, int64_t cols, int64_t steps, float* out,
+    int64_t out_row) {
+  const auto at = [&](int64_t j) { return Strided{right.data + j * right.row, right.row}; };
+  constexpr int kMost = kLanes < 16 && kRows > 2 ? 2 : 4;  // AVX2 has 16 registers
+  int64_t j = 0;
+  for (; j + kMost <= cols; j += kMost) {
+    dot_block<kRows, kMost, kLanes>(left, at(j), steps, out + j, out_row);
+  }
+  for (; j < cols; ++j) dot_block<kRows, 1, kLanes>(left, at(j), steps, out + j, out_row);
+}
+
+// out[i, j] = sum over t of left[i, t] * right[j, t]; both have a step of 1.
+template <int kLanes>
+LORA_FAST_INLINE void dot_cell(
+    const Strided& left, int64_t rows, const Strided& right, int64_t cols, int64_t steps,
+    float* out, int64_t out_row) {
+  const auto at = [&](int64_t i) { return Strided{left.data + i * left.row, left.row}; };
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    dot_rows<4, kLanes>(at(i), right, cols, steps, out + i * out_row, out_row);
+  }
+  for (; i < rows; ++i) {
+    dot_rows<1, kLanes>(at(i), right, cols, steps, out + i * out_row, out_row);
+  }
+}
+
+// What a result is written to: to[i, c] = scale * cell[i, c] (* keep[i, c]), or that is added.
+template <class F>
+struct Result {
+  typename F::Bits* to;
+  int64_t row;
+  float scale;
+  const uint8_t* keep = nullptr;  // as to lies
+  int64_t keep_row = 0;
+
+  Result at(int64_t i, int64_t c) const {
+    return {
+        to + i * row + c, row, scale, keep == nullptr ? keep : keep + i * keep_row + c, keep_row};
+  }
+};
+
+template <class F, bool kAdd>
+LORA_FAST_INLINE void write_some(
+    const float* __restrict from, const uint8_t* __restrict keep, float scale, int64_t cols,
+    typename F::Bits* __restrict to) {
+  if (keep == nullptr) {
+    for (int64_t c = 0; c < cols; ++c) {
+      to[c] = F::round(kAdd ? F::widen(to[c]) + scale * from[c] : scale * from[c]);
+    }
+    return;
+  }
+  for (int64_t c = 0; c < cols; ++c) {
+    const float value = scale * from[c] * static_cast<float>(keep[c]);
+    to[c] = F::round(kAdd ? F::widen(to[c]) + value : value);
+  }
+}
+
+template <class F, bool kAdd>
+LORA_FAST_INLINE void write_cell(
+    const float* cell, int64_t rows, int64_t cols, const Result<F>& result) {
+  constexpr int64_t kSome = 16;  // a number that the compiler knows, so that there is no loop
+  for (int64_t i = 0; i < rows; ++i) {
+    const Result<F> to = result.at(i, 0);
+    const float* from = cell + i * kCellCols;
+    int64_t c = 0;
+    for (; c + kSome <= cols; c += kSome) {
+      const uint8_t* keep = to.keep == nullptr ? nullptr : to.keep + c;
+      write_some<F, kAdd>(from + c, keep, to.scale, kSome, to.to + c);
+    }
+    const uint8_t* keep = to.keep == nullptr ? nullptr : to.keep + c;
+    if (c < cols) write_some<F, kAdd>(from + c, keep, to.scale, cols - c, to.to + c);
+  }
+}
+
+// to[c] = from[c] (* keep[c])
+template <class F>
+LORA_FAST_INLINE void widen_row(
+    const typename F::Bits* __restrict from, const uint8_t* __restrict keep, int64_t cols,
+    float* __restrict to) {
+  if (keep == nullptr) {
+    for (int64_t c = 0; c < cols; ++c) to[c] = F::widen(from[c]);
+    return;
+  }
+  for (int64_t c = 0; c < cols; ++c) to[c] = F::widen(from[c]) * static_cast<float>(keep[c]);
+}
+
+// to[t, c] = from[c, t] of four columns and four steps.
+template <class F>
+LORA_FAST_INLINE void transpose_four(
+    const typename F::Bits* from, int64_t from_row, float* to, int64_t to_row) {
+  using Four = Floats<4>;
+  Four a[4], b[4];
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) a[c][t] = F::widen(from[c * from_row + t]);
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {  // columns half and half + 2, interleaved
+    b[half] = Four{a[half][0], a[half + 2][0], a[half][1], a[half + 2][1]};
+    b[half + 2] = Four{a[half][2], a[half + 2][2], a[half][3], a[half + 2][3]};
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const Four& even = b[2 * half];
+    const Four& odd = b[2 * half + 1];
+    const Four first = {even[0], odd[0], even[1], odd[1]};
+    const Four second = {even[2], odd[2], even[3], odd[3]};
+    memcpy(to + 2 * half * to_row, &first, sizeof(first));
+    memcpy(to + (2 * half + 1) * to_row, &second, sizeof(second));
+  }
+}
+
+// to[t, c] = from[c, t], steps kCellCols apart.
+template <class F>
+LORA_FAST_INLINE void transpose(
+    const typename F::Bits* __restrict from, int64_t from_row, int64_t steps, int64_t cols,
+    float* __restrict to) {
+  const int64_t whole_steps = steps / 4 * 4, whole_cols = cols / 4 * 4;
+  for (int64_t c = 0; c < whole_cols; c += 4) {
+    for (int64_t t = 0; t < whole_steps; t += 4) {
+      transpose_four<F>(from + c * from_row + t, from_row, to + t * kCellCols + c, kCellCols);
+    }
+  }
+  for (int64_t c = 0; c < cols; ++c) {
+    for (int64_t t = c < whole_cols ? whole_steps : 0; t < steps; ++t) {
+      to[t * kCellCols + c] = F::widen(from[c * from_row + t]);
+    }
+  }
+}
+
+template <class F>
+struct Products {
+  using Bits = typename F::Bits;
+  void (*multiply)(const Strided&, int64_t, const Strided&, int64_t, int64_t, float*, int64_t);
+  void (*dot)(const Strided&, int64_t, const Strided&, int64_t, int64_t, float*, int64_t);
+  void (*add)(const float*, int64_t, int64_t, const Result<F>&);
+  void (*set)(const float*, int64_t, int64_t, const Result<F>&);
+  void (*widen)(const Bits*, const uint8_t*, int64_t, float*);
+  void (*transpose)(const Bits*, int64_t, int64_t, int64_t, float*);
+};
+
+#define LORA_FAST_PRODUCTS(NAME, LANES, TARGET)                                                  \
+  template <class F>                                                                             \
+  struct NAME {                                                                                  \
+    using Bits = typename F::Bits;                                                               \
+    TARGET static void multiply(                                                                 \
+        const Strided& left, int64_t rows, const Strided& right, int64_t cols, int64_t steps,    \
+        float* out, int64_t out_row) {                                                           \
+      multiply_cell<LANES>(left, rows, right, cols, steps, out, out_row);                        \
+    }                                                                                            \
+    TARGET static void dot(                                                                      \
+        const Strided& left, int64_t rows, const Strided& right, int64_t cols, int64_t steps,    \
+        float* out, int64_t out_row) {                                                           \
+      dot_cell<LANES>(left, rows, right, cols, steps, out, out_row);                             \
+    }                                                                                            \
+    TARGET static void add(const float* cell, int64_t rows, int64_t cols, const Result<F>& to) { \
+      write_cell<F, true>(cell, rows, cols, to);                                                 \
+    }                                                                                            \
+    TARGET static void set(const float* cell, int64_t rows, int64_t cols, const Result<F>& to) { \
+      write_cell<F, false>(cell, rows, cols, to);                                                \
+    }                                                                                            \
+    TARGET static void widen(const Bits* from, const uint8_t* keep, int64_t cols, float* to) {   \
+      widen_row<F>(from, keep, cols, to);                                                        \
+    }                                                                                            \
+    TARGET static void transpose(                                                                \
+        const Bits* from, int64_t from_row, int64_t steps, int64_t cols, float* to) {            \
+      lora_fast::transpose<F>(from, from_row, steps, cols, to);                                  \
+    }                                                                                            \
+    static Products<F> all() { return {multiply, dot, add, set, widen, transpose}; }             \
+  };
+
+LORA_FAST_PRODUCTS(PortableProducts, 4, )
+#if defined(__x86_64__)
+LORA_FAST_PRODUCTS(Avx2Products, 8, __attribute__((target(LORA_FAST_AVX2))))
+LORA_FAST_PRODUCTS(Avx512Products, 16, __attribute__((target(LORA_FAST_AVX512))))
+#endif
+#undef LORA_FAST_PRODUCTS
+
+template <class F>
+Products<F> choose_products() {
+  switch (chosen_isa()) {
+#if defined(__x86_64__)
+    case Isa::kAvx512Bf16:
+    case Isa::kAvx512: return Avx512Products<F>::all();
+    case Isa::kAvx2: return Avx2Products<F>::all();
+#endif
+    default: return PortableProducts<F>::all();
+  }
+}
+
+}  // namespace lora_fast

@@ -1,0 +1,163 @@
+"""What an adapter adds to a linear layer's output and gradients: torch's products, or csrc's ops.
+
+With few rows on a CPU a product of torch's takes longer to begin than to sum, and there is one for
+each block and each factor; the ops do all of a direction in one call.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fast import ops
+
+Blocks = tuple[tuple[int, int], ...]
+"""First and last + 1 column of every output block that has an adapter."""
+
+_OP_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+# Up to here the ops were the faster, at every width and rank that was measured.
+_FEW_ROWS = 32
+
+
+Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""What gradients are made of: dY (M, N); X (M, K), before dropout; A (R * blocks, K); B (sum of
+block widths, R); S (M, R * blocks) of the dropped X, or None, to be made again; and what dropout
+kept, bool of the shape that X had, or None without dropout."""
+
+
+def op_pays(x: Tensor) -> bool:
+    """Tell whether csrc's ops are there and sooner done than torch with so many rows.
+
+    Args:
+        x: (..., K).
+    """
+    return (
+        x.is_cpu
+        and x.numel() <= _FEW_ROWS * x.shape[-1]
+        and x.dtype in _OP_DTYPES
+        and ops.load_compiled("cpu") is None
+    )
+
+
+def add_(
+    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, blocks: Blocks
+) -> Tensor:
+    """Y[:, lo:hi] += scaling (X A_g^T) B_g^T for each block g = (lo, hi).
+
+    Args:
+        y: (M, N), contiguous, written to. All tensors have one dtype and device.
+        x: (M, K), after dropout.
+        lora_A: (R * len(blocks), K).
+        lora_B: (sum of block widths, R).
+        scaling: lora_alpha / r.
+        blocks: output columns of each adapter block, ascending.
+
+    Returns:
+        S = X A^T, (M, R * len(blocks)).
+    """
+    if op_pays(x):
+        s: Tensor = ops.lora_delta_fwd_(x, lora_A, lora_B, scaling, _edges(blocks), y)
+        if s.dim() == 2:
+            return s
+    s = F.linear(x, lora_A)
+    for (lo, hi), s_block, b_block in zip(
+        blocks, columns(s, lora_B.shape[1], blocks), rows(lora_B, blocks), strict=True
+    ):
+        y[:, lo:hi].addmm_(s_block, b_block.t(), alpha=scaling)
+    return s
+
+
+def gradients_(
+    dx: Tensor | None,
+    needs: tuple[bool, bool],
+    saved: Saved,
+    scaling: float,
+    keep_scale: float,
+    blocks: Blocks,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of A and B; what the adapter adds to that of X is added to `dx`.
+
+    Args:
+        dx: dY W, (M, K), written to; None if it is not needed.
+        needs: whether the gradients of A and of B are needed.
+        saved: see `Saved`.
+        scaling: lora_alpha / r.
+        keep_scale: what dropout multiplied by what it kept.
+        blocks: output columns of each adapter block, ascending.
+    """
+    dy, x, lora_A, lora_B, s, keep = saved
+    if s is not None and op_pays(x) and ops.is_plain(dy):
+        dA = torch.empty_like(lora_A) if needs[0] else None
+        dB = torch.empty_like(lora_B) if needs[1] else None
+        edges = _edges(blocks)
+        if ops.lora_delta_bwd_(
+            dy, x, lora_A, lora_B, s, keep, scaling, keep_scale, edges, dx, dA, dB
+        ):
+            return dA, dB
+    return _gradients_by_torch(dx, needs, saved, scaling, keep_scale, blocks)
+
+
+def _gradients_by_torch(
+    dx: Tensor | None,
+    needs: tuple[bool, bool],
+    saved: Saved,
+    scaling: float,
+    keep_scale: float,
+    blocks: Blocks,
+) -> tuple[Tensor | None, Tensor | None]:
+    """See `gradients_`.
+
+    Nothing is written with `out=`, and a slice may be all of dY: vmap over the gradients has no
+    rule for the one nor for torch's alias.
+    """
+    dy, x, lora_A, lora_B, s, keep = saved
+    need_A, need_B = needs
+    dA = dB = keep2 = None
+    dropped, rank = x, lora_B.shape[1]
+    if keep is not None and (dx is not None or need_A or s is None):
+        # As bytes, which torch converts in vectors; bool it converts one by one.
+        keep2 = keep.view(torch.uint8).reshape(x.shape).to(x.dtype)
+        dropped = x * keep2
+    if need_B:
+        if s is None:
+            s = F.linear(dropped, lora_A).mul_(keep_scale)
+        pairs = zip(blocks, columns(s, rank, blocks), strict=True)
+        dB = _joined([dy.narrow(1, lo, hi - lo).t() @ s_b for (lo, hi), s_b in pairs], 0)
+        dB.mul_(scaling)
+    if dx is None and not need_A:
+        return dA, dB
+    factors = zip(blocks, rows(lora_B, blocks), strict=True)
+    ds = _joined([dy.narrow(1, lo, hi - lo) @ b for (lo, hi), b in factors], 1)
+    ds.mul_(scaling * keep_scale)
+    if need_A:
+        dA = ds.t() @ dropped
+    if dx is None:
+        return dA, dB
+    if keep2 is None:
+        dx.addmm_(ds, lora_A)
+    else:
+        del dropped  # its memory serves the next product
+        dx.addcmul_(ds @ lora_A, keep2)
+    return dA, dB
+
+
+@functools.lru_cache(maxsize=256)
+def _edges(blocks: Blocks) -> list[int]:
+    return [edge for block in blocks for edge in block]
+
+
+def columns(s: Tensor, rank: int, blocks: Blocks) -> list[Tensor]:
+    """S of each block."""
+    return [s.narrow(-1, i * rank, rank) for i in range(len(blocks))]
+
+
+def rows(lora_B: Tensor, blocks: Blocks) -> tuple[Tensor, ...]:
+    """B of each block."""
+    # Not split(), a function in Python around this one.
+    parts: tuple[Tensor, ...] = lora_B.split_with_sizes([hi - lo for lo, hi in blocks])
+    return parts
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
