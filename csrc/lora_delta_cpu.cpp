@@ -55,7 +55,8 @@ struct Gradients {
 // What the gradients are made of.
 template <class F>
 struct Operands {
-  const Wide<F> dy, x, lora_a, lora_b, s;
+  const Wide<F> dy, x;
+  const Rows<F> lora_a, lora_b, s;
 };
 
 template <class F>
@@ -83,21 +84,16 @@ class Delta {
   void forward(
       const Rows<F>& x, const Rows<F>& a, const Rows<F>& b, const Rows<F>& y,
       const Rows<F>& s) const {
-    const Wide<F> wide_x(x), wide_a(a);
-    widen({&wide_x, &wide_a});
+    const Wide<F> wide_x(x);
+    widen({&wide_x});
     const auto sums = std::make_unique_for_overwrite<float[]>(sizes_.tokens * ranks_);
-    sum_ranks(wide_x, wide_a, s, sums.get());
+    sum_ranks(wide_x, a, s, sums.get());
     add_blocks(sums.get(), b, y);
   }
 
   void backward(
       const Operands<F>& of, const uint8_t* keep, double keep_scale, const Gradients<F>& to) const {
-    std::vector<const Wide<F>*> read = {&of.dy};
-    if (to.db) read.push_back(&of.s);
-    if (to.dx) read.push_back(&of.lora_a);
-    if (to.da) read.push_back(&of.x);
-    if (to.dx || to.da) read.push_back(&of.lora_b);
-    widen(read);
+    widen(to.da ? std::vector{&of.dy, &of.x} : std::vector{&of.dy});
     if (to.db) gradient_of_b(of, *to.db);
     if (!to.dx && !to.da) return;
     const auto sums = std::make_unique_for_overwrite<float[]>(sizes_.tokens * ranks_);
@@ -107,14 +103,14 @@ class Delta {
 
  private:
   // sums = X A^T, and the same rounded in s.
-  void sum_ranks(const Wide<F>& x, const Wide<F>& a, const Rows<F>& s, float* sums) const {
+  void sum_ranks(const Wide<F>& x, const Rows<F>& a, const Rows<F>& s, float* sums) const {
     const int64_t row_parts = parts(sizes_.tokens, kDotRows), col_parts = parts(ranks_, kDotRows);
     for_each(row_parts * col_parts, sizes_.tokens * ranks_ * sizes_.in, [&](int64_t i) {
       const int64_t m = i % row_parts * kDotRows, r = i / row_parts * kDotRows;
       const int64_t rows = std::min(kDotRows, sizes_.tokens - m);
       const int64_t cols = std::min(kDotRows, ranks_ - r);
       float* to = sums + m * ranks_ + r;
-      products_.dot(x.at(m, 0), rows, a.at(r, 0), cols, sizes_.in, to, ranks_);
+      products_.dot(x.at(m, 0), rows, a.from(r, 0), cols, sizes_.in, to, ranks_);
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t c = 0; c < cols; ++c) *s.at(m + row, r + c) = F::round(to[row * ranks_ + c]);
       }
@@ -126,15 +122,17 @@ class Delta {
     const int64_t rank = sizes_.rank, tokens = sizes_.tokens;
     const std::vector<Cell> cells = cells_of(sizes_, kCellCols);
     for_ranges(cells.size(), tokens * sizes_.adapted * rank, [&](int64_t first, int64_t last) {
-      const auto panel = std::make_unique_for_overwrite<float[]>(rank * kCellCols);
+      const auto panel = std::make_unique_for_overwrite<Fp32::Bits[]>(rank * kCellCols);
       for (int64_t i = first; i < last; ++i) {
         const auto [g, begin, end] = cells[i];
         const Block& block = sizes_.blocks[g];
-        products_.transpose(b.at(block.row + begin, 0), b.row, rank, end - begin, panel.get());
+        products_.transpose(
+            b.at(block.row + begin, 0), b.row, rank, end - begin,
+            reinterpret_cast<float*>(panel.get()));
         for (int64_t m = 0; m < tokens; m += kCellRows) {
           product<true>(
               {sums + m * ranks_ + g * rank, ranks_}, std::min(kCellRows, tokens - m),
-              {panel.get(), kCellCols}, end - begin, rank,
+              Stored<Fp32>{panel.get(), kCellCols}, end - begin, rank,
               {y.at(m, block.lo + begin), y.row, scaling_});
         }
       }
@@ -150,7 +148,7 @@ class Delta {
       const Strided dy = of.dy.at(0, sizes_.blocks[g].lo + begin);
       for (int64_t r = 0; r < rank; r += kCellCols) {
         product<false>(
-            {dy.data, 1, dy.row}, end - begin, of.s.at(0, g * rank + r),
+            {dy.data, 1, dy.row}, end - begin, of.s.from(0, g * rank + r),
             std::min(kCellCols, rank - r), tokens,
             {db.at(sizes_.blocks[g].row + begin, r), db.row, scaling_});
       }
@@ -167,7 +165,7 @@ class Delta {
       const int64_t r = i / row_parts % col_parts * kCellCols;
       const Block& block = sizes_.blocks[g];
       products_.multiply(
-          of.dy.at(m, block.lo), std::min(kCellRows, tokens - m), of.lora_b.at(block.row, r),
+          of.dy.at(m, block.lo), std::min(kCellRows, tokens - m), of.lora_b.from(block.row, r),
           std::min(kCellCols, rank - r), block.hi - block.lo, sums + m * ranks_ + g * rank + r,
           ranks_);
     });
@@ -184,12 +182,12 @@ class Delta {
       for (int64_t m = 0; to.dx && m < tokens; m += kCellRows) {
         const uint8_t* kept = keep == nullptr ? nullptr : keep + m * in + k;
         product<true>(
-            {sums + m * ranks_, ranks_}, std::min(kCellRows, tokens - m), of.lora_a.at(0, k), cols,
-            ranks_, {to.dx->at(m, k), to.dx->row, scale, kept, in});
+            {sums + m * ranks_, ranks_}, std::min(kCellRows, tokens - m), of.lora_a.from(0, k),
+            cols, ranks_, {to.dx->at(m, k), to.dx->row, scale, kept, in});
       }
       for (int64_t r = 0; to.da && r < ranks_; r += kCellRows) {
         product<false>(
-            {sums + r, 1, ranks_}, std::min(kCellRows, ranks_ - r), of.x.at(0, k), cols, tokens,
+            {sums + r, 1, ranks_}, std::min(kCellRows, ranks_ - r), of.x.from(0, k), cols, tokens,
             {to.da->at(r, k), to.da->row, scale});
       }
     });
@@ -212,12 +210,16 @@ class Delta {
   }
 
   // A cell of left right, set or added to what to names.
-  template <bool kAdd>
+  template <bool kAdd, class R>
   void product(
-      const Strided& left, int64_t rows, const Strided& right, int64_t cols, int64_t steps,
+      const Strided& left, int64_t rows, const Stored<R>& right, int64_t cols, int64_t steps,
       const Result<F>& to) const {
     alignas(64) float cell[kCellRows * kCellCols];
-    products_.multiply(left, rows, right, cols, steps, cell, kCellCols);
+    if constexpr (std::is_same_v<R, F>) {
+      products_.multiply(left, rows, right, cols, steps, cell, kCellCols);
+    } else {
+      products_.multiply_wide(left, rows, right, cols, steps, cell, kCellCols);
+    }
     (kAdd ? products_.add : products_.set)(cell, rows, cols, to);
   }
 

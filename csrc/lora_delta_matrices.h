@@ -31,6 +31,7 @@ struct Rows {
   }
 
   typename F::Bits* at(int64_t i, int64_t c) const { return data + i * row + c; }
+  Stored<F> from(int64_t i, int64_t c) const { return {at(i, c), row}; }
 };
 
 // The same in fp32: the tensor itself, or a copy that widen() fills.
@@ -56,6 +57,10 @@ class Wide {
   Strided at(int64_t i, int64_t c) const {
     if (is_copy_) return {copy_.get() + i * from_.cols + c, from_.cols};
     return {reinterpret_cast<const float*>(from_.at(i, c)), from_.row};
+  }
+  Stored<Fp32> from(int64_t i, int64_t c) const {
+    const Strided there = at(i, c);
+    return {reinterpret_cast<const Fp32::Bits*>(there.data), there.row};
   }
 
  private:

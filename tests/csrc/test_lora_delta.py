@@ -178,6 +178,22 @@ def test_nan_and_infinity_stay_in_their_rows(dtype: torch.dtype) -> None:
     assert y[3, 37:74].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_16_bits_is_read_exactly(dtype: torch.dtype, isa: str) -> None:
+    s = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).unsqueeze(0)
+    one, rank = torch.ones(1, 1, dtype=dtype), s.shape[1]
+    lora_A, lora_B = torch.zeros(rank, 1, dtype=dtype), torch.zeros(1, rank, dtype=dtype)
+    db = torch.zeros_like(lora_B)
+    rest = (None, 1.0, 1.0, [0, 1], None, None, db)
+    assert ops.lora_delta_bwd_(one, one, lora_A, lora_B, s, *rest)
+    torch.testing.assert_close(db, s, rtol=0, atol=0, equal_nan=True)
+    # As every other factor is read: rows of A, for dX.
+    dx = torch.zeros(1, rank, dtype=dtype)
+    rest = (None, 1.0, 1.0, [0, 1], dx, None, None)
+    assert ops.lora_delta_bwd_(one, torch.zeros_like(dx), s, one, one, *rest)
+    torch.testing.assert_close(dx, s, rtol=0, atol=0, equal_nan=True)
+
+
 def in_wide_rows(tensor: Tensor) -> Tensor:
     """The same numbers, with others between the rows."""
     padded = torch.full((tensor.shape[0], tensor.shape[1] + 3), torch.nan, dtype=tensor.dtype)
