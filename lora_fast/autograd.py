@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast import checks, ops
-from lora_fast.delta import Blocks
+from lora_fast import blocks, checks, ops
+from lora_fast.blocks import Spans
 
 _SEED_END = 2**63 - 1
 
@@ -33,27 +33,27 @@ def lora_linear(
     scaling: float,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
-    training: bool = False,
-    blocks: Blocks | None = None,
+    spans: Spans | None = None,
 ) -> Tensor:
     """Y = X W^T + scaling (dropout(X) A^T) B^T + bias by the fused kernels.
 
-    With blocks, the first and last + 1 output column of each, it is `lora_merged_linear`. Under
+    With spans, the output columns of each adapter, it is `lora_merged_linear`. Under
     autocast x and weight are cast as torch's linear casts them; A, B and bias keep their dtype,
     and the kernels convert what they read.
     """
-    edges = None if blocks is None else [edge for block in blocks for edge in block]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    p = dropout_p if training else 0.0
-    seed = draw_seed(x.device) if p > 0.0 else None
+    seed = draw_seed(x.device) if dropout_p > 0.0 else None
     inputs = (x, weight, bias, lora_A, lora_B)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        y: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, seed, scaling, p, edges)
+        y: Tensor = _LoraLinear.apply(
+            x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, spans
+        )
     else:
         forward = ops.launcher("lora_linear_fwd", x)
-        y = forward(x, weight, bias, lora_A, lora_B, scaling, p, seed, edges)[0]
+        edges = None if spans is None else blocks.edges(spans)
+        y = forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, edges)[0]
     return y
 
 
@@ -69,14 +69,15 @@ class _LoraLinear(torch.autograd.Function):
         seed: Tensor | None,
         scaling: float,
         dropout_p: float,
-        edges: list[int] | None,
+        spans: Spans | None,
     ) -> Tensor:
         y: Tensor
+        edges = None if spans is None else blocks.edges(spans)
         y, s, mask = ops.launcher("lora_linear_fwd", x)(
             x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, edges
         )
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
-        ctx.scaling, ctx.dropout_p, ctx.edges = scaling, dropout_p, edges
+        ctx.scaling, ctx.dropout_p, ctx.spans, ctx.edges = scaling, dropout_p, spans, edges
         ctx.bias_dtype = bias.dtype if bias is not None else y.dtype
         ctx.save_for_backward(
             x if need_w or need_a else None,
@@ -130,9 +131,9 @@ def _differentiable_grads(
 
         drop = unpack_mask(mask, a.shape[1]).to(dy.dtype) * keep_scale(ctx.dropout_p)
     dropped = rows if rows is None or drop is None else rows * drop
-    edges = [0, flat.shape[1]] if ctx.edges is None else ctx.edges
-    columns = [flat[:, lo:hi] for lo, hi in zip(edges[::2], edges[1::2], strict=True)]
-    factors = b.split([block.shape[1] for block in columns])
+    spans = ((0, flat.shape[1]),) if ctx.spans is None else ctx.spans
+    columns = [flat[:, lo:hi] for lo, hi in spans]
+    factors = blocks.rows(b, spans)
     ds = torch.cat([dy @ b for dy, b in zip(columns, factors, strict=True)], 1) * ctx.scaling
     dx = dw = dbias = da = db = None
     if need_x:
@@ -150,6 +151,6 @@ def _differentiable_grads(
         # Where neither x nor A needs a gradient none flows through S, and the saved one serves;
         # the mask, which only their gradients read, was not kept.
         u = s if dropped is None or not (need_x or need_a) else dropped @ a.t() * ctx.scaling
-        ranks = u.split(b.shape[1], 1)
+        ranks = blocks.columns(u, b.shape[1], spans)
         db = torch.cat([dy.t() @ u for dy, u in zip(columns, ranks, strict=True)]).to(lora_B.dtype)
     return dx, dw, dbias, da, db

@@ -4,11 +4,13 @@ Every refusal names the argument, what was expected and what came.
 """
 
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
+
+from lora_fast.blocks import Spans, spans
 
 
 class InputError(ValueError, RuntimeError):
@@ -83,21 +85,35 @@ def merged_linear_shapes(
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
-    enable_lora: Sequence[bool],
-    out_splits: Sequence[int] | None,
-) -> None:
-    """Refuse shapes that do not fit `lora_merged_linear`."""
-    tensors("lora_merged_linear", bias, weight=weight, lora_A=lora_A, lora_B=lora_B)
-    n, k = _matrix("lora_merged_linear", weight)
-    if isinstance(n, Tensor):  # traced by torch.jit
-        return
+    enable_lora: list[bool],
+    out_splits: list[int] | None,
+) -> Spans:
+    """Refuse shapes that do not fit `lora_merged_linear`; return where the adapters add."""
+    op = "lora_merged_linear"
+    try:
+        if weight.dim() == lora_A.dim() == lora_B.dim() == 2 and x.dim() > 0:
+            n, k = weight.size(0), weight.size(1)
+            if isinstance(n, Tensor):  # traced by torch.jit
+                return spans(n, enable_lora, out_splits)
+            splits(op, n, enable_lora, out_splits)
+            found = spans(n, enable_lora, out_splits)
+            fits = x.size(-1) == k == lora_A.size(1)
+            fits = fits and lora_A.size(0) == lora_B.size(1) * len(found)
+            fits = fits and lora_B.size(0) == sum([hi - lo for lo, hi in found])
+            if fits and (bias is None or (bias.dim() == 1 and bias.size(0) == n)):
+                return found
+    except AttributeError:  # no tensors
+        pass
+    tensors(op, bias, weight=weight, lora_A=lora_A, lora_B=lora_B)
+    n, k = _matrix(op, weight)
     if x.dim() == 0 or x.size(-1) != k:
         raise InputError(
             f"lora_merged_linear: x must have {k} features in its last dimension, as weight "
             f"{tuple(weight.shape)} expects, got shape {tuple(x.shape)}"
         )
-    grouped_factors("lora_merged_linear", (n, k), lora_A, lora_B, enable_lora, out_splits)
-    _bias_shape("lora_merged_linear", bias, n)
+    grouped_factors(op, (n, k), lora_A, lora_B, enable_lora, out_splits)
+    _bias_shape(op, bias, n)
+    return spans(n, enable_lora, out_splits)
 
 
 def grouped_factors(
@@ -105,14 +121,14 @@ def grouped_factors(
     shape: tuple[int, int],
     lora_A: Tensor,
     lora_B: Tensor,
-    enable_lora: Sequence[bool],
-    out_splits: Sequence[int] | None,
+    enable_lora: list[bool],
+    out_splits: list[int] | None,
 ) -> None:
     """Refuse A and B that do not fit the enabled blocks of an (N, K) weight."""
     n, k = shape
     widths = splits(op, n, enable_lora, out_splits)
-    groups = sum(enable_lora)
-    rows = sum(w for w, on in zip(widths, enable_lora, strict=True) if on)
+    adapted = spans(n, enable_lora, out_splits)
+    groups, rows = len(adapted), sum(hi - lo for lo, hi in adapted)
     if lora_B.dim() != 2 or lora_B.shape[0] != rows:
         raise ValueError(
             f"{op}: lora_B must be ({rows}, r), the rows of the enabled blocks of {widths}, "
@@ -126,7 +142,7 @@ def grouped_factors(
 
 
 def splits(
-    op: str, out_features: int, enable_lora: Sequence[bool], out_splits: Sequence[int] | None
+    op: str, out_features: int, enable_lora: list[bool], out_splits: list[int] | None
 ) -> list[int]:
     """Width of every output block, after checking that the blocks make up `out_features`."""
     if len(enable_lora) == 0:
@@ -151,22 +167,6 @@ def splits(
             f"enable_lora, that sum to out_features={out_features}, got {list(out_splits)}"
         )
     return list(out_splits)
-
-
-def edge_splits(edges: Sequence[int], out_features: int) -> tuple[list[bool], list[int]]:
-    """`enable_lora` and `out_splits` of blocks given by their first and last + 1 columns."""
-    enable_lora, widths, column = [], [], 0
-    for first, end in zip(edges[::2], edges[1::2], strict=True):
-        if first != column:
-            enable_lora.append(False)
-            widths.append(first - column)
-        enable_lora.append(True)
-        widths.append(end - first)
-        column = end
-    if column != out_features:
-        enable_lora.append(False)
-        widths.append(out_features - column)
-    return enable_lora, widths
 
 
 def embedding_shapes(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -212,8 +212,8 @@ def delta_shapes(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    enable_lora: Sequence[bool] | None,
-    out_splits: Sequence[int] | None,
+    enable_lora: list[bool] | None,
+    out_splits: list[int] | None,
 ) -> None:
     """Refuse a weight that the delta of A and B does not cover exactly."""
     try:

@@ -4,16 +4,12 @@ With few rows on a CPU a product of torch's takes longer to begin than to sum, a
 each block and each factor; the ops do all of a direction in one call.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fast import ops
-
-Blocks = tuple[tuple[int, int], ...]
-"""First and last + 1 column of every output block that has an adapter."""
+from lora_fast import blocks, ops
+from lora_fast.blocks import Spans
 
 _OP_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 # Up to here the ops were the faster, but for one row at rank 64 in fp32: 768 to 4096 features, two
@@ -22,8 +18,8 @@ _FEW_ROWS = 32
 
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-"""What gradients are made of: dY (M, N); X (M, K), before dropout; A (R * blocks, K); B (sum of
-block widths, R); S (M, R * blocks) of the dropped X, or None, to be made again; and what dropout
+"""What gradients are made of: dY (M, N); X (M, K), before dropout; A (R * adapters, K); B (sum of
+their widths, R); S (M, R * adapters) of the dropped X, or None, to be made again; and what dropout
 kept, bool of the shape that X had, or None without dropout."""
 
 
@@ -42,28 +38,28 @@ def op_pays(x: Tensor) -> bool:
 
 
 def add_(
-    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, blocks: Blocks
+    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, spans: Spans
 ) -> Tensor:
-    """Y[:, lo:hi] += scaling (X A_g^T) B_g^T for each block g = (lo, hi).
+    """Y[:, lo:hi] += scaling (X A_g^T) B_g^T for each span g = (lo, hi).
 
     Args:
         y: (M, N), contiguous, written to. All tensors have one dtype and device.
         x: (M, K), after dropout.
-        lora_A: (R * len(blocks), K).
-        lora_B: (sum of block widths, R).
+        lora_A: (R * len(spans), K).
+        lora_B: (sum of their widths, R).
         scaling: lora_alpha / r.
-        blocks: output columns of each adapter block, ascending.
+        spans: the output columns of each adapter.
 
     Returns:
-        S = X A^T, (M, R * len(blocks)).
+        S = X A^T, (M, R * len(spans)).
     """
     if op_pays(x):
-        s: Tensor = ops.lora_delta_fwd_(x, lora_A, lora_B, scaling, _edges(blocks), y)
+        s: Tensor = ops.lora_delta_fwd_(x, lora_A, lora_B, scaling, blocks.edges(spans), y)
         if s.dim() == 2:
             return s
     s = F.linear(x, lora_A)
     for (lo, hi), s_block, b_block in zip(
-        blocks, columns(s, lora_B.shape[1], blocks), rows(lora_B, blocks), strict=True
+        spans, blocks.columns(s, lora_B.shape[1], spans), blocks.rows(lora_B, spans), strict=True
     ):
         y[:, lo:hi].addmm_(s_block, b_block.t(), alpha=scaling)
     return s
@@ -75,7 +71,7 @@ def gradients_(
     saved: Saved,
     scaling: float,
     keep_scale: float,
-    blocks: Blocks,
+    spans: Spans,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of A and B; what the adapter adds to that of X is added to `dx`.
 
@@ -85,14 +81,14 @@ def gradients_(
         saved: see `Saved`.
         scaling: lora_alpha / r.
         keep_scale: what dropout multiplied by what it kept.
-        blocks: output columns of each adapter block, ascending.
+        spans: the output columns of each adapter.
     """
     dy, x, lora_A, lora_B, s, keep = saved
     need_A, need_B = needs
     if s is not None and op_pays(x) and ops.is_plain(dy):
         dA = torch.empty_like(lora_A) if need_A else None
         dB = torch.empty_like(lora_B) if need_B else None
-        rest = (keep, scaling, keep_scale, _edges(blocks), dx, dA, dB)
+        rest = (keep, scaling, keep_scale, blocks.edges(spans), dx, dA, dB)
         if ops.lora_delta_bwd_(dy, x, lora_A, lora_B, s, *rest):
             return dA, dB
     # Nothing is written with `out=`, and a slice may be all of dY: vmap over the gradients has no
@@ -106,12 +102,12 @@ def gradients_(
     if need_B:
         if s is None:
             s = F.linear(dropped, lora_A).mul_(keep_scale)
-        pairs = zip(blocks, columns(s, rank, blocks), strict=True)
+        pairs = zip(spans, blocks.columns(s, rank, spans), strict=True)
         dB = _joined([dy.narrow(1, lo, hi - lo).t() @ s_b for (lo, hi), s_b in pairs], 0)
         dB.mul_(scaling)
     if dx is None and not need_A:
         return dA, dB
-    factors = zip(blocks, rows(lora_B, blocks), strict=True)
+    factors = zip(spans, blocks.rows(lora_B, spans), strict=True)
     ds = _joined([dy.narrow(1, lo, hi - lo) @ b for (lo, hi), b in factors], 1)
     ds.mul_(scaling * keep_scale)
     if need_A:
@@ -124,23 +120,6 @@ def gradients_(
         del dropped  # its memory serves the next product
         dx.addcmul_(ds @ lora_A, keep2)
     return dA, dB
-
-
-@functools.lru_cache(maxsize=256)
-def _edges(blocks: Blocks) -> list[int]:
-    return [edge for block in blocks for edge in block]
-
-
-def columns(s: Tensor, rank: int, blocks: Blocks) -> list[Tensor]:
-    """S of each block."""
-    return [s.narrow(-1, i * rank, rank) for i in range(len(blocks))]
-
-
-def rows(lora_B: Tensor, blocks: Blocks) -> tuple[Tensor, ...]:
-    """B of each block."""
-    # Not split(), a function in Python around this one.
-    parts: tuple[Tensor, ...] = lora_B.split_with_sizes([hi - lo for lo, hi in blocks])
-    return parts
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fast import delta
-from lora_fast.delta import Blocks
+from lora_fast import blocks, delta
+from lora_fast.blocks import Spans
 from lora_fast.dropout import dropout
 from lora_fast.reference import autocasts, no_autocast
 
@@ -27,29 +27,29 @@ def low_rank_linear(
     scaling: float,
     bias: Tensor | None,
     dropout_p: float,
-    blocks: Blocks,
+    spans: Spans,
 ) -> Tensor:
-    """Y = X W^T + bias; Y[:, lo:hi] += scaling (dropout(X) A_g^T) B_g^T for block g = (lo, hi).
+    """Y = X W^T + bias; Y[:, lo:hi] += scaling (dropout(X) A_g^T) B_g^T for span g = (lo, hi).
 
     Args:
         x: (..., K). All tensors have one floating-point dtype and one device.
         weight: (N, K), any strides.
-        lora_A: (R * len(blocks), K).
-        lora_B: (sum of block widths, R).
+        lora_A: (R * len(spans), K).
+        lora_B: (sum of their widths, R).
         scaling: lora_alpha / r.
         bias: (N,) or None.
         dropout_p: rate in [0, 1]; 0 draws nothing.
-        blocks: output columns of each adapter block, ascending.
+        spans: the output columns of each adapter.
 
     Returns:
         (..., N), contiguous, the dtype of `x`.
     """
-    if not blocks:
+    if not spans:
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():  # spares the host the making of a node
-        return _forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, blocks)[0]
+        return _forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, spans)[0]
     return _LowRankLinear.apply(  # type: ignore[no-any-return]
-        x, weight, lora_A, lora_B, bias, scaling, dropout_p, blocks
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p, spans
     )
 
 
@@ -61,7 +61,7 @@ def _forward(
     bias: Tensor | None,
     scaling: float,
     dropout_p: float,
-    blocks: Blocks,
+    spans: Spans,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Y, S and the dropout mask, None without dropout."""
     keep = None
@@ -70,7 +70,7 @@ def _forward(
         dropped, keep = dropout(x, dropout_p)
         dropped = _as_matrix(dropped)
     y = F.linear(x2, weight, bias)
-    s = delta.add_(y, dropped, lora_A, lora_B, scaling, blocks)
+    s = delta.add_(y, dropped, lora_A, lora_B, scaling, spans)
     return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1])), s, keep
 
 
@@ -78,13 +78,13 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         y, s, keep = _forward(*arguments)
-        x, weight, lora_A, lora_B, _, scaling, dropout_p, blocks = arguments
+        x, weight, lora_A, lora_B, _, scaling, dropout_p, spans = arguments
         # Without dX the weight plays no part, and a merge between forward and backward is harmless.
         kept_weight = weight if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else None
         # Of more rows than the weight has room for, S would take more than loralib's dense delta.
         kept_s = s if s.numel() <= weight.numel() else None
         ctx.save_for_backward(x, kept_weight, lora_A, lora_B, kept_s, keep)
-        ctx.scaling, ctx.blocks = scaling, blocks
+        ctx.scaling, ctx.spans = scaling, spans
         ctx.keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
         ctx.out_features, ctx.in_features = weight.shape
         return y
@@ -111,7 +111,7 @@ class _LowRankLinear(torch.autograd.Function):
         dx = dy @ weight if need_x else None
         saved = (dy, x2, lora_A, lora_B, s, keep)
         dA, dB = delta.gradients_(
-            dx, (need_A, need_B), saved, ctx.scaling, ctx.keep_scale, ctx.blocks
+            dx, (need_A, need_B), saved, ctx.scaling, ctx.keep_scale, ctx.spans
         )
         dW = dy.t() @ x2 if need_weight else None
         dbias = dy.sum(0) if need_bias else None
@@ -126,7 +126,7 @@ def backward_through_reference(
     """Gradients of x, W, A, B and bias from differentiable formulas, for double backward.
 
     Args:
-        ctx: with `scaling`, `keep_scale`, `blocks` and `out_features` set.
+        ctx: with `scaling`, `keep_scale`, `spans` and `out_features` set.
         saved: x, W, A, B, something and the mask.
         dy: (..., N).
     """
@@ -139,9 +139,9 @@ def backward_through_reference(
     n = ctx.out_features
     y = x.new_zeros((*x.shape[:-1], n)) if weight is None else F.linear(x, weight)
     for (lo, hi), s_block, b_block in zip(
-        ctx.blocks,
-        delta.columns(s, lora_B.shape[1], ctx.blocks),
-        delta.rows(lora_B, ctx.blocks),
+        ctx.spans,
+        blocks.columns(s, lora_B.shape[1], ctx.spans),
+        blocks.rows(lora_B, ctx.spans),
         strict=True,
     ):
         y = y + F.pad(F.linear(s_block, b_block), (lo, n - hi))

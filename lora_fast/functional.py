@@ -78,22 +78,17 @@ def lora_linear(
         if type(scaling) is not float:
             checks.scaling("lora_linear", scaling)
         checks.linear_shapes(x, weight, lora_A, lora_B, bias)
-        drops = training and dropout_p > 0.0
-        backend = choose(
-            "lora_linear", x, weight, lora_A, lora_B, bias, drops=drops, scaling=scaling
-        )
+        p = dropout_p if training else 0.0
+        tensors = (x, weight, lora_A, lora_B, bias)
+        backend = choose("lora_linear", *tensors, drops=p > 0.0, scaling=scaling)
         if backend is Backend.TRITON:
-            return autograd.lora_linear(
-                x, weight, lora_A, lora_B, scaling, bias, dropout_p, training
-            )
-        if backend is Backend.EAGER_LORA_FIRST:
-            factors = (reference.like(lora_A, x), reference.like(lora_B, x))
-            p = dropout_p if drops else 0.0
-            return lora_first(x, weight, *factors, scaling, bias, p)
-        if backend is Backend.EAGER:
-            factors = (reference.like(lora_A, x), reference.like(lora_B, x))
+            return autograd.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
+        if backend is not Backend.REFERENCE:
+            operands = (x, weight, reference.like(lora_A, x), reference.like(lora_B, x))
+            if backend is Backend.EAGER_LORA_FIRST:
+                return lora_first(*operands, scaling, bias, p)
             whole = ((0, weight.shape[0]),)
-            return eager.low_rank_linear(x, weight, *factors, scaling, bias, dropout_p, whole)
+            return eager.low_rank_linear(*operands, scaling, bias, p, whole)
         if x.dim() > 2 and _flattens(x):
             rows = x.flatten(0, -2)
             y = reference.lora_linear(
@@ -157,17 +152,14 @@ def lora_merged_linear(
             checks.dropout_p("lora_merged_linear", dropout_p)
         if type(scaling) is not float:
             checks.scaling("lora_merged_linear", scaling)
-        checks.merged_linear_shapes(x, weight, lora_A, lora_B, bias, enable, widths)
+        spans = checks.merged_linear_shapes(x, weight, lora_A, lora_B, bias, enable, widths)
         backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias, scaling=scaling)
         if backend is not Backend.REFERENCE:
-            blocks = reference.enabled_blocks(weight.shape[0], enable, widths)
-            if backend is Backend.TRITON:
-                return autograd.lora_linear(
-                    x, weight, lora_A, lora_B, scaling, bias, dropout_p, training, blocks
-                )
             p = dropout_p if training else 0.0
+            if backend is Backend.TRITON:
+                return autograd.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, spans)
             factors = (reference.like(lora_A, x), reference.like(lora_B, x))
-            return eager.low_rank_linear(x, weight, *factors, scaling, bias, p, blocks)
+            return eager.low_rank_linear(x, weight, *factors, scaling, bias, p, spans)
     else:
         checks.tensors("lora_merged_linear", x=x)
     return reference.lora_merged_linear(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fast import checks, functional, reference, scripting
+from lora_fast.blocks import Block, block_widths, output_blocks
 from lora_fast.conv import Conv1d, Conv2d, Conv3d, ConvLoRA
 from lora_fast.lora_layer import (
     LoRALayer,
@@ -319,8 +320,8 @@ class MergedLinear(_LinearBase):
         """Mask of the output features that have an adapter: bool, (out_features,)."""
         if not self._has_adapter():
             raise AttributeError("a MergedLinear without an adapter has no lora_ind")
-        widths = reference.block_widths(self.out_features, self.enable_lora, self.out_splits)
-        mask = [on for w, on in zip(widths, self.enable_lora, strict=True) for _ in range(w)]
+        blocks = self._output_blocks()
+        mask = [block.enabled for block in blocks for _ in range(block.width)]
         return torch.tensor(mask, device=self.weight.device)
 
     @lora_ind.setter
@@ -334,21 +335,20 @@ class MergedLinear(_LinearBase):
 
     def zero_pad(self, x: Tensor) -> Tensor:
         """Spread the enabled blocks' rows of `x` over all output features, zeros elsewhere."""
-        widths = reference.block_widths(self.out_features, self.enable_lora, self.out_splits)
-        rows = sum(w for w, on in zip(widths, self.enable_lora, strict=True) if on)
+        blocks = self._output_blocks()
+        rows = sum(block.width for block in blocks if block.enabled)
         if x.dim() == 0 or x.shape[0] != rows:
             raise ValueError(
                 f"zero_pad: x must have {rows} rows, those of the enabled blocks, got shape "
                 f"{tuple(x.shape)}"
             )
-        blocks, row = [], 0
-        for width, enabled in zip(widths, self.enable_lora, strict=True):
-            if enabled:
-                blocks.append(x.narrow(0, row, width))
-                row += width
-            else:
-                blocks.append(x.new_zeros((width, *x.shape[1:])))
-        return torch.cat(blocks)
+        parts = [
+            x.narrow(0, block.row, block.width)
+            if block.enabled
+            else x.new_zeros((block.width, *x.shape[1:]))
+            for block in blocks
+        ]
+        return torch.cat(parts)
 
     def merge_AB(self) -> Tensor:  # noqa: N802 - loralib's name
         """Return the dense delta without its scaling, in the layout of the weight."""
@@ -357,6 +357,9 @@ class MergedLinear(_LinearBase):
 
     def _blocks(self) -> dict[str, Any]:
         return {"enable_lora": self.enable_lora, "out_splits": self.out_splits}
+
+    def _output_blocks(self) -> list[Block]:
+        return output_blocks(self.out_features, self.enable_lora, self.out_splits)
 
     def extra_repr(self) -> str:
         """Return the layer's settings and which blocks have an adapter."""
@@ -386,7 +389,7 @@ class MergedLinear(_LinearBase):
         y = F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
         if hasattr(self, "lora_A") and not self.merged:
             x = self.lora_dropout(x)
-            widths = reference.block_widths(self.out_features, self.enable_lora, self.out_splits)
+            widths = block_widths(self.out_features, self.enable_lora, self.out_splits)
             y = scripting.grouped_update(
                 y, x, self.lora_A, self.lora_B, self.scaling, self.enable_lora, widths
             )

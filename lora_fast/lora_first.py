@@ -87,7 +87,7 @@ class _LoraFirst(torch.autograd.Function):
             # Once: what unpacks them under activation checkpointing hands them out one time only.
             saved = ctx.saved_tensors
             if torch.is_grad_enabled() and saved[0] is not None:
-                ctx.blocks = ((0, ctx.out_features),)
+                ctx.spans = ((0, ctx.out_features),)
                 return (*eager.backward_through_reference(ctx, saved, grads[0]), None, None)
             return (*_LoraFirst._gradients(ctx, saved, grads[0]), None, None)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_fast import checks
+from lora_fast.blocks import from_edges
 
 torch.library.define(
     "lora_fast::lora_linear_fwd",
@@ -85,7 +86,7 @@ def _(
     if edges is None:
         checks.linear_shapes(x, weight, lora_a, lora_b, bias)
     else:
-        splits = checks.edge_splits(edges, weight.shape[0])
+        splits = from_edges(edges, weight.shape[0])
         checks.merged_linear_shapes(x, weight, lora_a, lora_b, bias, *splits)
     rows = math.prod(x.shape[:-1])
     mask_shape = (0,) if seed is None else (rows, (x.shape[-1] + 7) // 8)

@@ -1,7 +1,7 @@
 """The operators in plain, differentiable PyTorch: the oracle, and the path that runs anywhere.
 
-Every fused implementation has the name and the arguments of a function here. Nothing but torch is
-used, so functorch transforms, double backward, export, DTensor and any device work as they are.
+Every fused implementation has the name and the arguments of a function here. Nothing but torch
+computes, so functorch transforms, double backward, export, DTensor and any device work as they are.
 Arguments are documented in `lora_fast.functional`, which checks them first.
 """
 
@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lora_fast.blocks import block_widths, output_blocks
 
 
 def lora_linear(
@@ -91,17 +93,14 @@ def grouped_expand(
 ) -> Tensor:
     """Y, and block g of it + scaling S_g B_g^T where g is enabled, out of place."""
     s, lora_B = s * scaling, like(lora_B, s)
-    widths = block_widths(y.shape[-1], enable_lora, out_splits)
-    blocks = y.split(widths, -1)
-    updated: list[Tensor] = []
-    row, rank = 0, 0
-    for i in range(len(enable_lora)):
-        block = blocks[i]
-        if enable_lora[i]:
-            s_block = s.narrow(-1, rank, lora_B.shape[1])
-            block = block + F.linear(s_block, lora_B.narrow(0, row, widths[i]))
-            row, rank = row + widths[i], rank + lora_B.shape[1]
-        updated.append(block)
+    rank = lora_B.shape[1]
+    updated = []
+    for block in output_blocks(y.shape[-1], enable_lora, out_splits):
+        part = y.narrow(-1, block.begin, block.width)
+        if block.enabled:
+            s_block = s.narrow(-1, block.adapter * rank, rank)
+            part = part + F.linear(s_block, lora_B.narrow(0, block.row, block.width))
+        updated.append(part)
     return torch.cat(updated, dim=-1)
 
 
@@ -171,16 +170,14 @@ def merged_delta(
         return (lora_B * scaling) @ lora_A
     if out_splits is None:
         out_splits = [lora_B.shape[0] // sum(enable_lora)] * len(enable_lora)
-    row, rank = 0, 0
-    blocks: list[Tensor] = []
-    for width, enabled in zip(out_splits, enable_lora, strict=True):
-        if enabled:
-            block_A = lora_A.narrow(0, rank, lora_B.shape[1])
-            blocks.append(lora_B.narrow(0, row, width) * scaling @ block_A)
-            row, rank = row + width, rank + lora_B.shape[1]
+    rows = []
+    for block in output_blocks(sum(out_splits), enable_lora, out_splits):
+        if block.enabled:
+            block_A, block_B = block.factors(lora_A, lora_B)
+            rows.append(block_B * scaling @ block_A)
         else:
-            blocks.append(lora_A.new_zeros((width, lora_A.shape[1])))
-    return torch.cat(blocks)
+            rows.append(lora_A.new_zeros((block.width, lora_A.shape[1])))
+    return torch.cat(rows)
 
 
 def merged_weight(
@@ -226,38 +223,11 @@ def delta_blocks(
     """The parts of a weight that a merge changes, as views, each with its own A and B."""
     if enable_lora is None:
         return [(weight, lora_A, lora_B)]
-    blocks = []
-    top, row, rank = 0, 0, 0
-    widths = block_widths(weight.shape[0], enable_lora, out_splits)
-    for width, enabled in zip(widths, enable_lora, strict=True):
-        if enabled:
-            block_A = lora_A.narrow(0, rank, lora_B.shape[1])
-            blocks.append((weight.narrow(0, top, width), block_A, lora_B.narrow(0, row, width)))
-            row, rank = row + width, rank + lora_B.shape[1]
-        top += width
-    return blocks
-
-
-def block_widths(
-    out_features: int, enable_lora: list[bool], out_splits: list[int] | None
-) -> list[int]:
-    """Width of every output block; equal ones where `out_splits` is None."""
-    if out_splits is None:
-        return [out_features // len(enable_lora)] * len(enable_lora)
-    return out_splits
-
-
-def enabled_blocks(
-    out_features: int, enable_lora: list[bool], out_splits: list[int] | None
-) -> tuple[tuple[int, int], ...]:
-    """First and last + 1 output column of every block that has an adapter."""
-    blocks, lo = [], 0
-    widths = block_widths(out_features, enable_lora, out_splits)
-    for width, enabled in zip(widths, enable_lora, strict=True):
-        if enabled:
-            blocks.append((lo, lo + width))
-        lo += width
-    return tuple(blocks)
+    return [
+        (weight.narrow(0, block.begin, block.width), *block.factors(lora_A, lora_B))
+        for block in output_blocks(weight.shape[0], enable_lora, out_splits)
+        if block.enabled
+    ]
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_fast import reference, versions
+from lora_fast.blocks import output_blocks
 from lora_fast.record import MergeRecord
 
 
@@ -136,19 +137,16 @@ def _part(
     if rows.numel() == 0:
         return Part(lora_A[:0], lora_B[:0, :0])
     kept_A, kept_B, enable, splits = [lora_A[:0]], [lora_B[:0]], [], []
-    top, row, rank = 0, 0, 0
-    widths = reference.block_widths(weight.shape[0], enable_lora, out_splits)
-    for width, enabled in zip(widths, enable_lora, strict=True):
-        mine = rows[(rows >= top) & (rows < top + width)] - top
-        if mine.numel() > 0:
-            enable.append(enabled)
-            splits.append(mine.numel())
-        if enabled:
-            if mine.numel() > 0:
-                kept_A.append(lora_A.narrow(0, rank, lora_B.shape[1]))
-                kept_B.append(lora_B[row + mine])
-            row, rank = row + width, rank + lora_B.shape[1]
-        top += width
+    for block in output_blocks(weight.shape[0], enable_lora, out_splits):
+        mine = rows[(rows >= block.begin) & (rows < block.end)] - block.begin
+        if mine.numel() == 0:
+            continue
+        enable.append(block.enabled)
+        splits.append(mine.numel())
+        if block.enabled:
+            block_A, block_B = block.factors(lora_A, lora_B)
+            kept_A.append(block_A)
+            kept_B.append(block_B[mine])
     return Part(torch.cat(kept_A), torch.cat(kept_B), enable, splits)
 
 

@@ -278,10 +278,15 @@ def test_only_the_gradients_that_are_asked_for(
         assert_right(function, formulas, leaves, p=p, needs=needs, enable_lora=QKV)
 
 
+# A few rows of 16 bits have an implementation of their own on a CPU, many numbers to drop another.
+@pytest.mark.parametrize("rows", [1, 4, 64, 6000])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["lora_linear", "lora_merged_linear"])
-def test_dropout_only_in_training_and_then_one_draw(op: str, backend: str) -> None:
+def test_dropout_only_in_training_and_then_one_draw(
+    op: str, dtype: torch.dtype, rows: int, backend: str
+) -> None:
     options = {} if op == "lora_linear" else {"enable_lora": [True]}
-    leaves = drawn((4, 11), 12, 3, torch.float32, bias=False)
+    leaves = drawn((rows, 11), 12, 3, dtype, bias=False)
     args = (leaves["x"], leaves["weight"], leaves["lora_A"], leaves["lora_B"], SCALING, None)
     function = getattr(functional, op)
 

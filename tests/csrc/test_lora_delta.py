@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_fast import delta, eager, ops
-from lora_fast.delta import Blocks
+from lora_fast import blocks, delta, eager, ops
+from lora_fast.blocks import Spans
 from lora_fast.testing import assert_within_budget
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ONE: Blocks = ((0, 37),)
-OUTER: Blocks = ((0, 37), (74, 111))
-UNEQUAL: Blocks = ((5, 6), (6, 71), (100, 111))
+ONE: Spans = ((0, 37),)
+OUTER: Spans = ((0, 37), (74, 111))
+UNEQUAL: Spans = ((5, 6), (6, 71), (100, 111))
 # Around the cells of 8 x 32, the vectors of 16, 8 and 4, and single numbers.
 SHAPES = [
-    # rows, in, rank, blocks
+    # rows, in, rank, spans
     (1, 1, 1, ONE),
     (1, 64, 16, OUTER),
     (2, 33, 3, UNEQUAL),
@@ -41,16 +41,16 @@ class Call:
     """The tensors of one call."""
 
     def __init__(
-        self, rows: int, k: int, rank: int, blocks: Blocks, dtype: torch.dtype, p: float = 0.0
+        self, rows: int, k: int, rank: int, spans: Spans, dtype: torch.dtype, p: float = 0.0
     ) -> None:
         generator = torch.Generator().manual_seed(rows * 1000 + k)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(dtype)
 
-        self.blocks, self.scaling = blocks, 0.75
-        self.x, self.lora_A = draw(rows, k), draw(rank * len(blocks), k) / 4
-        self.lora_B = draw(sum(hi - lo for lo, hi in blocks), rank) / 4
+        self.spans, self.scaling = spans, 0.75
+        self.x, self.lora_A = draw(rows, k), draw(rank * len(spans), k) / 4
+        self.lora_B = draw(sum(hi - lo for lo, hi in spans), rank) / 4
         self.y, self.dy, self.dx = draw(rows, N), draw(rows, N), draw(rows, k)
         self.keep = torch.rand(rows, k, generator=generator) >= p if p else None
         self.keep_scale = 1.0 / (1.0 - p)
@@ -75,12 +75,12 @@ class Call:
         return dx + (ds @ a) * mask, ds.t() @ (x * mask), db
 
     def parts(self, s: Tensor, b: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
-        columns = delta.columns(s, b.shape[1], self.blocks)
-        return zip(self.blocks, columns, delta.rows(b, self.blocks), strict=True)
+        columns = blocks.columns(s, b.shape[1], self.spans)
+        return zip(self.spans, columns, blocks.rows(b, self.spans), strict=True)
 
     def by_the_op(self) -> tuple[Tensor, Tensor]:
         y = self.y.clone()
-        edges = [edge for block in self.blocks for edge in block]
+        edges = blocks.edges(self.spans)
         s = ops.lora_delta_fwd_(self.x, self.lora_A, self.lora_B, self.scaling, edges, y)
         return y, s
 
@@ -91,7 +91,7 @@ class Call:
             "B": torch.full_like(self.lora_B, torch.nan),
         }
         grads = [made[name] if name in needs else None for name in made]
-        edges = [edge for block in self.blocks for edge in block]
+        edges = blocks.edges(self.spans)
         rest = (self.keep, self.scaling, self.keep_scale, edges, *grads)
         assert ops.lora_delta_bwd_(self.dy, self.x, self.lora_A, self.lora_B, s, *rest)
         return tuple(grads)
