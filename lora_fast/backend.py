@@ -52,7 +52,7 @@ _MANY_DROPPED = 2**16
 # With dropout the fused kernels save more, so the limit is lower: this many elements of x.
 _FEW_OPERATIONS = 2**34
 _FEW_DROPPED = 2**21
-_FEW_ROWS = 64
+_MOST_DECODE_ROWS = 64  # kernels/decode_configs.py: MAX_M, which needs Triton
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TENSOR_SCALING = "scaling is a tensor, which may want a gradient"
 _LAUNCHED_SOONER = "torch launches sooner than so little is computed"
@@ -284,7 +284,7 @@ def _launching_outlasts(tensors: tuple[Tensor | None, ...], drops: bool) -> bool
     # For a few rows, no dropout and no gradient there is one fused launch. What drops must not ask
     # for gradients: a checkpoint runs it without any first, and again with the same draws.
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return drops or learns or elements > _FEW_ROWS * k
+    return drops or learns or elements > _MOST_DECODE_ROWS * k
 
 
 def _why_torch_is_as_fast(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:

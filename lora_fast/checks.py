@@ -239,6 +239,31 @@ def delta_shapes(
     )
 
 
+def factor_shapes(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    enable_lora: list[bool] | None,
+    out_splits: list[int] | None,
+) -> None:
+    """Refuse factors that do not fit each other or the blocks, for `merged_delta`."""
+    op = "merged_delta"
+    tensors(op, lora_A=lora_A, lora_B=lora_B)
+    if enable_lora is not None:
+        if out_splits is None and not any(enable_lora):
+            raise ValueError(
+                f"{op}: enable_lora enables no block, so B does not tell the blocks' width; "
+                "give out_splits"
+            )
+        equal = lora_B.shape[0] // max(1, sum(enable_lora)) * len(enable_lora)
+        shape = (equal if out_splits is None else sum(out_splits), lora_A.shape[-1])
+        grouped_factors(op, shape, lora_A, lora_B, enable_lora, out_splits)
+    elif lora_A.dim() != 2 or lora_B.dim() != 2 or lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(
+            f"{op}: lora_B must be (N, r) and lora_A (r, K), got "
+            f"{tuple(lora_B.shape)} and {tuple(lora_A.shape)}"
+        )
+
+
 def conv_shapes(weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
     """Refuse tensors that do not fit `lora_conv`."""
     if isinstance(weight, Tensor) and weight.dim() not in (3, 4, 5):
@@ -323,12 +348,12 @@ def no_input_kept() -> RuntimeError:
     )
 
 
-def lora_dropout(p: Any) -> None:
-    """Refuse a layer's dropout rate that is no number in [0, 1]."""
-    if not _is_number(p):
-        raise TypeError(f"lora_dropout must be a number, got {p!r} of type {_kind(p)}")
-    if not 0.0 <= float(p) <= 1.0:
-        raise ValueError(f"lora_dropout must be between 0 and 1, got {p}")
+def rate(what: str, p: Any) -> None:
+    """Refuse a rate of dropout that is no number in [0, 1]; `what` is how a message calls it."""
+    if type(p) is not float and not _is_number(p):  # the second question takes long
+        raise TypeError(f"{what} must be a number, got {p!r} of type {_kind(p)}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{what} must be between 0 and 1, got {p}")
 
 
 def blocks(
@@ -359,14 +384,6 @@ def widths(op: str, out_splits: Any) -> list[int]:
             f"{out_splits!r}"
         )
     return list(out_splits)
-
-
-def dropout_p(op: str, p: float) -> None:
-    """Refuse a dropout rate that is no number in [0, 1]."""
-    if type(p) is not float and not _is_number(p):  # the second question takes long
-        raise TypeError(f"{op}: dropout_p must be a number, got {p!r} of type {_kind(p)}")
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{op}: dropout_p must be between 0 and 1, got {p}")
 
 
 def _matrix(op: str, weight: Tensor) -> torch.Size:

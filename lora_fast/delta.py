@@ -14,7 +14,7 @@ from lora_fast.blocks import Spans
 _OP_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 # Up to here the ops were the faster, but for one row at rank 64 in fp32: 768 to 4096 features, two
 # threads of a Xeon of family 6 model 207, 2026-11-29.
-_FEW_ROWS = 32
+_MOST_ROWS_OF_OP = 32
 
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -31,7 +31,7 @@ def op_pays(x: Tensor) -> bool:
     """
     return (
         x.is_cpu
-        and x.numel() <= _FEW_ROWS * x.shape[-1]
+        and x.numel() <= _MOST_ROWS_OF_OP * x.shape[-1]
         and x.dtype in _OP_DTYPES
         and ops.load_compiled("cpu") is None
     )

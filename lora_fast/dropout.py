@@ -16,6 +16,11 @@ from lora_fast import ops
 _FEW = 2048
 
 
+def keep_scale(p: float) -> float:
+    """What dropout multiplies by what it keeps: 1 / (1 - p), which is 0 where it keeps nothing."""
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
 def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Return `F.dropout(x, p)`, bit for bit, and what of x was kept.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_fast import blocks, delta
 from lora_fast.blocks import Spans
-from lora_fast.dropout import dropout
+from lora_fast.dropout import dropout, keep_scale
 from lora_fast.reference import autocasts, no_autocast
 
 
@@ -85,7 +85,7 @@ class _LowRankLinear(torch.autograd.Function):
         kept_s = s if s.numel() <= weight.numel() else None
         ctx.save_for_backward(x, kept_weight, lora_A, lora_B, kept_s, keep)
         ctx.scaling, ctx.spans = scaling, spans
-        ctx.keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+        ctx.keep_scale = keep_scale(dropout_p)
         ctx.out_features, ctx.in_features = weight.shape
         return y
 

@@ -71,33 +71,31 @@ def lora_linear(
         multiple of 2^-16 nearest to `dropout_p`.
         Source: loralib/layers.py:147-152.
     """
-    if isinstance(x, Tensor):  # an fx proxy has no shape to check
-        # Usual values need no call to be told.
-        if type(dropout_p) is not float or dropout_p:
-            checks.dropout_p("lora_linear", dropout_p)
-        if type(scaling) is not float:
-            checks.scaling("lora_linear", scaling)
-        checks.linear_shapes(x, weight, lora_A, lora_B, bias)
-        p = dropout_p if training else 0.0
-        tensors = (x, weight, lora_A, lora_B, bias)
-        backend = choose("lora_linear", *tensors, drops=p > 0.0, scaling=scaling)
-        if backend is Backend.TRITON:
-            return autograd.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
-        if backend is not Backend.REFERENCE:
-            operands = (x, weight, reference.like(lora_A, x), reference.like(lora_B, x))
-            if backend is Backend.EAGER_LORA_FIRST:
-                return lora_first(*operands, scaling, bias, p)
-            whole = ((0, weight.shape[0]),)
-            return eager.low_rank_linear(*operands, scaling, bias, p, whole)
-        if x.dim() > 2 and _flattens(x):
-            rows = x.flatten(0, -2)
-            y = reference.lora_linear(
-                rows, weight, lora_A, lora_B, scaling, bias, dropout_p, training
-            )
-            return eager.as_own(y, (*x.shape[:-1], y.shape[-1]))
-    else:
+    if not isinstance(x, Tensor):  # an fx proxy, which has no shape to check
         checks.tensors("lora_linear", x=x)
-    return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, training)
+        return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, training)
+    # Usual values need no call to be told.
+    if type(dropout_p) is not float or dropout_p:
+        checks.rate("lora_linear: dropout_p", dropout_p)
+    if type(scaling) is not float:
+        checks.scaling("lora_linear", scaling)
+    checks.linear_shapes(x, weight, lora_A, lora_B, bias)
+    p = dropout_p if training else 0.0
+    tensors = (x, weight, lora_A, lora_B, bias)
+    backend = choose("lora_linear", *tensors, drops=p > 0.0, scaling=scaling)
+    if backend is Backend.TRITON:
+        return autograd.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
+    if backend is not Backend.REFERENCE:
+        operands = (x, weight, reference.like(lora_A, x), reference.like(lora_B, x))
+        if backend is Backend.EAGER_LORA_FIRST:
+            return lora_first(*operands, scaling, bias, p)
+        whole = ((0, weight.shape[0]),)
+        return eager.low_rank_linear(*operands, scaling, bias, p, whole)
+    rest = (weight, lora_A, lora_B, scaling, bias, dropout_p, training)
+    if x.dim() > 2 and _flattens(x):
+        y = reference.lora_linear(x.flatten(0, -2), *rest)
+        return eager.as_own(y, (*x.shape[:-1], y.shape[-1]))
+    return reference.lora_linear(x, *rest)
 
 
 def _flattens(x: Tensor) -> bool:
@@ -149,31 +147,21 @@ def lora_merged_linear(
     widths = None if out_splits is None else checks.widths("lora_merged_linear", out_splits)
     if isinstance(x, Tensor):
         if type(dropout_p) is not float or dropout_p:
-            checks.dropout_p("lora_merged_linear", dropout_p)
+            checks.rate("lora_merged_linear: dropout_p", dropout_p)
         if type(scaling) is not float:
             checks.scaling("lora_merged_linear", scaling)
         spans = checks.merged_linear_shapes(x, weight, lora_A, lora_B, bias, enable, widths)
         backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias, scaling=scaling)
-        if backend is not Backend.REFERENCE:
-            p = dropout_p if training else 0.0
-            if backend is Backend.TRITON:
-                return autograd.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, spans)
-            factors = (reference.like(lora_A, x), reference.like(lora_B, x))
-            return eager.low_rank_linear(x, weight, *factors, scaling, bias, p, spans)
+        p = dropout_p if training else 0.0
+        if backend is Backend.TRITON:
+            return autograd.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, spans)
+        if backend is Backend.EAGER:
+            operands = (x, weight, reference.like(lora_A, x), reference.like(lora_B, x))
+            return eager.low_rank_linear(*operands, scaling, bias, p, spans)
     else:
         checks.tensors("lora_merged_linear", x=x)
-    return reference.lora_merged_linear(
-        x,
-        weight,
-        lora_A,
-        lora_B,
-        scaling,
-        bias,
-        dropout_p,
-        training,
-        enable_lora=enable,
-        out_splits=widths,
-    )
+    rest = (weight, lora_A, lora_B, scaling, bias, dropout_p, training)
+    return reference.lora_merged_linear(x, *rest, enable_lora=enable, out_splits=widths)
 
 
 def lora_embedding(
@@ -318,21 +306,7 @@ def merged_delta(
     """
     enable, widths = checks.blocks("merged_delta", enable_lora, out_splits)
     checks.scaling("merged_delta", scaling)
-    checks.tensors("merged_delta", lora_A=lora_A, lora_B=lora_B)
-    if enable is not None:
-        if widths is None and not any(enable):
-            raise ValueError(
-                "merged_delta: enable_lora enables no block, so B does not tell the blocks' width; "
-                "give out_splits"
-            )
-        n = sum(widths) if widths is not None else lora_B.shape[0] // sum(enable) * len(enable)
-        shape = (n, lora_A.shape[-1])
-        checks.grouped_factors("merged_delta", shape, lora_A, lora_B, enable, widths)
-    elif lora_A.dim() != 2 or lora_B.dim() != 2 or lora_B.shape[1] != lora_A.shape[0]:
-        raise ValueError(
-            "merged_delta: lora_B must be (N, r) and lora_A (r, K), got "
-            f"{tuple(lora_B.shape)} and {tuple(lora_A.shape)}"
-        )
+    checks.factor_shapes(lora_A, lora_B, enable, widths)
     return reference.merged_delta(lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths)
 
 

@@ -71,7 +71,6 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
         given = kwargs.get("_weight")
         if given is not None and checks.rank(r) > 0:
             kwargs["_weight"] = given.clone()  # a merge must not write to the caller's tensor
-        self._given_weight = given is not None
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         LoRALayer.__init__(
             self, r=r, lora_alpha=lora_alpha, lora_dropout=0, merge_weights=merge_weights

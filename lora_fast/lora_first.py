@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_fast import checks, eager
+from lora_fast.dropout import keep_scale
 from lora_fast.reference import no_autocast
 
 
@@ -56,9 +57,8 @@ class _LoraFirst(torch.autograd.Function):
         dropout_p: float,
     ) -> Tensor:
         rows = dropped = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        keep, keep_scale = None, 1.0
+        keep = None
         if dropout_p > 0.0:
-            keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
             # Of x as it lies in memory, in whose order torch draws.
             dropped, keep = torch.native_dropout(x, dropout_p, True)
             dropped, keep = dropped.reshape(rows.shape), keep.reshape(rows.shape)
@@ -77,7 +77,7 @@ class _LoraFirst(torch.autograd.Function):
             s if need_B else None,
             keep if need_x or need_weight or need_A else None,
         )
-        ctx.scaling, ctx.keep_scale = scaling, keep_scale
+        ctx.scaling, ctx.keep_scale = scaling, keep_scale(dropout_p)
         ctx.in_shape, ctx.out_features = x.shape, weight.shape[0]
         return y if x.dim() == 2 else eager.as_own(y, (*x.shape[:-1], y.shape[1]))
 

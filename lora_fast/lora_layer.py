@@ -49,7 +49,7 @@ class LoRALayer:
     """
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
-        checks.lora_dropout(lora_dropout)
+        checks.rate("lora_dropout", lora_dropout)
         self.r = checks.rank(r)
         if self.r > 0:
             checks.lora_alpha(lora_alpha)

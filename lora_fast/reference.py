@@ -34,7 +34,7 @@ def lora_linear(
 
 # In 16 bits oneDNN takes longer to add a few rows to a product than another operation does, and
 # to scale one, whatever its rows.
-_FEW_ROWS = 32
+_TOO_FEW_FOR_ADDMM = 32
 
 
 def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -45,7 +45,7 @@ def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         type(y) is not Tensor
         or y.dim() != 2
         or not s.dtype is y.dtype is lora_B.dtype
-        or (y.dtype.itemsize == 2 and y.shape[0] < _FEW_ROWS)
+        or (y.dtype.itemsize == 2 and y.shape[0] < _TOO_FEW_FOR_ADDMM)
         or torch.compiler.is_dynamo_compiling()  # it fuses them, and takes alpha for a constant
         or autocasts(y)  # the product would round to its dtype, which y need not have
     ):

@@ -81,7 +81,7 @@ def test_kernels_know_nothing_of_the_rest(name):
         ("versions", set()),
         ("eager", {"blocks", "delta", "dropout", "reference"}),
         ("delta", {"blocks", "ops"}),
-        ("lora_first", {"checks", "eager", "reference"}),
+        ("lora_first", {"checks", "dropout", "eager", "reference"}),
         ("sums", {"reference"}),
         ("dropout", {"ops"}),
         ("scripting", set()),
