@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from contest import Absent, Contestant, Lab, Row
-from implementations import fused_gemm
-from selection import Selection
-from shapes import TOY, Shape, find_shapes
+
+from harness.contest import Absent, Contestant, Lab, Row
+from harness.selection import Selection
+from harness.shapes import TOY, Shape, dtype_name, find_shapes
+from peers.implementations import fused_gemm
 
 MM, ADDMM, TRITON, SPECIALISED = "mm", "addmm_", "triton", "specialised"
 
@@ -42,7 +43,7 @@ class GemmRow(Row):
             "M": self.tokens,
             "K": self.shape.K,
             "N": self.shape.N,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
         }
 
     def build(self, peer: str, lab: Lab) -> Contestant:

@@ -1,6 +1,6 @@
 """`MergedLinear`, `Embedding` and convolutions against every peer: forward, and with backward.
 
-Peers are listed in `peers.py`; what PEFT has in the place of these layers tells `peft_layers.py`.
+`peers/roster.py` lists the peers; `peers/peft_layers.py` tells what PEFT has in the place of these.
 """
 
 from collections.abc import Iterator
@@ -9,13 +9,15 @@ from itertools import product
 from typing import Any, ClassVar
 
 import torch
-from adapter_row import AdapterRow
-from contest import Lab
-from floor import extra_bytes, extra_operations
-from modules import QKV, Weights, drawn
-from peers import known
-from selection import Selection
 from torch import Tensor
+
+from harness.contest import Lab
+from harness.floor import extra_bytes, extra_operations
+from harness.names import QKV
+from harness.selection import Selection
+from peers.adapter_row import AdapterRow
+from peers.modules import Weights, drawn
+from peers.roster import known
 
 FP32, BF16 = torch.float32, torch.bfloat16
 VOCABULARY = 50_000

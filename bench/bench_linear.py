@@ -1,6 +1,6 @@
 """`lora.Linear` against every peer: forward, and forward with backward.
 
-Peers are listed in `peers.py`, shapes in `shapes.py`.
+Peers are listed in `peers/roster.py`, shapes in `harness/shapes.py`.
 """
 
 from collections.abc import Iterator
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from adapter_row import AdapterRow
-from contest import Lab
-from floor import extra_seconds
-from modules import Weights, drawn
-from peers import known
-from selection import Selection
-from shapes import RANKS, TOKENS, TOY, Shape, find_shapes
 from torch import Tensor
+
+from harness.contest import Lab
+from harness.floor import extra_seconds
+from harness.selection import Selection
+from harness.shapes import RANKS, TOKENS, TOY, Shape, find_shapes
+from peers.adapter_row import AdapterRow
+from peers.modules import Weights, drawn
+from peers.roster import known
 
 
 @dataclass(frozen=True)

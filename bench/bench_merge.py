@@ -12,17 +12,15 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
-from clock import Candidate
-from contest import OURS, Contestant, Lab, Row
-from selection import Selection
-from shapes import dtype_name
 from torch import nn
 
 import lora_fast
+from harness.clock import Candidate
+from harness.contest import Contestant, Lab, Row
+from harness.names import CLONES, LORALIB, OURS, QKV
+from harness.selection import Selection
+from harness.shapes import dtype_name
 from lora_fast.testing import randomize_
-
-QKV = [True, False, True]
-CLONES = "clones"
 
 
 def _several(count: int, make: Callable[..., nn.Module], *args: Any, **kw: Any) -> nn.Module:
@@ -135,7 +133,7 @@ def _memory(lab: Lab, layer: nn.Module) -> dict[str, float]:
 
 def peers(row: Row) -> list[str]:
     """Return who can take part in a row."""
-    return ["loralib", OURS, CLONES]
+    return [LORALIB, OURS, CLONES]
 
 
 def rows(selection: Selection) -> Iterator[MergeRow]:

@@ -12,8 +12,13 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
-from contest import OURS, Absent, Contestant, Lab, Row
-from models import (
+from torch import Tensor, nn
+
+from harness.contest import Absent, Contestant, Lab, Row
+from harness.names import LORALIB, LORALIB_COMPILED, OURS, PEFT, QKV
+from harness.selection import Selection
+from harness.shapes import dtype_name
+from peers.models import (
     GPT2_MEDIUM,
     LLAMA_3_8B_BLOCK,
     TOY_GPT2,
@@ -24,11 +29,6 @@ from models import (
     ModelSize,
     SeparateQkv,
 )
-from selection import Selection
-from shapes import dtype_name
-from torch import Tensor, nn
-
-QKV = [True, False, True]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ModelRow(Row):
 
     def model(self, peer: str, lab: Lab) -> nn.Module:
         """Return the model with a library's layers, its adapters alone to be trained."""
-        if peer == "peft":
+        if peer == PEFT:
             return self._peft(lab)
         name = OURS if peer == OURS else "loralib"
         library = import_module(name)
@@ -160,7 +160,7 @@ def _step(model: Any, x: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
 
 def peers(row: Row) -> list[str]:
     """Return who can take part in a row."""
-    return ["loralib", "loralib-compiled", "peft", OURS]
+    return [LORALIB, LORALIB_COMPILED, PEFT, OURS]
 
 
 def rows(selection: Selection) -> Iterator[ModelRow]:

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results import markdown, read
-
+from harness.names import CLONES, FROZEN, LORALIB, OURS
+from harness.results import markdown, read
 from lora_fast.commands import share, status_of
 
-OURS = "lora_fast"
-YARDSTICKS = ("frozen", "loralib", "clones")
+YARDSTICKS = (FROZEN, LORALIB, CLONES)
 
 
 def verdict(old: dict[str, Any], new: dict[str, Any], slack: float) -> dict[str, Any] | None:

@@ -29,13 +29,13 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
-from compile_calls import Case, cases
-from results import markdown, write
 from tqdm import tqdm  # type: ignore[import-untyped]
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia_driver
 from triton.runtime.cache import get_cache_manager
 
+from compile_calls import Case, cases
+from harness.results import markdown, write
 from lora_fast.kernels import configs
 
 TOOLS = Path(nvidia_driver.__file__).parent / "bin"

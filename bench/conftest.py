@@ -15,15 +15,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from clock import Clock, pin_cpu
-from contest import OURS, Lab
-from measured import Measured, Replay, Store
-from results import RESULTS, device_name, machine
-from selection import parse
-
+from harness.clock import Clock, pin_cpu
+from harness.contest import Lab
+from harness.measured import Measured, Replay, Store
+from harness.names import OURS
+from harness.results import RESULTS, ROOT, device_name, machine
+from harness.selection import parse
 from lora_fast.commands import positive, writable_folder
 
-ROOT = Path(__file__).resolve().parents[1]
 _STORE = pytest.StashKey[Store]()
 
 
@@ -65,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _store(config: pytest.Config) -> Store:
-    from peers import PEERS, missing  # which imports the kernels
+    from peers.roster import PEERS, missing  # which imports the kernels
 
     option = config.getoption
     measuring = option("--benchmark")
@@ -106,7 +105,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make one item for each peer in each row of a benchmark's table."""
     if "measured" not in metafunc.fixturenames:
         return
-    from peers import select
+    from peers.roster import select
 
     store = metafunc.config.stash[_STORE]
     module, cases = metafunc.module, []

@@ -11,18 +11,18 @@ import sys
 from dataclasses import dataclass
 
 import torch
+
 from bench_layers import LayerRow
 from bench_linear import LinearRow
-from bench_merge import CLONES, MergeRow
-from clock import Candidate, Clock, pin_cpu
-from contest import OURS, Lab, Row
-from results import markdown
-from shapes import find_shapes
-
+from bench_merge import MergeRow
+from harness.clock import Candidate, Clock, pin_cpu
+from harness.contest import Lab, Row
+from harness.names import CLONES, LORALIB, OURS
+from harness.results import markdown
+from harness.shapes import find_shapes
 from lora_fast.commands import status_of
 
 ATTEMPTS = 3
-LORALIB = "loralib"
 SMALL, SQUARE = find_shapes(["square-768", "square-1024"])
 FP32 = torch.float32
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from floor import DESIGNS, Ceilings, extra_seconds, frozen_seconds
-from results import markdown, read
-from shapes import DTYPES, find_shapes
-
+from harness.floor import DESIGNS, Ceilings, extra_seconds, frozen_seconds
+from harness.names import FROZEN, LORALIB
+from harness.results import markdown, read
+from harness.shapes import DTYPES, find_shapes
 from lora_fast.commands import more_than_zero, positive, status_of
 
 
@@ -50,7 +50,7 @@ def against(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for row in table["rows"]:
         columns, entries = row["columns"], row["peers"]
         rate = facts.get(f"{columns['dtype']} TFLOP/s")
-        times = [entries.get(peer, {}).get("us") for peer in ("loralib", "frozen")]
+        times = [entries.get(peer, {}).get("us") for peer in (LORALIB, FROZEN)]
         if rate is None or None in times:
             continue
         ceilings = Ceilings(rate * 1e12, facts["copy GB/s"] * 1e9)

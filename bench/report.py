@@ -13,36 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results import ROOT, markdown, read, result_folders
-from tables import comparison_rows, facts_line, full_rows, ordered, readme_rows, summary_rows
-
+from harness.rendered import write_folder
+from harness.results import ROOT, markdown, read, result_folders
+from harness.tables import comparison_rows, facts_line, ordered, readme_rows, summary_rows
 from lora_fast.commands import status_of
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-
-
-def write_folder(folder: Path) -> None:
-    """Write the Markdown tables and the pictures of a folder.
-
-    Raises:
-        ValueError: there are no results in it.
-    """
-    tables = read(folder)
-    for name, table in ordered(tables):
-        rows = full_rows(table["rows"])
-        text = (
-            f"{facts_line(table['machine'])}\n\nColumns that end in / are how many times as long "
-            "as lora_fast the others take, above 1 where lora_fast is faster, with quartiles. "
-            f"`error` is in units of the error budget, at most 1.\n\n{markdown(rows)}\n"
-        )
-        (folder / f"{name}.md").write_text(text)
-    try:
-        from pictures import draw
-    except ImportError as error:  # matplotlib is an extra
-        print(f"no pictures: {error}", file=sys.stderr)
-        return
-    draw(folder, tables)
 
 
 def section(folders: Sequence[Path]) -> str:

@@ -1,4 +1,4 @@
-"""The modules of bench/ by their plain names, and a row that does what a test wants."""
+"""The modules of bench/ as scripts there find them, and a row that does what a test wants."""
 
 import sys
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-from clock import Clock
-from contest import Contestant, Lab, Row
+from harness.clock import Clock
+from harness.contest import Contestant, Lab, Row
 
 
 class FakeRow(Row):
@@ -67,7 +67,7 @@ def kernel_lab(kernel_device: torch.device) -> Lab:
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
     """Write rows as a folder of results and return it."""
-    from results import write_json
+    from harness.results import write_json
 
     def write(name: str, *rows: dict[str, Any], **facts: Any) -> Path:
         folder = tmp_path / name

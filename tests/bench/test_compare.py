@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
-import compare
 import pytest
-from results import result_folders
+
+import compare
+from harness.results import result_folders
 
 
 def row(name: str, ratio: list[float], **more: Any) -> dict[str, Any]:

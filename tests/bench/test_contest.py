@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from contest import Absent, Contestant, measure
-from measured import Measured, Replay, Store
-from selection import Selection
+
+from harness.contest import Absent, Contestant, measure
+from harness.measured import Measured, Replay, Store
+from harness.selection import Selection
 
 
 def out_of_memory() -> Any:

@@ -3,15 +3,16 @@
 from collections import Counter
 from dataclasses import replace
 
-import bench_layers
 import loralib
 import pytest
-import selection
 import torch
+
+import bench_layers
 from bench_layers import LayerRow
-from clock import Clock
-from contest import Absent, Lab, measure
-from modules import channels_between
+from harness import selection
+from harness.clock import Clock
+from harness.contest import Absent, Lab, measure
+from peers.modules import channels_between
 
 FP32 = torch.float32
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -1,11 +1,12 @@
 """`bench_models.py`: every library trains the same model."""
 
-import bench_models
 import pytest
-import selection
 import torch
+
+import bench_models
 from bench_models import ModelRow
-from contest import Lab
+from harness import selection
+from harness.contest import Lab
 
 TOYS = list(bench_models.rows(selection.Selection()))
 

@@ -4,17 +4,16 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-import implementations
-import lora_orders
-import peers
 import pytest
 import torch
-from bench_layers import LayerRow
-from bench_linear import LinearRow
-from contest import OURS, measure
-from shapes import TOY
 
 import lora_fast
+from bench_layers import LayerRow
+from bench_linear import LinearRow
+from harness.contest import measure
+from harness.names import OURS
+from harness.shapes import TOY
+from peers import implementations, lora_orders, roster
 
 ROW = LinearRow(TOY, 9, 4, 0.0, torch.float32, True)
 # fp16: the products whose warps divide the work are not for fp32.
@@ -35,8 +34,8 @@ def test_a_wrong_peer_is_over_its_budget(lab, monkeypatch):
     def wrong(x, weight, bias, a, b, scaling):
         return lora_orders.addmm_order(x, weight, bias, a, b, scaling * 1.02)
 
-    layer = lambda weights, lab: peers.in_order(wrong, weights, lab)  # noqa: E731
-    monkeypatch.setitem(peers.PEERS, "addmm-order", layer)
+    layer = lambda weights, lab: roster.in_order(wrong, weights, lab)  # noqa: E731
+    monkeypatch.setitem(roster.PEERS, "addmm-order", layer)
     (off,) = errors(lab, "addmm-order")
     assert off > 10.0
 
@@ -54,14 +53,14 @@ def test_a_wrong_gradient_is_over_its_budget(lab, monkeypatch):
 
 def test_a_peer_without_dropout_is_not_compared_with_those_that_have_it(lab, monkeypatch):
     row = LinearRow(TOY, 9, 4, 0.1, torch.float32, True)
-    build = peers.PEERS["loralib"]
+    build = roster.PEERS["loralib"]
 
     def without(weights, lab):
         layer = build(weights, lab)
         layer.forward.eval()
         return layer
 
-    monkeypatch.setitem(peers.PEERS, "loralib", without)
+    monkeypatch.setitem(roster.PEERS, "loralib", without)
     found = measure(row, lab, ["frozen", "addmm-order", "loralib"])["peers"]
     assert found["addmm-order"] == {"absent": "written without dropout"}
     assert found["loralib"] == {"absent": "applies no dropout"}
@@ -108,19 +107,19 @@ def test_what_the_dispatch_chose_is_told(kernel_lab):
 
 def test_missing_peers_have_a_reason(lab, tmp_path, monkeypatch):
     lab.lorafusion = str(tmp_path)
-    found = peers.missing(lab)
+    found = roster.missing(lab)
     assert "can't be imported" in found["lorafusion"]
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    assert peers.missing(lab)["peft"] == "peft is not installed"
-    assert set(found) <= set(peers.PEERS)
+    monkeypatch.setattr(roster.importlib.util, "find_spec", lambda name: None)
+    assert roster.missing(lab)["peft"] == "peft is not installed"
+    assert set(found) <= set(roster.PEERS)
 
 
 def test_each_kind_has_its_peers():
     pytest.importorskip("triton")
-    known = partial(peers.known, backward=True)
-    every = [p for p in peers.PEERS if p != implementations.MERGED_WEIGHT]
+    known = partial(roster.known, backward=True)
+    every = [p for p in roster.PEERS if p != implementations.MERGED_WEIGHT]
     assert known("Linear") == every
-    alone = (*peers._LINEAR_ALONE, implementations.EAGER_LORA_FIRST)
+    alone = (*roster._LINEAR_ALONE, implementations.EAGER_LORA_FIRST)
     assert known("MergedLinear") == [p for p in every if p not in alone]
     few = ["frozen", "loralib", "loralib-compiled", "peft", OURS, implementations.REFERENCE]
     assert known("Embedding") == few
@@ -131,7 +130,7 @@ def test_each_kind_has_its_peers():
 @pytest.mark.parametrize("kind", ["Linear", "MergedLinear"])
 def test_what_serves_backward_takes_no_part_in_a_forward(kind):
     pytest.importorskip("triton")
-    forward, both = (peers.known(kind, backward=backward) for backward in (False, True))
+    forward, both = (roster.known(kind, backward=backward) for backward in (False, True))
     assert {p for p in both if p not in forward} == {
         "lora_fast:dx_fused",
         "lora_fast:dx_lora_first",
@@ -142,9 +141,9 @@ def test_what_serves_backward_takes_no_part_in_a_forward(kind):
 
 
 def test_selecting_peers_keeps_ours_and_the_floor():
-    chosen = peers.select(["peft"], list(peers.PEERS))
+    chosen = roster.select(["peft"], list(roster.PEERS))
     assert chosen == ["frozen", "peft", "lora_fast"]
-    assert peers.select([], ["a", "b"]) == ["a", "b"]
+    assert roster.select([], ["a", "b"]) == ["a", "b"]
 
 
 FUSION = """
@@ -163,7 +162,7 @@ def test_lorafusion_from_a_checkout(lab, tmp_path, monkeypatch):
     module.write_text(FUSION)
     monkeypatch.setattr(sys, "path", list(sys.path))
     lab.lorafusion = str(tmp_path)
-    assert "lorafusion" not in peers.missing(lab)
+    assert "lorafusion" not in roster.missing(lab)
     assert errors(lab, "lorafusion") == [pytest.approx(0.5, abs=0.5)]
     for name in [name for name in sys.modules if name.startswith("lorafusion")]:
         del sys.modules[name]

@@ -1,13 +1,16 @@
 """`report.py`: tables and pictures come from results, and the README's numbers are theirs."""
 
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
 import report
-import results
-import tables
-from results import device_name, number, read
+from harness import results, tables
+from harness.results import device_name, number, read
 
 
 def row(name: str, **columns: Any) -> dict[str, Any]:
@@ -173,3 +176,21 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, folder):
 )
 def test_generations_of_one_processor_get_folders_of_their_own(facts, folder):
     assert device_name({"cores": 2, **facts}) == folder
+
+
+def test_a_changed_benchmark_is_told_and_a_changed_result_is_not(tmp_path, monkeypatch):
+    def git(*arguments: str | Path) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    source, result = tmp_path / "bench" / "harness" / "clock.py", tmp_path / "bench" / "linear.json"
+    source.parent.mkdir(parents=True)
+    for path in (source, result):
+        path.write_text("1")
+    git("init")
+    git("add", "bench")
+    git("commit", "-m", "a")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    for path, changed in ((result, False), (source, True)):
+        path.write_text("2")
+        assert results.machine(torch.device("cpu"))["commit"].endswith(" with changes") is changed

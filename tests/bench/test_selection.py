@@ -1,9 +1,10 @@
 """What is measured, and one line for what is unknown."""
 
 import pytest
-import selection
 import torch
-from shapes import SHAPE_SETS, find_shapes
+
+from harness import selection
+from harness.shapes import SHAPE_SETS, find_shapes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from harness.clock import nvidia_smi
+
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -21,8 +23,6 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Describe the machine, the versions and the commit that a measurement belongs to."""
     facts: dict[str, Any] = {}
     if device.type == "cuda":
-        from clock import nvidia_smi
-
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
         facts["driver"] = next(iter(nvidia_smi("driver_version")), "unknown")
@@ -68,6 +68,7 @@ def _commit() -> str:
 
     commit = git("rev-parse", "--short", "HEAD") or "unknown"
     # What was measured is this commit only if the sources are as they are in it.
+    # git's * also stands for folders: benchmarks, harness and peers, but no results.
     sources = ("lora_fast", "kernels", "csrc", "bench/*.py")
     return f"{commit} with changes" if git("status", "--porcelain", "--", *sources) else commit
 

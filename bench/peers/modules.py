@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import Outputs
 from torch import Tensor, nn
 
+from harness.contest import Outputs
+from harness.names import QKV
 from lora_fast import reference
 
 SCALING = 2.0
-QKV = [True, False, True]
 
 
 @dataclass(frozen=True)

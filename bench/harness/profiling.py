@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import Absent, Lab, Row, explain
-from results import markdown
+
+from harness.contest import Absent, Lab, Row, explain
+from harness.results import markdown
 
 CALLS = 5
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from shapes import DTYPES, Shape, find_shapes
+
+from harness.shapes import DTYPES, Shape, find_shapes
 
 Level = Literal["toy", "quick", "standard", "full"]
 

@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from contest import OURS, Lab, Row, measure
-from results import write_json
-from selection import Selection
+
+from harness.contest import Lab, Row, measure
+from harness.names import is_ours
+from harness.profiling import profile
+from harness.rendered import write_folder
+from harness.results import write_json
+from harness.selection import Selection
 
 
 class Replay:
@@ -100,13 +104,11 @@ class Store:
             self._write(row.table)
         entry = self.tables[row.table][-1]["peers"][peer]
         # How near others come is theirs; at toy sizes it shows that they were built right.
-        held = self.lab.is_toy or peer.partition(":")[0] == OURS
+        held = self.lab.is_toy or is_ours(peer)
         return Measured(entry, self._last[1][peer], benchmark, replay, held_to_budget=held)
 
     def profiled(self, row: Row, peer: str, benchmark: Any) -> Measured:
         """Write a peer's profile in the place of its times."""
-        from profiling import profile
-
         assert self.out is not None
         entry = profile(row, self.lab, peer, self.out)
         return Measured(entry, [0.0], benchmark, Replay(), held_to_budget=False)
@@ -123,8 +125,6 @@ class Store:
         """Write the tables and pictures of what was measured."""
         if self.out is None or not self.tables:
             return
-        from report import write_folder
-
         write_folder(self.out)
 
     def summary(self) -> list[str]:

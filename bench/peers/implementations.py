@@ -14,16 +14,17 @@ from functools import partial
 from typing import Any, get_args
 
 import torch
-from contest import Absent
 
 import lora_fast
+from harness.contest import Absent
+from harness.names import OURS
 from lora_fast import backend, functional
 
-REFERENCE = "lora_fast:reference"
-EAGER_LORA_FIRST = "lora_fast:eager_lora_first"
-MERGED_WEIGHT = "lora_fast:merged_weight"
+REFERENCE = f"{OURS}:reference"
+EAGER_LORA_FIRST = f"{OURS}:eager_lora_first"
+MERGED_WEIGHT = f"{OURS}:merged_weight"
 
-_BACKWARD = ("lora_fast:dx_", "lora_fast:sb_")
+_BACKWARD = (f"{OURS}:dx_", f"{OURS}:sb_")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # In which module a plan is asked for, by which name, and which field of it is the choice.
 _PLANS = {
@@ -53,12 +54,12 @@ def forced() -> dict[str, Callable[[], AbstractContextManager[None]]]:
     for what, (_, _, field) in _PLANS.items():
         for name, value in _choices(what).items():
             prefix = "" if what == "forward" else f"{what}_"
-            found[f"lora_fast:{prefix}{name}"] = partial(_force, what, **{field: value})
+            found[f"{OURS}:{prefix}{name}"] = partial(_force, what, **{field: value})
     if torch.cuda.is_available():
         configs = importlib.import_module("lora_fast.kernels.configs")
         gemm = configs.architecture(torch.device("cuda")).gemm_specialised
         if gemm is not None:
-            found["lora_fast:specialised"] = partial(_specialised, gemm)
+            found[f"{OURS}:specialised"] = partial(_specialised, gemm)
     return found
 
 

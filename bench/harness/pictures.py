@@ -8,14 +8,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from floor import dense_operations, extra_operations
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
-from tables import headline, label, layer_name, ordered
 
-OURS = "lora_fast"
-MIB = 2**20
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+from harness.floor import dense_operations, extra_operations
+from harness.names import LORALIB, MIB, OURS, is_ours
+from harness.shapes import DTYPES
+from harness.tables import headline, label, layer_name, ordered
+
 Row = dict[str, Any]
 
 
@@ -54,7 +54,7 @@ def _name(row: Row) -> str:
 
 def _others(rows: Sequence[Row]) -> list[str]:
     names = dict.fromkeys(peer for row in rows for peer in row["peers"])
-    return [peer for peer in names if peer.partition(":")[0] != OURS]
+    return [peer for peer in names if not is_ours(peer)]
 
 
 def _speedup(rows: Sequence[Row]) -> Figure | None:
@@ -115,14 +115,15 @@ def _roofline(rows: Sequence[Row], facts: dict[str, Any]) -> Figure | None:
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         columns = row["columns"]
-        for peer in (OURS, "loralib"):
+        for peer in (OURS, LORALIB):
             seconds = row["peers"].get(peer, {}).get("us", 0.0) * 1e-6
             if not seconds or f"{columns['dtype']} TFLOP/s" not in facts:
                 continue
             M, K, N, backward = (columns["M"], columns["K"], columns["N"], columns["pass"] != "fwd")
             operations = dense_operations(M, K, N, backward=backward)
             operations += extra_operations(M, K, N, columns["r"], backward=backward)
-            moved = (2 if backward else 1) * (M * K + M * N + N * K) * BYTES[columns["dtype"]]
+            elements = (2 if backward else 1) * (M * K + M * N + N * K)
+            moved = elements * DTYPES[columns["dtype"]].itemsize
             name = f"{peer} {columns['dtype']}"
             points.setdefault(name, []).append((operations / moved, operations / seconds / 1e12))
     if not points or not bandwidth:
@@ -132,7 +133,7 @@ def _roofline(rows: Sequence[Row], facts: dict[str, Any]) -> Figure | None:
         axes.plot(*zip(*marks, strict=True), "o", label=name, markersize=4, alpha=0.6)
     reach = [x for marks in points.values() for x, _ in marks]
     ends = (min(reach) / 2, max(reach) * 2)
-    for dtype in BYTES:
+    for dtype in DTYPES:
         rate = facts.get(f"{dtype} TFLOP/s")
         if rate:
             corner = min(max(rate * 1e12 / bandwidth, ends[0]), ends[1])

@@ -4,19 +4,30 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from results import number
+from harness.names import (
+    ADDMM_ORDER,
+    CLONES,
+    FROZEN,
+    LORA_FIRST,
+    LORAFUSION,
+    LORALIB,
+    LORALIB_COMPILED,
+    MIB,
+    OURS,
+    PEFT,
+    is_ours,
+)
+from harness.results import number
 
-OURS, FROZEN, LORALIB = "lora_fast", "frozen", "loralib"
 TABLES = ("linear", "layers", "merge", "models", "gemm")
-MIB = 2**20
 LABELS = {
     FROZEN: "frozen layer",
-    "loralib-compiled": "compiled loralib",
-    "peft": "PEFT",
-    "addmm-order": "addmm order (Unsloth, Axolotl)",
-    "lora-first": "LoRA-first order",
-    "lorafusion": "LoRAFusion",
-    "clones": "two clones of the weight",
+    LORALIB_COMPILED: "compiled loralib",
+    PEFT: "PEFT",
+    ADDMM_ORDER: "addmm order (Unsloth, Axolotl)",
+    LORA_FIRST: "LoRA-first order",
+    LORAFUSION: "LoRAFusion",
+    CLONES: "two clones of the weight",
 }
 
 
@@ -29,7 +40,7 @@ def ordered(tables: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def peers_of(rows: Sequence[dict[str, Any]], *, forced: bool) -> list[str]:
     """Return the peers that occur; `forced` with lora_fast's single implementations."""
     names = dict.fromkeys(peer for row in rows for peer in row["peers"])
-    return [p for p in names if p != OURS and (forced or not p.startswith(f"{OURS}:"))]
+    return [p for p in names if p != OURS and (forced or not is_ours(p))]
 
 
 def label(peer: str) -> str:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from contest import Absent, Outputs
-from modules import QKV, SCALING, Layer, Weights, bare, channels_between, module
 from torch import Tensor, nn
+
+from harness.contest import Absent, Outputs
+from harness.names import QKV
+from peers.modules import SCALING, Layer, Weights, bare, channels_between, module
 
 
 def peft(weights: Weights) -> Layer:

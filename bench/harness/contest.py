@@ -9,14 +9,15 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from clock import Candidate, Clock, Samples, Step
-from floor import Ceilings
-from selection import Level
 from torch import Tensor
 
+from harness.clock import Candidate, Clock, Samples, Step
+from harness.floor import Ceilings
+from harness.names import FROZEN, OURS
+from harness.selection import Level
+from harness.shapes import dtype_name
 from lora_fast.testing import budget_used, saved_bytes
 
-OURS = "lora_fast"
 Outputs = dict[str, Tensor]
 
 
@@ -82,9 +83,7 @@ class Lab:
 
     def facts(self) -> dict[str, float]:
         """Return the ceilings that were measured so far."""
-        rates = {
-            f"{str(d).removeprefix('torch.')} TFLOP/s": r / 1e12 for d, r in self._rates.items()
-        }
+        rates = {f"{dtype_name(d)} TFLOP/s": r / 1e12 for d, r in self._rates.items()}
         return {**rates, "copy GB/s": self.bandwidth / 1e9} if rates else {}
 
 
@@ -149,8 +148,8 @@ def measure(row: Row, lab: Lab, peers: Sequence[str]) -> dict[str, Any]:
     _add_errors(row, lab, {p: contestants[p] for p in samples.seconds}, entries)
     result: dict[str, Any] = {"id": row.id, "columns": row.columns(), "peers": entries}
     extra = row.extra_seconds(lab)
-    if extra is not None and "frozen" in samples.seconds:
-        ideal = samples.median("frozen") + extra
+    if extra is not None and FROZEN in samples.seconds:
+        ideal = samples.median(FROZEN) + extra
         result["ideal_us"] = ideal * 1e6
         for peer in samples.seconds:
             entries[peer]["efficiency"] = ideal / samples.median(peer)

@@ -1,20 +1,21 @@
 """A row of one layer with an adapter: forward, or forward with backward, eager or as a CUDA graph.
 
-`bench_linear.py` and `bench_layers.py` say which; peers are listed in `peers.py`. The gradients
+`bench_linear.py` and `bench_layers.py` say which; peers are listed in `roster.py`. The gradients
 are those of x, where it has one, of A and of B.
 """
 
 from functools import partial
 from typing import Any
 
-import implementations
-import modules
 import torch
-from contest import OURS, Absent, Contestant, Lab, Outputs, Row
-from modules import Layer, Weights
-from peers import FROZEN, PEERS, around
-from shapes import dtype_name
 from torch import Tensor
+
+from harness.contest import Absent, Contestant, Lab, Outputs, Row
+from harness.names import FROZEN, OURS, is_ours
+from harness.shapes import dtype_name
+from peers import implementations, modules
+from peers.modules import Layer, Weights
+from peers.roster import PEERS, around
 
 CHECKED_ROWS_ON_CPU = 64  # a float64 product of all rows takes longer than the measurement
 
@@ -103,7 +104,7 @@ class AdapterRow(Row):
         with around(peer)():
             if self.p and peer != FROZEN and _is_repeatable(layer, x):
                 raise Absent("applies no dropout")
-            chosen = self._choice(layer, x, dy) if peer.partition(":")[0] == OURS else {}
+            chosen = self._choice(layer, x, dy) if is_ours(peer) else {}
         few = self._checked(lab)
         return Contestant(
             [partial(self._run, layer, x, layer.divided(dy)) for layer, x, dy in copies],

@@ -11,18 +11,25 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import implementations
-import lora_orders
-import modules
-import peft_layers
 import torch
-from contest import OURS, Absent, Lab
-from modules import SCALING, Layer, Weights, layer_of
 from torch import Tensor
 
 import lora_fast
+from harness.contest import Absent, Lab
+from harness.names import (
+    ADDMM_ORDER,
+    CLONES,
+    FROZEN,
+    LORA_FIRST,
+    LORAFUSION,
+    LORALIB,
+    LORALIB_COMPILED,
+    OURS,
+    PEFT,
+)
+from peers import implementations, lora_orders, modules, peft_layers
+from peers.modules import SCALING, Layer, Weights, layer_of
 
-FROZEN = "frozen"
 Peer = Callable[[Weights, Lab], Layer]
 
 
@@ -78,16 +85,16 @@ def ours(weights: Weights, lab: Lab) -> Layer:
 _FORCED = implementations.forced()
 PEERS: dict[str, Peer] = {
     FROZEN: frozen,
-    "loralib": loralib,
-    "loralib-compiled": loralib_compiled,
-    "peft": peft,
-    "addmm-order": partial(in_order, lora_orders.addmm_order),
-    "lora-first": partial(in_order, lora_orders.lora_first),
-    "lorafusion": lorafusion,
+    LORALIB: loralib,
+    LORALIB_COMPILED: loralib_compiled,
+    PEFT: peft,
+    ADDMM_ORDER: partial(in_order, lora_orders.addmm_order),
+    LORA_FIRST: partial(in_order, lora_orders.lora_first),
+    LORAFUSION: lorafusion,
     OURS: ours,
     **dict.fromkeys(_FORCED, ours),
 }
-_LINEAR_ALONE = ("addmm-order", "lora-first", "lorafusion")
+_LINEAR_ALONE = (ADDMM_ORDER, LORA_FIRST, LORAFUSION)
 
 
 def known(kind: str, *, backward: bool) -> list[str]:
@@ -107,26 +114,22 @@ def around(peer: str) -> Callable[[], AbstractContextManager[Any]]:
 
 def select(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
     """Return the known peers that were asked for, ours and the frozen layer always among them."""
-    return [p for p in known if not wanted or p in wanted or p in (OURS, FROZEN, "clones")]
+    return [p for p in known if not wanted or p in wanted or p in (OURS, FROZEN, CLONES)]
 
 
 def missing(lab: Lab) -> dict[str, str]:
     """Return the peers that can't take part in this run, with the reason."""
     found = {}
-    for peer, package in (
-        ("loralib", "loralib"),
-        ("loralib-compiled", "loralib"),
-        ("peft", "peft"),
-    ):
+    for peer, package in ((LORALIB, "loralib"), (LORALIB_COMPILED, "loralib"), (PEFT, "peft")):
         if importlib.util.find_spec(package) is None:
             found[peer] = f"{package} is not installed"
-    found |= {} if lab.lorafusion is not None else {"lorafusion": "no --lorafusion DIR was given"}
+    found |= {} if lab.lorafusion is not None else {LORAFUSION: "no --lorafusion DIR was given"}
     if lab.lorafusion is not None:
         sys.path.append(lab.lorafusion)
         try:
             importlib.import_module("lorafusion.ops.lora_v1")
         except Exception as error:
-            found["lorafusion"] = f"{lab.lorafusion} can't be imported: {error}"
+            found[LORAFUSION] = f"{lab.lorafusion} can't be imported: {error}"
     if not lab.clock.is_cuda and not lab.is_toy:
         for peer in _FORCED:
             if peer != implementations.REFERENCE:

@@ -1,0 +1,30 @@
+"""A folder of results as people read it: a Markdown table for each of its tables, and pictures."""
+
+import sys
+from pathlib import Path
+
+from harness.results import markdown, read
+from harness.tables import facts_line, full_rows, ordered
+
+
+def write_folder(folder: Path) -> None:
+    """Write the Markdown tables and the pictures of a folder.
+
+    Raises:
+        ValueError: there are no results in it.
+    """
+    tables = read(folder)
+    for name, table in ordered(tables):
+        rows = full_rows(table["rows"])
+        text = (
+            f"{facts_line(table['machine'])}\n\nColumns that end in / are how many times as long "
+            "as lora_fast the others take, above 1 where lora_fast is faster, with quartiles. "
+            f"`error` is in units of the error budget, at most 1.\n\n{markdown(rows)}\n"
+        )
+        (folder / f"{name}.md").write_text(text)
+    try:
+        from harness.pictures import draw
+    except ImportError as error:  # matplotlib is an extra
+        print(f"no pictures: {error}", file=sys.stderr)
+        return
+    draw(folder, tables)
