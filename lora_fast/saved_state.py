@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_fast import fsdp, functional, readers, sharded, sums
 from lora_fast.record import MergeRecord
+from lora_fast.torch_internals import storage_id
 
 # The weights that `state_dict()` took from merged layers, and whose they are: they are views, and
 # show the original as soon as the layer is in train mode again, whatever the dict's mark says.
@@ -161,8 +162,7 @@ class SavedState:
         weight = readers.stored_weight(self._weight_owner())
         if weight is None:
             return False
-        storages = (sharded.local(t).untyped_storage() for t in (value, weight))
-        if len({storage._cdata for storage in storages}) > 1:
+        if storage_id(sharded.local(value)) != storage_id(sharded.local(weight)):
             return False
         # Whether a shard was written to may differ between the ranks; they must agree.
         return (
@@ -183,7 +183,7 @@ class SavedState:
             for name, tensor in mine.items()
         )
 
-    def _is_mine_merged(self, state_dict: dict[str, Any], prefix: str) -> bool:
+    def _is_mine_merged(self, state_dict: dict[str, Any], prefix: str, is_marked: bool) -> bool:
         """Tell whether a saved weight is this layer's base weight with the saved delta."""
         names = (self._weight_key(), "lora_A", "lora_B")
         weight: Any = self._weight_owner().weight
@@ -195,12 +195,12 @@ class SavedState:
             return False
         base, saved, lora_A, lora_B = (t.detach().to(weight.device) for t in found)
         base, saved = self._as_delta(base), self._as_delta(saved)
-        if not base.is_floating_point() or saved.dtype != base.dtype or torch.equal(saved, base):
+        if not base.is_floating_point() or saved.dtype != base.dtype:
+            return False
+        if not sums.is_sum(saved, base, lora_A, lora_B, scaling, **blocks):
             return False
         # What the delta does not change can't tell, and needs no telling.
-        return sums.is_sum(saved, base, lora_A, lora_B, scaling, **blocks) and not sums.is_sum(
-            saved, base, lora_A, lora_B, 0.0, **blocks
-        )
+        return is_marked or not sums.is_sum(saved, base, lora_A, lora_B, 0.0, **blocks)
 
     def _one_scaling(self) -> float | None:
         """The factor of the update, if that is one number: a subclass may have several."""
@@ -243,7 +243,7 @@ class SavedState:
         is_merged = self._is_still_merged(state_dict, prefix, metadata)
         if not is_merged and "lora_merged" in metadata:
             return
-        if self._is_mine_merged(state_dict, prefix):
+        if self._is_mine_merged(state_dict, prefix, is_merged):
             weight: Any = self._weight_owner().weight
             state_dict[prefix + self._weight_key()] = weight.detach()
         elif is_merged:
@@ -303,7 +303,7 @@ def shares_memory(value: Any, parameter: Any) -> bool:
         return False
     if sharded.is_dtensor(value) or sharded.is_dtensor(parameter):
         return False
-    return bool(value.untyped_storage()._cdata == parameter.untyped_storage()._cdata)
+    return storage_id(value) == storage_id(parameter)
 
 
 def _are_equal(value: Any, tensor: Tensor) -> bool:

@@ -33,8 +33,10 @@ def is_sum(
         out_splits: as for `merge_`.
 
     Note:
-        The bound is that of a delta of r products, rounded to the weight's dtype before and after
-        it is scaled, as loralib does, and of the sum. Infinities and NaN equal themselves.
+        The bound is that of r products and the base summed in any order, and of a delta rounded to
+        the weight's dtype before and after it is scaled, as loralib does. Nothing within it is
+        refused: a layer that takes its own merged weight for another's loses bits of its base.
+        Infinities and NaN equal themselves.
     """
     with reference.no_autocast(weight):
         return _are_sums(weight, base, (lora_A, lora_B, enable_lora, out_splits), scaling)
@@ -59,9 +61,12 @@ def _are_sums(weight: Tensor, base: Tensor, factors: Any, scaling: float) -> boo
 def _is_sum(weight: Tensor, base: Tensor, b: Tensor, a: Tensor, scaling: float) -> bool:
     wide = torch.promote_types(weight.dtype, torch.float32)
     eps, eps_of_sums = torch.finfo(weight.dtype).eps, torch.finfo(wide).eps
+    # What lies between two subnormal numbers, by which any of the roundings may miss.
+    step = torch.finfo(weight.dtype).smallest_normal * eps
     weight, base, a, b = (t.to(wide) for t in (weight, base, a, b))
     delta = scaling * (b @ a)
     products = abs(scaling) * (b.abs() @ a.abs())
-    allowed = eps * (weight.abs() + 3 * delta.abs()) + a.shape[0] * eps_of_sums * products
+    allowed = eps * (weight.abs() + 3 * delta.abs()) + step * (abs(scaling) + 2)
+    allowed += (a.shape[0] + 3) * eps_of_sums * (base.abs() + products)
     near = (weight - base - delta).abs() <= allowed
     return bool((near | (weight == base) | (weight.isnan() & base.isnan())).all())
