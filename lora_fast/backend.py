@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_fast import delta
+from lora_fast import delta, torch_internals
 from lora_fast.reference import autocasts
 
 _log = logging.getLogger("lora_fast.dispatch")
@@ -180,7 +180,7 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     x = tensors[0]
     # The fused operators trace as one node each and cast by themselves under autocast.
     fusable = x is not None and (x.is_cuda or _selected == "triton")
-    if torch.compiler.is_compiling() and (_exporting() or not fusable):
+    if torch.compiler.is_compiling() and (torch_internals.is_exporting() or not fusable):
         return "traced by torch.compile or torch.export"
     for t in tensors:
         if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
@@ -200,24 +200,17 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
         return "traced by torch.jit"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if torch_internals.mode_count() > 0:
         return "inside a TorchDispatchMode"
     if x is not None and not fusable and autocasts(x):
         return "autocast"
     return None
 
 
-def _exporting() -> bool:
-    # torch.compile of torch 2.11 takes is_exporting() for true, but not the flag behind it.
-    flag = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.is_exporting() if flag is None else bool(flag)
-
-
 def _in_functorch_transform(tensors: tuple[Tensor | None, ...]) -> bool:
-    functorch = torch._C._functorch
     if torch.compiler.is_compiling():  # which can trace this question, not the other
-        return any(t is not None and functorch.is_batchedtensor(t) for t in tensors)
-    return functorch.peek_interpreter_stack() is not None
+        return any(t is not None and torch_internals.is_batched(t) for t in tensors)
+    return torch_internals.functorch_level() is not None
 
 
 def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor
 
+from lora_fast import torch_internals
 from lora_fast.blocks import Spans, spans
 
 
@@ -306,10 +307,9 @@ def mergeable(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
 
 def not_faked(op: str, weight: Tensor) -> None:
     """Refuse a weight with values under FakeTensorMode, where nothing is written to it."""
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if torch_internals.mode_count() == 0:
         return
-    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    if mode is not None and type(weight) in (Tensor, torch.nn.Parameter):
+    if torch_internals.is_fake() and type(weight) in (Tensor, torch.nn.Parameter):
         raise RuntimeError(f"{op}: under FakeTensorMode nothing is written; leave the mode first")
 
 

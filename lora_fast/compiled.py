@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_fast import ops, reference
+from lora_fast import ops, reference, torch_internals
 from lora_fast.record import Code, MergeRecord
 
 _log = logging.getLogger("lora_fast.merge")
@@ -48,7 +48,7 @@ def why_not(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
             return "a tensor that torch negates when it is read"
     if lora_A.shape[0] == 0:
         return "there is nothing to add: no rank, or no enabled block"
-    overlap = torch._debug_has_internal_overlap(weight)
+    overlap = torch_internals.internal_overlap(weight)
     if overlap == 1 or (overlap == 2 and _overlaps(weight)):  # 2: torch has not looked closely
         return "elements of the weight share memory"
     if weight.numel() > _MOST and weight.dim() != 2:
@@ -246,11 +246,15 @@ def _merge_with_copy(request: Merge) -> MergeRecord | None:
     blocks = _blocks(request)
     (copies,) = _copies([request])
     job = _Job(request, blocks, [no_code] * len(blocks), copies)
-    (status,) = _run(ops.merge_, [job])
-    if min(status) < 0:
+    try:
+        (status,) = _run(ops.merge_, [job])
+        if min(status) >= 0:
+            return _record(job, original, ())
+    except BaseException:
         weight.copy_(original)
-        return None
-    return _record(job, original, ())
+        raise
+    weight.copy_(original)
+    return None
 
 
 def _record(job: _Job, original: Tensor | None, codes: tuple[Code, ...]) -> MergeRecord:

@@ -1,4 +1,4 @@
-"""Holding Ctrl-C back while a weight and what is known about it do not agree."""
+"""Holding signals back while a weight and what is known about it do not agree."""
 
 # Not `signal`, whose wrappers look for enum members: 10 us a call, in every eval() and train().
 import _signal  # type: ignore[import-not-found]
@@ -6,33 +6,60 @@ import threading
 from types import FrameType
 from typing import Any
 
+# What somebody may have set a handler for that raises: Ctrl-C, a time limit, a preempted job.
+_NAMES = ("INT", "TERM", "HUP", "ALRM", "VTALRM", "PROF", "USR1", "USR2", "BREAK")
+_SIGNALS = tuple(
+    number for name in _NAMES if (number := getattr(_signal, f"SIG{name}", None)) is not None
+)
+
 
 class held_back:  # noqa: N801, it is used like a function
-    """Deliver a SIGINT that comes during the body of a `with` statement after it.
+    """Deliver a signal that comes during the body of a `with` statement after it.
 
     Python handles signals in the main thread only; in another thread there is nothing to hold.
     """
 
     # A class, as a generator would take twice as long, in every eval() and train().
     def __enter__(self) -> None:
-        """Put a handler that takes note in the place of the one that is set."""
-        self.received: list[tuple[int, FrameType | None]] = []
-        self.handler: Any = None
+        """Put a handler that takes note in the place of each that is set."""
+        self.received: dict[int, FrameType | None] = {}
+        self.handlers: dict[int, Any] = {}
         if threading.get_ident() != threading.main_thread().ident:
             return
-        handler = _signal.getsignal(_signal.SIGINT)
-        if not callable(handler):  # ignored, the system's own, or not Python's
-            return
-        self.handler = handler
-        _signal.signal(_signal.SIGINT, self._note)
+        try:
+            for number in _SIGNALS:
+                handler = _signal.getsignal(number)
+                if callable(handler):  # else ignored, the system's own, or not Python's
+                    self.handlers[number] = handler
+                    _signal.signal(number, self._note)
+        except BaseException:  # from a handler that was still to be replaced
+            self._restore()
+            raise
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received.append((number, frame))
+        self.received.setdefault(number, frame)
 
     def __exit__(self, *error: object) -> None:
-        """Set the handler again, and call it if there was a SIGINT, after an error too."""
-        if self.handler is None:
-            return
-        _signal.signal(_signal.SIGINT, self.handler)
-        if self.received:
-            self.handler(*self.received[0])
+        """Set the handlers again, and call those whose signal came, after an error too."""
+        self._restore()
+        # Ctrl-C last, as what is raised last is what the caller sees.
+        self._deliver(sorted(self.received.items(), key=lambda it: it[0] == _signal.SIGINT))
+
+    def _restore(self) -> None:
+        left = dict(self.handlers)
+        try:
+            while left:
+                number, handler = next(iter(left.items()))
+                _signal.signal(number, handler)
+                del left[number]
+        finally:  # a handler that is set again may be called at once, and raise
+            for number, handler in left.items():
+                _signal.signal(number, handler)
+
+    def _deliver(self, received: list[tuple[int, FrameType | None]]) -> None:
+        for i, (number, frame) in enumerate(received):
+            try:
+                self.handlers[number](number, frame)
+            except BaseException:
+                self._deliver(received[i + 1 :])
+                raise

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast import checks, eager
+from lora_fast import checks, eager, torch_internals
 from lora_fast.dropout import keep_scale
 from lora_fast.reference import no_autocast
 
@@ -127,7 +127,7 @@ def _scaled(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def _transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch_internals.functorch_level() is not None
 
 
 def _kept(x: Tensor, keep: Tensor | None, scale: float) -> Tensor:

@@ -173,7 +173,7 @@ class MergingLayer(SavedState):
         if self.merge_weights:
             change = self._unmerge if mode else self._merge
             if torch.compiler.is_compiling():  # nothing of it can be traced
-                change = torch._dynamo.disable(change)
+                change = torch.compiler.disable(change)
             change()
         return self
 
@@ -183,7 +183,8 @@ class MergingLayer(SavedState):
         return readers.why_not_merge(self, owner) or fsdp.why_not_merge(owner)
 
     def _merge(self) -> None:
-        with merge_lock:
+        # Signals wait for the end of this: what a handler raises is no reason to stay unmerged.
+        with merge_lock, interrupts.held_back():
             if self.merged:
                 return
             obstacle = self._obstacle() if self._has_adapter() else None
@@ -191,7 +192,7 @@ class MergingLayer(SavedState):
                 self._tell_obstacle(obstacle)
                 return
             try:
-                self._merge_now()
+                self._fold()
             except Exception as error:  # whatever it was: unmerged, the layer is right
                 warnings.warn(
                     f"{self._described()} was not merged: {error}. It goes on unmerged, with "
@@ -215,11 +216,13 @@ class MergingLayer(SavedState):
     def _merge_now(self) -> None:
         """Merge, or raise with the weight and the layer as they were."""
         with merge_lock, interrupts.held_back():
-            if self._has_adapter():
-                arguments = self._merge_arguments()
-                self._remember(True, functional.merge_(*arguments, **self._blocks()))
-            else:
-                self._remember(True, None)
+            self._fold()
+
+    def _fold(self) -> None:
+        record = None
+        if self._has_adapter():
+            record = functional.merge_(*self._merge_arguments(), **self._blocks())
+        self._remember(True, record)
 
     def _merge_arguments(self) -> tuple[Tensor, Tensor, Tensor, float]:
         owner: Any = self._weight_owner()

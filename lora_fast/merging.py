@@ -75,14 +75,14 @@ def merge_many(requests: Sequence[Merge]) -> list[MergeRecord | None]:
                 records[i] = record
         for i in sorted(set(range(len(requests))) - set(served)):
             records[i] = _merge_alone(requests[i])
+        for request, record, original in zip(requests, records, originals, strict=True):
+            if record is not None and not record.of_shard:  # a DTensor counts by itself
+                record.versions = versions.merged(request.weight, original)
     except BaseException:
         for request, record in zip(requests, records, strict=True):
             if record is not None:
                 unmerge_(request.weight, record)
         raise
-    for request, record, original in zip(requests, records, originals, strict=True):
-        if record is not None and not record.of_shard:  # a DTensor counts by itself
-            record.versions = versions.merged(request.weight, original)
     return records
 
 
@@ -120,12 +120,12 @@ def _merge_alone(request: Merge) -> MergeRecord | None:
     try:
         if sharded.is_dtensor(weight):
             return sharded.merge_(*request)
+        kept = (lora_A.clone(), lora_B.clone(), scaling, enable_lora, out_splits)  # may want memory
         original = reference.merge_(
             weight, lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits
         )
     except OverflowError:
         return None
-    kept = (lora_A.clone(), lora_B.clone(), scaling, enable_lora, out_splits)
     return MergeRecord(original.shape, original.dtype, original, *kept)
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lora_fast import checks
+from lora_fast import checks, torch_internals
 from lora_fast.blocks import from_edges
 
 torch.library.define(
@@ -203,8 +203,8 @@ def is_plain(tensor: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in _PLAIN_TYPES
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.device.type)
+        and torch_internals.mode_count() == 0
+        and torch_internals.dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.device.type)
     )
 
 
@@ -217,7 +217,9 @@ def _plain_keys(device_type: str) -> frozenset[int]:
     found = []
     for mode in (False, True):
         with torch.inference_mode(mode):
-            found.append(torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
+            found.append(
+                torch_internals.dispatch_keys(torch.empty(0, device=device_type)).raw_repr()
+            )
     return frozenset(found)
 
 

@@ -22,6 +22,8 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils import parametrize
 
+from lora_fast.torch_internals import storage_uses
+
 
 def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
     """Say why the weight of `layer`, held by `owner`, must not be written to, if so."""
@@ -148,7 +150,7 @@ def _shares_memory(weight: Any) -> bool:
     """Tell whether a module holds another parameter in the same memory, as by `a.data = b.data`."""
     if type(weight) is not nn.Parameter or weight.is_meta or weight.numel() == 0:
         return False
-    if _use_count is not None and _storage_uses(weight) <= _UNSHARED_STORAGE:
+    if _UNSHARED_STORAGE is not None and storage_uses(weight) == _UNSHARED_STORAGE:
         return False
     lo, hi = _span(weight)
 
@@ -163,15 +165,7 @@ def _shares_memory(weight: Any) -> bool:
     return _holders.confirm(is_shared)
 
 
-_use_count = getattr(torch._C, "_storage_Use_Count", None)
-
-
-def _storage_uses(tensor: Tensor) -> int:
-    assert _use_count is not None
-    return _use_count(tensor.untyped_storage()._cdata)  # type: ignore[no-any-return]
-
-
-_UNSHARED_STORAGE = _storage_uses(torch.empty(1)) if _use_count is not None else 0
+_UNSHARED_STORAGE = storage_uses(torch.empty(1))
 
 
 def _has_other_holders(parameters: dict[str, Any]) -> bool:
@@ -179,8 +173,8 @@ def _has_other_holders(parameters: dict[str, Any]) -> bool:
     if _references(parameters) > _UNSHARED:
         return True
     weight = parameters["weight"]
-    counted = _use_count is not None and type(weight) is nn.Parameter
-    return counted and _storage_uses(weight) > _UNSHARED_STORAGE
+    counted = _UNSHARED_STORAGE is not None and type(weight) is nn.Parameter
+    return counted and storage_uses(weight) != _UNSHARED_STORAGE
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

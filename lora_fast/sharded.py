@@ -9,6 +9,7 @@ from torch import Tensor
 from lora_fast import reference, versions
 from lora_fast.blocks import output_blocks
 from lora_fast.record import MergeRecord
+from lora_fast.torch_internals import storage_id
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -99,7 +100,7 @@ def version(weight: Any) -> tuple[int, ...] | None:
         return None
     # A DTensor's and its shard's count separately.
     shard = local(weight)
-    return weight._version, shard._version, shard.untyped_storage()._cdata
+    return weight._version, shard._version, storage_id(shard)
 
 
 def _refuse_together(weight: Any, error: Exception | None) -> None:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_fast import torch_internals
+
 # Counting alone never gets here; the numbers have 32 bits.
 _FIRST, _LAST = 2**31, 2**32 - 2**16
 _numbers = itertools.count(_FIRST)  # of which a thread gets one in one step
-_set_version = getattr(torch._C._autograd, "_unsafe_set_version_counter", None)
 
 
 class Versions(NamedTuple):
@@ -47,10 +48,15 @@ def merged(weight: Tensor, original: int | None) -> Versions | None:
     """
     number = next(_numbers)
     # Past _FIRST it was written to while merged, and counts on: a number might come twice.
-    if original is None or original >= _FIRST or number >= _LAST or _set_version is None:
+    if (
+        original is None
+        or original >= _FIRST
+        or number >= _LAST
+        or torch_internals.set_versions is None
+    ):
         count(weight)
         return None
-    _set_version((weight,), (number,))
+    torch_internals.set_versions((weight,), (number,))
     return Versions(original, number)
 
 
@@ -63,7 +69,11 @@ def restored(weight: Tensor, versions: Versions | None, before: int | None) -> N
         before: its number just before it was restored. Another than it was merged under belongs to
             a copy of the weight, or somebody wrote to it.
     """
-    if versions is not None and before == versions.merged and _set_version is not None:
-        _set_version((weight,), (versions.original,))
+    if (
+        versions is not None
+        and before == versions.merged
+        and torch_internals.set_versions is not None
+    ):
+        torch_internals.set_versions((weight,), (versions.original,))
     else:
         count(weight)

@@ -355,7 +355,7 @@ def test_a_gpu_without_kernels(
     monkeypatch.setattr(backend, "Tensor", OnGpu)
     monkeypatch.setattr(backend, "autocasts", lambda x: autocast)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    monkeypatch.setattr(torch._C._functorch, "is_batchedtensor", lambda x: False)
+    monkeypatch.setattr(torch_internals, "is_batched", lambda x: False)
     tensors = [OnGpu() for _ in range(4)]
     assert backend.choose("lora_merged_linear", *tensors).value == expected
     assert backend.choose("lora_linear", *tensors).value == "reference"

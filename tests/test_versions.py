@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fast as lora
-from lora_fast import functional, versions
+from lora_fast import functional, torch_internals, versions
 from lora_fast.testing import randomize_
 
 WRITTEN = "modified by an inplace operation"
@@ -118,7 +118,7 @@ def test_two_adapters_on_one_weight() -> None:
 def test_without_torchs_counter_it_only_counts(
     layer: lora.Linear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(versions, "_set_version", None)
+    monkeypatch.setattr(torch_internals, "set_versions", None)
     before = forward(layer)
     layer.eval()
     layer.train()

@@ -280,6 +280,51 @@ def test_held_back_delivers_once_and_restores_the_handler(ctrl_c: None) -> None:
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+class _TimeLimit(Exception):
+    pass
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """A time limit as pytest-timeout and others set it: a handler of SIGALRM that raises."""
+
+    def expire(number: int, frame: object) -> None:
+        raise _TimeLimit
+
+    before = signal.signal(signal.SIGALRM, expire)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_time_limit_in_the_middle_loses_nothing(alarm: None, backend: str) -> None:
+    layer = randomize_(lora.Linear(300, 300, r=4))
+    before = layer.weight.detach().clone()
+    expired = 0
+    with lora.use_backend(backend):
+        for microseconds in range(20, 1500, 10):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, microseconds * 1e-6)
+                layer.eval()
+                layer.train()
+            except _TimeLimit:
+                expired += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            layer.train()
+            assert torch.equal(layer.weight, before), microseconds
+    assert expired > 0
+
+
+def test_held_back_delivers_each_signal_and_restores_each_handler(alarm: None) -> None:
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    with pytest.raises(KeyboardInterrupt) as caught, interrupts.held_back():
+        for number in (signal.SIGINT, signal.SIGALRM, signal.SIGALRM):
+            signal.raise_signal(number)
+    assert isinstance(caught.value.__context__, _TimeLimit)
+    assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
+
+
 def test_two_threads_merge_their_own_layers() -> None:
     layers = [randomize_(lora.Linear(200, 200, r=8)) for _ in range(2)]
     before = [layer.weight.detach().clone() for layer in layers]

@@ -1,0 +1,55 @@
+"""What torch tells under no public name, all of it here: where to look when torch changes.
+
+What FSDP2 keeps to itself is in `lora_fast.fsdp`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Names of the functions themselves, as a call in between would take as long as the answer.
+mode_count: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many TorchDispatchModes are active (FakeTensorMode, make_fx's, ...)."""
+
+functorch_level = torch._C._functorch.peek_interpreter_stack
+"""The innermost transform of torch.func that is active, or None."""
+
+is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
+"""Whether vmap hides a dimension of a tensor; unlike the level, torch.compile traces it."""
+
+dispatch_keys = torch._C._dispatch_keys
+"""What takes part in a call with this tensor; `raw_repr()` makes a number of it."""
+
+set_versions: Callable[[tuple[Tensor, ...], tuple[int, ...]], None] | None = getattr(
+    torch._C._autograd, "_unsafe_set_version_counter", None
+)
+"""Sets the numbers by which autograd sees writes to tensors."""
+
+_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+internal_overlap: Callable[[Tensor], int] = torch._debug_has_internal_overlap
+"""Whether elements share memory: 0 no, 1 yes, 2 not looked at closely."""
+
+
+def is_fake() -> bool:
+    """Tell whether FakeTensorMode is active."""
+    key = torch._C._TorchDispatchModeKey.FAKE
+    return torch._C._get_dispatch_mode(key) is not None
+
+
+def is_exporting() -> bool:
+    """Tell whether torch.export traces."""
+    # torch.compile of torch 2.11 takes is_exporting() for true, but not the flag behind it.
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else bool(flag)
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Return what the views of one memory have in common, even where there is no memory yet."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def storage_uses(tensor: Tensor) -> int | None:
+    """Return how many tensors and storages hold a tensor's memory, None where torch can't tell."""
+    return None if _use_count is None else _use_count(storage_id(tensor))
