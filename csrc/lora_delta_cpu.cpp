@@ -5,13 +5,15 @@
 //   backward   T = dY[:, g] B_g           dX += scale T A * keep
 //              dB_g = scaling dY[:, g]^T S_g         dA = scale T^T (X * keep)
 //
-// X holds what dropout left in forward, and what it was given in backward. With few rows a product
+// X holds what dropout left in forward, and what it was given in backward; there only dA reads it,
+// and only dB reads S. With few rows a product
 // of torch's takes longer to begin than to sum, and there is one for each block and each factor.
 #include <torch/csrc/stable/library.h>
 
 #include <array>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "lora_delta_matrices.h"
 #include "merge.h"
@@ -55,8 +57,10 @@ struct Gradients {
 // What the gradients are made of.
 template <class F>
 struct Operands {
-  const Wide<F> dy, x;
-  const Rows<F> lora_a, lora_b, s;
+  const Wide<F> dy;
+  const std::optional<Wide<F>> x;
+  const Rows<F> lora_a, lora_b;
+  const std::optional<Rows<F>> s;
 };
 
 template <class F>
@@ -93,7 +97,7 @@ class Delta {
 
   void backward(
       const Operands<F>& of, const uint8_t* keep, double keep_scale, const Gradients<F>& to) const {
-    widen(to.da ? std::vector{&of.dy, &of.x} : std::vector{&of.dy});
+    widen(to.da ? std::vector{&of.dy, &*of.x} : std::vector{&of.dy});
     if (to.db) gradient_of_b(of, *to.db);
     if (!to.dx && !to.da) return;
     const auto sums = std::make_unique_for_overwrite<float[]>(sizes_.tokens * ranks_);
@@ -148,7 +152,7 @@ class Delta {
       const Strided dy = of.dy.at(0, sizes_.blocks[g].lo + begin);
       for (int64_t r = 0; r < rank; r += kCellCols) {
         product<false>(
-            {dy.data, 1, dy.row}, end - begin, of.s.from(0, g * rank + r),
+            {dy.data, 1, dy.row}, end - begin, of.s->from(0, g * rank + r),
             std::min(kCellCols, rank - r), tokens,
             {db.at(sizes_.blocks[g].row + begin, r), db.row, scaling_});
       }
@@ -187,7 +191,7 @@ class Delta {
       }
       for (int64_t r = 0; to.da && r < ranks_; r += kCellRows) {
         product<false>(
-            {sums + r, 1, ranks_}, std::min(kCellRows, ranks_ - r), of.x.from(0, k), cols, tokens,
+            {sums + r, 1, ranks_}, std::min(kCellRows, ranks_ - r), of.x->from(0, k), cols, tokens,
             {to.da->at(r, k), to.da->row, scale});
       }
     });
@@ -235,7 +239,7 @@ bool serves(const Tensor& output, const std::vector<const Tensor*>& others) {
   const auto lies_in_rows = [](const Tensor& tensor) {
     return tensor.dim() == 2 && (tensor.stride(1) == 1 || tensor.size(1) == 1);
   };
-  const Tensor &x = *others[0], &lora_a = *others[1], &lora_b = *others[2];
+  const Tensor &lora_a = *others[0], &lora_b = *others[1];
   if (!lies_in_rows(output)) return false;
   for (const Tensor* tensor : others) {
     if (!lies_in_rows(*tensor)) return false;
@@ -243,7 +247,7 @@ bool serves(const Tensor& output, const std::vector<const Tensor*>& others) {
         tensor->scalar_type() == output.scalar_type() && tensor->device() == output.device(),
         "lora_delta: all tensors must have one dtype and device");
   }
-  return x.size(0) * (x.size(1) * lora_a.size(0) + output.size(1) * lora_b.size(1)) <= kMost;
+  return output.size(0) * (lora_a.numel() + output.size(1) * lora_b.size(1)) <= kMost;
 }
 
 template <class Function>
@@ -260,11 +264,11 @@ void dispatch_fp32(const Tensor& x, const Function& function) {
 Tensor forward_cpu(
     Tensor x, Tensor lora_a, Tensor lora_b, double scaling, std::vector<int64_t> edges, Tensor y) {
   const std::array<int64_t, 2> sizes = {x.size(0), lora_a.size(0)};
-  const bool is_served = serves(y, {&x, &lora_a, &lora_b});
+  const bool is_served = serves(y, {&lora_a, &lora_b, &x});
   Tensor s = torch::stable::new_empty(x, {sizes.data(), is_served ? size_t{2} : size_t{0}});
   if (!is_served) return s;
   dispatch_fp32(x, [&](auto format) {
-    const Delta<decltype(format)> delta(Sizes(y, x, lora_b, edges), scaling);
+    const Delta<decltype(format)> delta(Sizes(y, lora_a, lora_b, edges), scaling);
     delta.forward(
         delta.like_x(x, "x"), delta.like_a(lora_a, "lora_A"), delta.like_b(lora_b, "lora_B"),
         delta.tokens(y, "y", y.size(1)), delta.tokens(s, "s", s.size(1)));
@@ -274,28 +278,31 @@ Tensor forward_cpu(
 
 // False where nothing was done.
 bool backward_cpu(
-    Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, Tensor s, std::optional<Tensor> keep,
-    double scaling, double keep_scale, std::vector<int64_t> edges, std::optional<Tensor> dx,
-    std::optional<Tensor> da, std::optional<Tensor> db) {
-  std::vector<const Tensor*> tensors = {&x, &lora_a, &lora_b, &s};
-  for (const std::optional<Tensor>* gradient : {&dx, &da, &db}) {
-    if (*gradient) tensors.push_back(&**gradient);
+    Tensor dy, std::optional<Tensor> x, Tensor lora_a, Tensor lora_b, std::optional<Tensor> s,
+    std::optional<Tensor> keep, double scaling, double keep_scale, std::vector<int64_t> edges,
+    std::optional<Tensor> dx, std::optional<Tensor> da, std::optional<Tensor> db) {
+  std::vector<const Tensor*> tensors = {&lora_a, &lora_b};
+  for (const std::optional<Tensor>* tensor : {&x, &s, &dx, &da, &db}) {
+    if (*tensor) tensors.push_back(&**tensor);
   }
   if (!serves(dy, tensors) || (keep && !keep->is_contiguous())) return false;
+  STD_TORCH_CHECK((!da || x) && (!db || s), "lora_delta: dA is made of x, and dB of s");
   STD_TORCH_CHECK(
-      !keep || (keep->scalar_type() == ScalarType::Bool && keep->numel() == x.numel()),
+      !keep ||
+          (keep->scalar_type() == ScalarType::Bool && keep->numel() == dy.size(0) * lora_a.size(1)),
       "lora_delta: keep must be bool and of the size of x");
   const auto* kept = keep ? static_cast<const uint8_t*>(keep->const_data_ptr()) : nullptr;
-  dispatch_fp32(x, [&](auto format) {
+  dispatch_fp32(dy, [&](auto format) {
     using F = decltype(format);
-    const Delta<F> delta(Sizes(dy, x, lora_b, edges), scaling);
+    const Delta<F> delta(Sizes(dy, lora_a, lora_b, edges), scaling);
     // All of them, and so all checks, before anything is written.
+    std::optional<Wide<F>> wide_x;
+    if (da) wide_x.emplace(delta.like_x(*x, "x"), kept);
+    std::optional<Rows<F>> s_rows;
+    if (db) s_rows = delta.tokens(*s, "s", lora_a.size(0));
     const Operands<F> operands = {
-        delta.tokens(dy, "dy", dy.size(1)),
-        {delta.like_x(x, "x"), kept},
-        delta.like_a(lora_a, "lora_A"),
-        delta.like_b(lora_b, "lora_B"),
-        delta.tokens(s, "s", lora_a.size(0))};
+        delta.tokens(dy, "dy", dy.size(1)), std::move(wide_x), delta.like_a(lora_a, "lora_A"),
+        delta.like_b(lora_b, "lora_B"), s_rows};
     Gradients<F> to;
     if (dx) to.dx = delta.like_x(*dx, "dx");
     if (da) to.da = delta.like_a(*da, "dA");

@@ -81,8 +81,10 @@ struct Sizes {
   int64_t adapted = 0;  // columns of all blocks
   std::vector<Block> blocks;
 
-  Sizes(const Tensor& y, const Tensor& x, const Tensor& lora_b, const std::vector<int64_t>& edges)
-      : tokens(x.size(0)), in(x.size(1)), out(y.size(1)), rank(lora_b.size(1)) {
+  Sizes(
+      const Tensor& y, const Tensor& lora_a, const Tensor& lora_b,
+      const std::vector<int64_t>& edges)
+      : tokens(y.size(0)), in(lora_a.size(1)), out(y.size(1)), rank(lora_b.size(1)) {
     STD_TORCH_CHECK(edges.size() % 2 == 0, "edges must hold pairs of columns");
     int64_t last = 0;
     for (size_t i = 0; i < edges.size(); i += 2) {

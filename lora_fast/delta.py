@@ -17,10 +17,11 @@ _OP_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 _MOST_ROWS_OF_OP = 32
 
 
-Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-"""What gradients are made of: dY (M, N); X (M, K), before dropout; A (R * adapters, K); B (sum of
-their widths, R); S (M, R * adapters) of the dropped X, or None, to be made again; and what dropout
-kept, bool of the shape that X had, or None without dropout."""
+Saved = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
+"""What gradients are made of: dY (M, N); X (M, K), before dropout, or None where neither A nor B
+needs one; A (R * adapters, K); B (sum of their widths, R); S (M, R * adapters) of the dropped X, or
+None, to be made again or not needed; and what dropout kept, bool of the shape that X had, or None
+without dropout."""
 
 
 def op_pays(x: Tensor) -> bool:
@@ -85,7 +86,7 @@ def gradients_(
     """
     dy, x, lora_A, lora_B, s, keep = saved
     need_A, need_B = needs
-    if s is not None and op_pays(x) and ops.is_plain(dy):
+    if (s is not None or not need_B) and op_pays(dy) and ops.is_plain(dy):
         dA = torch.empty_like(lora_A) if need_A else None
         dB = torch.empty_like(lora_B) if need_B else None
         rest = (keep, scaling, keep_scale, blocks.edges(spans), dx, dA, dB)
@@ -97,10 +98,11 @@ def gradients_(
     dropped, rank = x, lora_B.shape[1]
     if keep is not None and (dx is not None or need_A or s is None):
         # As bytes, which torch converts in vectors; bool it converts one by one.
-        keep2 = keep.view(torch.uint8).reshape(x.shape).to(x.dtype)
-        dropped = x * keep2
+        keep2 = keep.view(torch.uint8).reshape(dy.shape[0], lora_A.shape[1]).to(dy.dtype)
+        dropped = None if x is None else x * keep2
     if need_B:
         if s is None:
+            assert dropped is not None
             s = F.linear(dropped, lora_A).mul_(keep_scale)
         pairs = zip(spans, blocks.columns(s, rank, spans), strict=True)
         dB = _joined([dy.narrow(1, lo, hi - lo).t() @ s_b for (lo, hi), s_b in pairs], 0)
@@ -111,6 +113,7 @@ def gradients_(
     ds = _joined([dy.narrow(1, lo, hi - lo) @ b for (lo, hi), b in factors], 1)
     ds.mul_(scaling * keep_scale)
     if need_A:
+        assert dropped is not None
         dA = ds.t() @ dropped
     if dx is None:
         return dA, dB

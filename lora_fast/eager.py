@@ -7,6 +7,7 @@ element. Serves plain tensors in eager mode; `lora_fast.backend` sends everythin
 `lora_fast.reference`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -65,10 +66,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Y, S and the dropout mask, None without dropout."""
     keep = None
-    x2 = dropped = _as_matrix(x)
+    x2 = dropped = as_matrix(x)
     if dropout_p > 0.0:
         dropped, keep = dropout(x, dropout_p)
-        dropped = _as_matrix(dropped)
+        dropped = as_matrix(dropped)
     y = F.linear(x2, weight, bias)
     s = delta.add_(y, dropped, lora_A, lora_B, scaling, spans)
     return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1])), s, keep
@@ -79,14 +80,22 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         y, s, keep = _forward(*arguments)
         x, weight, lora_A, lora_B, _, scaling, dropout_p, spans = arguments
-        # Without dX the weight plays no part, and a merge between forward and backward is harmless.
-        kept_weight = weight if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else None
+        need_x, need_weight, need_A, need_B, *_ = ctx.needs_input_grad
         # Of more rows than the weight has room for, S would take more than loralib's dense delta.
-        kept_s = s if s.numel() <= weight.numel() else None
-        ctx.save_for_backward(x, kept_weight, lora_A, lora_B, kept_s, keep)
+        keeps_s = need_B and s.numel() <= weight.numel()
+        ctx.save_for_backward(
+            x if need_weight or need_A or need_B else None,
+            # Without dX the weight plays no part, and a merge between forward and backward is
+            # harmless.
+            weight if need_x or need_weight else None,
+            lora_A,
+            lora_B,
+            s if keeps_s else None,
+            keep if need_x or need_A or need_B else None,
+        )
         ctx.scaling, ctx.spans = scaling, spans
         ctx.keep_scale = keep_scale(dropout_p)
-        ctx.out_features, ctx.in_features = weight.shape
+        ctx.in_shape, ctx.out_features = x.shape, weight.shape[0]
         return y
 
     @staticmethod
@@ -104,19 +113,16 @@ class _LowRankLinear(torch.autograd.Function):
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
         need_x, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-        x2 = x
-        if x.dim() != 2:
-            dy = dy.reshape(-1, ctx.out_features)
-            x2 = x.reshape(dy.shape[0], ctx.in_features)
+        dy, rows = as_matrix(dy), x if x is None else as_matrix(x)
         dx = dy @ weight if need_x else None
-        saved = (dy, x2, lora_A, lora_B, s, keep)
+        saved = (dy, rows, lora_A, lora_B, s, keep)
         dA, dB = delta.gradients_(
             dx, (need_A, need_B), saved, ctx.scaling, ctx.keep_scale, ctx.spans
         )
-        dW = dy.t() @ x2 if need_weight else None
+        dW = dy.t() @ rows if need_weight else None
         dbias = dy.sum(0) if need_bias else None
-        if dx is not None and x2 is not x:
-            dx = dx.view(x.shape)
+        if dx is not None and len(ctx.in_shape) != 2:
+            dx = dx.view(ctx.in_shape)
         return dx, dW, dA, dB, dbias, None, None, None
 
 
@@ -126,14 +132,17 @@ def backward_through_reference(
     """Gradients of x, W, A, B and bias from differentiable formulas, for double backward.
 
     Args:
-        ctx: with `scaling`, `keep_scale`, `spans` and `out_features` set.
-        saved: x, W, A, B, something and the mask.
+        ctx: with `scaling`, `keep_scale`, `spans`, `in_shape` and `out_features` set.
+        saved: x, W, A, B, something and the mask; None for x where only its own gradient is asked
+            for, which does not depend on it.
         dy: (..., N).
     """
     *inputs, _, keep = saved
     # One input may depend on another: through an alias of its own each is differentiated alone.
     inputs = [None if t is None else t.view_as(t) for t in inputs]
     x, weight, lora_A, lora_B = inputs
+    if x is None:
+        inputs[0] = x = dy.new_zeros(ctx.in_shape, requires_grad=True)
     dropped = x if keep is None else x * keep.view(x.shape) * ctx.keep_scale
     s = F.linear(dropped, lora_A) * ctx.scaling
     n = ctx.out_features
@@ -148,7 +157,7 @@ def backward_through_reference(
     needed = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
     found = iter(torch.autograd.grad(y, needed, dy, create_graph=True) if needed else ())
     grads = [next(found) if need else None for need in ctx.needs_input_grad[:4]]
-    dbias = dy.reshape(-1, n).sum(0) if ctx.needs_input_grad[4] else None
+    dbias = as_matrix(dy).sum(0) if ctx.needs_input_grad[4] else None
     return (*grads, dbias)
 
 
@@ -160,8 +169,10 @@ def as_own(y: Tensor, shape: tuple[int, ...]) -> Tensor:
     return _unsafe_view(y, shape)  # type: ignore[no-any-return]
 
 
-def _as_matrix(x: Tensor) -> Tensor:
-    return x.flatten(0, -2) if x.dim() > 2 else x.view(1, -1) if x.dim() == 1 else x
+def as_matrix(x: Tensor) -> Tensor:
+    """Return x, (..., K), as its rows, (M, K), also where K is 0."""
+    # Not flatten(), which vmap over the gradients has no rule for.
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def sparse_columns(

@@ -56,7 +56,7 @@ class _LoraFirst(torch.autograd.Function):
         scaling: float,
         dropout_p: float,
     ) -> Tensor:
-        rows = dropped = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        rows = dropped = eager.as_matrix(x)
         keep = None
         if dropout_p > 0.0:
             # Of x as it lies in memory, in whose order torch draws.
@@ -98,9 +98,7 @@ class _LoraFirst(torch.autograd.Function):
         need_x, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() and need_x and need_B:
             raise checks.no_input_kept()
-        if dy.dim() != 2:
-            dy = dy.reshape(-1, ctx.out_features)
-        rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        dy, rows = eager.as_matrix(dy), x if x is None else eager.as_matrix(x)
         dx = dW = dA = dB = dbias = None
         if need_x or need_A:
             ds = _scaled(dy, lora_B, ctx.scaling)

@@ -66,7 +66,7 @@ torch.library.define(
 )
 torch.library.define(
     "lora_fast::lora_delta_bwd_",
-    "(Tensor dy, Tensor x, Tensor lora_A, Tensor lora_B, Tensor s, Tensor? keep, float scaling, "
+    "(Tensor dy, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? keep, float scaling, "
     "float keep_scale, int[] edges, Tensor(a!)? dx, Tensor(b!)? dA, Tensor(c!)? dB) -> bool",
 )
 

@@ -3,7 +3,7 @@
 import loralib
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora_fast as lora
 from lora_fast import eager
@@ -65,3 +65,57 @@ def test_gradients_of_a_long_batch(dtype: torch.dtype, p: float, needs: str) -> 
     triples = zip(found, gradients(dtype), gradients(torch.float64), strict=True)
     for name, triple in zip(needs.split(), triples, strict=True):
         assert_within_budget(*triple, what=name)
+
+
+ROUTES = {
+    "few rows": (lora.MergedLinear, 8, torch.float32),
+    "many rows": (lora.MergedLinear, 64, torch.float32),
+    "few rows of 16 bits": (lora.Linear, 8, torch.bfloat16),
+}
+
+
+@pytest.fixture(params=ROUTES)
+def route(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
+    """A layer and an input that the ops on torch's kernels serve, in three ways."""
+    kind, rows, dtype = ROUTES[request.param]
+    blocks = {"enable_lora": [True, False, True]} if kind is lora.MergedLinear else {}
+    layer = randomize_(kind(K, N, r=R, **blocks)).to(dtype)
+    return layer, torch.randn(rows, K, dtype=dtype)
+
+
+def test_frozen_adapters_keep_nothing_of_x(route: tuple[nn.Module, Tensor]) -> None:
+    layer, x = route
+    layer.requires_grad_(False)
+    x.requires_grad_()
+    assert saved_bytes(lambda: layer(x), [x, *layer.parameters()]) == 0
+    expected = torch.autograd.grad(layer(x).sum(), x)[0]
+    h = x * 1
+    y = layer(h)
+    h.add_(1)  # as nn.Linear and loralib allow
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected, rtol=0, atol=0)
+
+
+def test_second_derivatives_without_x(route: tuple[nn.Module, Tensor]) -> None:
+    layer, x = route
+    layer.requires_grad_(False)
+    x.requires_grad_()
+    weights = torch.randn(len(x), N, dtype=x.dtype, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x), x, weights, create_graph=True)
+    (found,) = torch.autograd.grad(dx.square().sum(), weights)
+    with torch.no_grad():
+        merged = layer.effective_weight()
+        expected = 2 * (weights @ merged) @ merged.t()
+    tolerance = 1e-4 if x.dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("shape", [(K,), (2, 3, K), (0, K), (4, K)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_output_features(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for layer in (lora.Linear(K, 0, r=R), lora.MergedLinear(K, 0, r=R, enable_lora=[True])):
+        x = torch.randn(shape, dtype=dtype, requires_grad=True)
+        layer.to(dtype)(x).sum().backward()
+        assert x.grad is not None
+        assert not x.grad.any()
+        assert layer.lora_A.grad.shape == layer.lora_A.shape

@@ -93,7 +93,8 @@ class Call:
         grads = [made[name] if name in needs else None for name in made]
         edges = blocks.edges(self.spans)
         rest = (self.keep, self.scaling, self.keep_scale, edges, *grads)
-        assert ops.lora_delta_bwd_(self.dy, self.x, self.lora_A, self.lora_B, s, *rest)
+        x, s = self.x if "A" in needs else None, s if "B" in needs else None
+        assert ops.lora_delta_bwd_(self.dy, x, self.lora_A, self.lora_B, s, *rest)
         return tuple(grads)
 
 
@@ -243,8 +244,8 @@ def test_many_numbers_are_left_to_torch() -> None:
         ({"edges": [-1, 36, 74, 111]}, "ascend"),
         ({"edges": [0, 37]}, "lora_[AB] must be"),
         ({"edges": [0, 37, 74, 110]}, "lora_B"),
-        ({"x": torch.zeros(8, 95)}, "lora_A"),
-        ({"x": torch.zeros(7, 96)}, "y must be"),
+        ({"x": torch.zeros(8, 95)}, "must be"),
+        ({"x": torch.zeros(7, 96)}, "must be"),
         ({"lora_A": torch.zeros(32, 96, dtype=torch.float64)}, "dtype"),
         ({"lora_B": torch.zeros(74, 15)}, "lora_A"),
     ],
@@ -282,6 +283,18 @@ def test_gradients_of_other_sizes_are_refused(name: str) -> None:
         ops.lora_delta_bwd_(call.dy, *tensors.values(), 0.75, 2.0, edges, *grads.values())
     for key, value in grads.items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("missing", ["x", "s"])
+def test_gradients_are_refused_without_what_they_are_made_of(missing: str) -> None:
+    call = Call(8, 96, 16, OUTER, torch.float32)
+    s = call.forward(torch.float32)[1]
+    x, s = (None, s) if missing == "x" else (call.x, None)
+    grads = (call.dx, call.lora_A.clone(), call.lora_B.clone())
+    rest = (None, 0.75, 1.0, blocks.edges(OUTER), *grads)
+    with pytest.raises(RuntimeError, match="dA is made of x, and dB of s"):
+        ops.lora_delta_bwd_(call.dy, x, call.lora_A, call.lora_B, s, *rest)
+    assert torch.equal(grads[1], call.lora_A)
 
 
 def test_float64_is_torchs() -> None:
