@@ -187,6 +187,8 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
             return f"a {type(t).__name__} is not a plain tensor"
     if x is not None and x.is_nested:
         return "a nested tensor"
+    if x is not None and x.layout is not torch.strided:
+        return "a sparse tensor"
     if x is not None and x.is_complex() and _selected != "triton":  # which names the dtype
         return "complex numbers"
     if _in_functorch_transform(tensors):
@@ -255,7 +257,7 @@ def _lacks_shared_memory(device: torch.device) -> bool:
 
 def _eager_pays(x: Tensor | None, drops: bool) -> bool:
     """Tell whether a dropout, a delta and a backward written by hand beat torch's on a CPU."""
-    if x is None or not x.is_cpu or torch.compiler.is_compiling():
+    if x is None or not x.is_cpu or x.layout is not torch.strided or torch.compiler.is_compiling():
         return False
     if drops and x.numel() >= _MANY_DROPPED and x.is_contiguous():
         return True

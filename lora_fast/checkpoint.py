@@ -68,7 +68,7 @@ def save(
             "under DeepSpeed's ZeRO 3; save inside deepspeed.zero.GatheredParameters"
         )
     metadata = adapted if lora_only else every
-    is_safetensors = Path(path).suffix == ".safetensors"
+    is_safetensors = _names_safetensors(Path(path))
     write = _write_safetensors if is_safetensors else _write_torch
     target = _target(Path(path))
     # Several processes may save to one path, each rank of a training run, say.
@@ -78,6 +78,10 @@ def save(
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _names_safetensors(path: Path) -> bool:
+    return path.name.endswith(".safetensors")  # a file of no other name has no suffix
 
 
 def _target(path: Path) -> Path:
@@ -132,7 +136,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
 
 
 def _read(path: Path) -> "OrderedDict[str, Any]":
-    is_safetensors = path.suffix == ".safetensors"
+    is_safetensors = _names_safetensors(path)
     try:
         loaded = _read_safetensors(path) if is_safetensors else _read_torch(path)
     except (FileNotFoundError, IsADirectoryError, PermissionError):  # clear enough

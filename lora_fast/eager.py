@@ -113,7 +113,8 @@ class _LowRankLinear(torch.autograd.Function):
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
         need_x, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-        dy, rows = as_matrix(dy), x if x is None else as_matrix(x)
+        dy = as_matrix(dy)
+        rows: Any = None if x is None else as_matrix(x)
         dx = dy @ weight if need_x else None
         saved = (dy, rows, lora_A, lora_B, s, keep)
         dA, dB = delta.gradients_(

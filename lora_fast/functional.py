@@ -18,6 +18,7 @@ from lora_fast import (
     checks,
     eager,
     reference,
+    shapes,
 )
 from lora_fast.backend import Backend, choose
 from lora_fast.lora_first import lora_first
@@ -79,7 +80,7 @@ def lora_linear(
         checks.rate("lora_linear: dropout_p", dropout_p)
     if type(scaling) is not float:
         checks.scaling("lora_linear", scaling)
-    checks.linear_shapes(x, weight, lora_A, lora_B, bias)
+    shapes.linear(x, weight, lora_A, lora_B, bias)
     p = dropout_p if training else 0.0
     tensors = (x, weight, lora_A, lora_B, bias)
     backend = choose("lora_linear", *tensors, drops=p > 0.0, scaling=scaling)
@@ -100,10 +101,10 @@ def lora_linear(
 
 def _flattens(x: Tensor) -> bool:
     """Tell whether `x` may serve as a matrix of rows: one product for a view at either end."""
-    if type(x) is not Tensor or x.is_nested or torch.compiler.is_compiling():
+    if type(x) is not Tensor or x.is_nested or x.layout is not torch.strided:
         return False
     # A trace would keep this batch's shape, and dropout draws in the order of memory.
-    return x.is_contiguous() and not torch.jit.is_tracing()
+    return not torch.compiler.is_compiling() and x.is_contiguous() and not torch.jit.is_tracing()
 
 
 def lora_merged_linear(
@@ -150,7 +151,7 @@ def lora_merged_linear(
             checks.rate("lora_merged_linear: dropout_p", dropout_p)
         if type(scaling) is not float:
             checks.scaling("lora_merged_linear", scaling)
-        spans = checks.merged_linear_shapes(x, weight, lora_A, lora_B, bias, enable, widths)
+        spans = shapes.merged_linear(x, weight, lora_A, lora_B, bias, enable, widths)
         backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias, scaling=scaling)
         p = dropout_p if training else 0.0
         if backend is Backend.TRITON:
@@ -208,8 +209,8 @@ def lora_embedding(
     if isinstance(input, Tensor):
         if type(scaling) is not float:
             checks.scaling("lora_embedding", scaling)
-        checks.embedding_shapes(input, weight, lora_A, lora_B)
-        checks.padding_idx("lora_embedding", padding_idx, weight)
+        shapes.embedding(input, weight, lora_A, lora_B)
+        shapes.padding_idx("lora_embedding", padding_idx, weight)
         backend = choose("lora_embedding", input, weight, lora_A, lora_B, scaling=scaling)
         if backend is Backend.TRITON:
             return autograd_embedding.lora_embedding(*arguments)
@@ -272,7 +273,7 @@ def lora_conv(
     if isinstance(x, Tensor):
         if type(scaling) is not float:
             checks.scaling("lora_conv", scaling)
-        checks.conv_shapes(weight, lora_A, lora_B, bias)
+        shapes.conv(weight, lora_A, lora_B, bias)
         w = _merged_in_one_block(weight, lora_A, lora_B, scaling)
         return reference.convolution(x, w, bias, stride, padding, dilation, groups)
     checks.tensors("lora_conv", x=x)
@@ -306,7 +307,7 @@ def merged_delta(
     """
     enable, widths = checks.blocks("merged_delta", enable_lora, out_splits)
     checks.scaling("merged_delta", scaling)
-    checks.factor_shapes(lora_A, lora_B, enable, widths)
+    shapes.factors(lora_A, lora_B, enable, widths)
     return reference.merged_delta(lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths)
 
 
@@ -345,7 +346,7 @@ def merged_weight(
     if type(scaling) is not float:
         checks.scaling("merged_weight", scaling)
     if isinstance(lora_A, Tensor):
-        checks.delta_shapes("merged_weight", weight, lora_A, lora_B, enable, widths)
+        shapes.delta("merged_weight", weight, lora_A, lora_B, enable, widths)
         if enable is None and isinstance(weight, Tensor):
             return _merged_in_one_block(weight, lora_A, lora_B, scaling)
     else:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fast import checks, functional, reference, scripting
+from lora_fast import checks, functional, reference, scripting, shapes
 from lora_fast.blocks import Block, block_widths, output_blocks
 from lora_fast.conv import Conv1d, Conv2d, Conv3d, ConvLoRA
 from lora_fast.lora_layer import (
@@ -297,7 +297,7 @@ class MergedLinear(_LinearBase):
     ) -> None:
         enabled = checks.enabled("MergedLinear", enable_lora)
         given = None if out_splits is None else checks.widths("MergedLinear", out_splits)
-        widths = checks.splits("MergedLinear", out_features, enabled, given)
+        widths = shapes.splits("MergedLinear", out_features, enabled, given)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(
             self,

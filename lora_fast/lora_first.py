@@ -98,7 +98,8 @@ class _LoraFirst(torch.autograd.Function):
         need_x, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() and need_x and need_B:
             raise checks.no_input_kept()
-        dy, rows = eager.as_matrix(dy), x if x is None else eager.as_matrix(x)
+        dy = eager.as_matrix(dy)
+        rows: Any = None if x is None else eager.as_matrix(x)
         dx = dW = dA = dB = dbias = None
         if need_x or need_A:
             ds = _scaled(dy, lora_B, ctx.scaling)

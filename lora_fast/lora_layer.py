@@ -82,14 +82,18 @@ class MergingLayer(SavedState):
     __jit_unused_properties__: tuple[str, ...] = ("merge_weights",)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; `merged = True` merges where loading has just undone a saved merge.
+        """Set an attribute; two of them do what belongs to them.
 
-        It is what users of loralib write after they have loaded a state that was saved merged.
+        `merged = True` merges where loading has just undone a saved merge: users of loralib write
+        it after they have loaded a state that was saved merged. `training = True` unmerges, as
+        `train()` does, past which Lightning restores the mode after a validation.
         """
         if name == "merged" and value and self.__dict__.get("_undid_merge"):
             self._merge_now()
-        else:
-            super().__setattr__(name, value)
+            return
+        super().__setattr__(name, value)
+        if name == "training" and value and self.__dict__.get("merged") and self.merge_weights:
+            self._outside_of_graphs(self._unmerge)
 
     def _has_adapter(self) -> bool:
         # The dictionary first: hasattr takes ten times as long, but finds a parametrized A too. As
@@ -170,12 +174,14 @@ class MergingLayer(SavedState):
             The layer itself.
         """
         super().train(mode)  # type: ignore[misc]
-        if self.merge_weights:
-            change = self._unmerge if mode else self._merge
-            if torch.compiler.is_compiling():  # nothing of it can be traced
-                change = torch.compiler.disable(change)
-            change()
+        if self.merge_weights and self.merged == mode:
+            self._outside_of_graphs(self._unmerge if mode else self._merge)
         return self
+
+    def _outside_of_graphs(self, change: Callable[[], None]) -> None:
+        if torch.compiler.is_compiling():  # nothing of it can be traced
+            change = torch.compiler.disable(change)
+        change()
 
     def _obstacle(self) -> str | None:
         """Say why the weight must not be written to, if so."""

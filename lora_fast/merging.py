@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_fast import checks, compiled, ops, reference, sharded, versions
+from lora_fast import checks, compiled, ops, reference, shapes, sharded, versions
 from lora_fast.backend import Backend, decided, get_backend
 from lora_fast.compiled import Merge
 from lora_fast.record import MergeRecord
@@ -45,7 +45,7 @@ def merge_(
     enable, widths = checks.blocks("merge_", enable_lora, out_splits)
     (record,) = merge_many([Merge(weight, lora_A, lora_B, scaling, enable, widths)])
     if record is None:
-        raise OverflowError(reference.overflow_message(weight))
+        raise OverflowError(reference.why_not_finite(weight, lora_A, lora_B))
     return record
 
 
@@ -92,8 +92,8 @@ def _checked(request: Merge) -> Merge:
     if type(scaling) is not float and not sharded.is_dtensor(weight):
         checks.scaling("merge_", scaling)
         # A number of its own, as a tensor may change before the merge is undone.
-        request = request._replace(scaling=float(scaling))
-    checks.delta_shapes("merge_", weight, lora_A, lora_B, enable_lora, out_splits)
+        request = request._replace(scaling=checks.number(scaling))
+    shapes.delta("merge_", weight, lora_A, lora_B, enable_lora, out_splits)
     checks.mergeable("merge_", weight, lora_A, lora_B)
     checks.not_faked("merge_", weight)
     if sharded.is_dtensor(weight) or not (sharded.is_dtensor(lora_A) or sharded.is_dtensor(lora_B)):

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lora_fast import checks, torch_internals
+from lora_fast import shapes, torch_internals
 from lora_fast.blocks import from_edges
 
 torch.library.define(
@@ -84,10 +84,10 @@ def _(
     edges: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if edges is None:
-        checks.linear_shapes(x, weight, lora_a, lora_b, bias)
+        shapes.linear(x, weight, lora_a, lora_b, bias)
     else:
         splits = from_edges(edges, weight.shape[0])
-        checks.merged_linear_shapes(x, weight, lora_a, lora_b, bias, *splits)
+        shapes.merged_linear(x, weight, lora_a, lora_b, bias, *splits)
     rows = math.prod(x.shape[:-1])
     mask_shape = (0,) if seed is None else (rows, (x.shape[-1] + 7) // 8)
     return (
@@ -123,7 +123,7 @@ def _(
 
 @torch.library.register_fake("lora_fast::lora_embedding_fwd")
 def _(input: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    checks.embedding_shapes(input, weight, lora_a, lora_b)
+    shapes.embedding(input, weight, lora_a, lora_b)
     return weight.new_empty((*input.shape, weight.shape[1]))
 
 
@@ -149,7 +149,7 @@ def _(
 
 @torch.library.register_fake("lora_fast::merged_weight")
 def _(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    checks.delta_shapes("merged_weight", weight, lora_a, lora_b, None, None)
+    shapes.delta("merged_weight", weight, lora_a, lora_b, None, None)
     return torch.empty_like(weight)
 
 

@@ -22,7 +22,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils import parametrize
 
-from lora_fast.torch_internals import storage_uses
+from lora_fast.torch_internals import is_fake_tensor, storage_uses
 
 
 def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
@@ -32,7 +32,7 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
     if "weight" not in owner._parameters:
         return "the weight is computed (parametrization, pruning or weight norm)"
     if is_on_meta(owner):
-        return "the weight is on the meta device, which holds no values"
+        return "the weight is on the meta device or under FakeTensorMode, and holds no values"
     if _is_tied(owner._parameters) or _shares_memory(owner._parameters["weight"]):
         return "the weight is tied: another module holds it too"
     if _are_hidden() and _has_other_holders(owner._parameters):
@@ -43,7 +43,7 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
 def is_on_meta(owner: nn.Module) -> bool:
     """Tell whether the weight has no values yet, or has them elsewhere as accelerate's hooks do."""
     weight = owner._parameters.get("weight")
-    return weight is not None and weight.is_meta
+    return weight is not None and (weight.is_meta or is_fake_tensor(weight))
 
 
 def stored_weight(owner: nn.Module) -> Tensor | None:
@@ -256,7 +256,7 @@ def _hide_effective_weight(attention: nn.Module, args: Any, output: Any) -> None
         _turn(layer).give_back()
 
 
-def _no_fast_path(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _no_fast_path(layer: nn.Module, args: tuple[Tensor]) -> None:  # as torch.jit.script wants it
     return None
 
 

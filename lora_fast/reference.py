@@ -28,8 +28,7 @@ def lora_linear(
     y = F.linear(x, weight, bias)
     if training and dropout_p > 0.0:  # `dropout` below, without its call
         x = F.dropout(x, dropout_p)
-    lora_A = lora_A if lora_A.dtype is x.dtype else like(lora_A, x)
-    return lora_expand(y, F.linear(x, lora_A), lora_B, scaling)
+    return lora_expand(y, F.linear(x, like(lora_A, x)), lora_B, scaling)
 
 
 # In 16 bits oneDNN takes longer to add a few rows to a product than another operation does, and
@@ -232,14 +231,14 @@ def delta_blocks(
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout as `torch.nn.Dropout`; draws nothing from the generator where it changes nothing."""
-    return F.dropout(x, p, training) if training and p > 0.0 else x
+    return F.dropout(x, p, True) if training and p > 0.0 else x  # a traced rate is a symbol
 
 
 def like(adapter: Tensor, x: Tensor) -> Tensor:
     """`adapter` in the dtype of `x`; under autocast torch's own rules choose the dtype."""
-    if adapter.dtype is x.dtype:
-        return adapter
-    if isinstance(x, Tensor) and autocasts(x):  # no fx proxy, which cannot be asked
+    if not isinstance(x, Tensor):
+        return adapter.to(x)  # an fx proxy, which has no dtype to ask for
+    if adapter.dtype is x.dtype or autocasts(x):
         return adapter
     return adapter.to(x.dtype)
 
@@ -273,7 +272,7 @@ def merge_(
         with no_autocast(weight):
             _add_delta_(weight, lora_A, lora_B, scaling, enable_lora, out_splits)
         if not finite_where(weight, original):
-            raise OverflowError(overflow_message(weight))
+            raise OverflowError(why_not_finite(weight, lora_A, lora_B))
     except BaseException:
         weight.copy_(original)
         raise
@@ -286,8 +285,11 @@ def unmerge_(weight: Tensor, original: Tensor) -> None:
     weight.copy_(original)
 
 
-def overflow_message(weight: Tensor) -> str:
-    """Say that a merge was refused."""
+def why_not_finite(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
+    """Say why a merge was refused."""
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not bool(factor.isfinite().all()):
+            return f"{name} holds infinities or NaN; load or reset the adapter"
     return (
         f"the merged weight does not fit {weight.dtype}: some of its elements overflow; use a "
         "wider dtype or a smaller scaling"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lora_fast import fsdp, functional, readers, sharded, sums
+from lora_fast import checks, fsdp, functional, readers, sharded, sums
 from lora_fast.record import MergeRecord
 from lora_fast.torch_internals import storage_id
 
@@ -205,7 +205,7 @@ class SavedState:
     def _one_scaling(self) -> float | None:
         """The factor of the update, if that is one number: a subclass may have several."""
         try:
-            return float(self.scaling)
+            return checks.number(self.scaling)
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return None
 

@@ -72,7 +72,7 @@ def merge_(
         error = caught
     if not weight.is_meta:
         try:
-            _refuse_together(weight, error)
+            _refuse_together(weight, part, error)
         except Exception:
             if record is not None:
                 merging.unmerge_(shard, record)
@@ -103,7 +103,7 @@ def version(weight: Any) -> tuple[int, ...] | None:
     return weight._version, shard._version, storage_id(shard)
 
 
-def _refuse_together(weight: Any, error: Exception | None) -> None:
+def _refuse_together(weight: Any, part: Part, error: Exception | None) -> None:
     """Raise on every rank where any rank has an error."""
     mesh = weight.device_mesh
     mine = [float(isinstance(error, OverflowError)), float(error is not None)]
@@ -114,7 +114,7 @@ def _refuse_together(weight: Any, error: Exception | None) -> None:
     if error is not None:
         raise error
     if overflows > 0:
-        raise OverflowError(reference.overflow_message(weight))
+        raise OverflowError(reference.why_not_finite(weight, part.lora_A, part.lora_B))
     if errors > 0:
         raise RuntimeError(
             "merge_: it failed on another rank, whose error says why; no rank is merged"

@@ -3,6 +3,7 @@
 What FSDP2 keeps to itself is in `lora_fast.fsdp`.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -32,10 +33,16 @@ internal_overlap: Callable[[Tensor], int] = torch._debug_has_internal_overlap
 """Whether elements share memory: 0 no, 1 yes, 2 not looked at closely."""
 
 
-def is_fake() -> bool:
+def in_fake_mode() -> bool:
     """Tell whether FakeTensorMode is active."""
     key = torch._C._TorchDispatchModeKey.FAKE
     return torch._C._get_dispatch_mode(key) is not None
+
+
+def is_fake_tensor(tensor: Tensor) -> bool:
+    """Tell whether a tensor is one of FakeTensorMode's, which holds no values."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
 
 
 def is_exporting() -> bool:

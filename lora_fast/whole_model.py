@@ -110,7 +110,7 @@ def _merge_batch(batch: Layers) -> None:
     for (name, layer), record in zip(batch.items(), records, strict=True):
         if record is None:
             weight: Any = layer._weight_owner().weight
-            why = reference.overflow_message(weight)
+            why = reference.why_not_finite(weight, layer.lora_A, layer.lora_B)
             raise RuntimeError(f"merge: nothing was merged. {name or 'the model'}: {why}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fast
-from lora_fast import backend, functional, ops
+from lora_fast import backend, functional, ops, torch_internals
 
 OPS = (
     *("lora_linear", "lora_merged_linear", "lora_embedding"),

@@ -113,6 +113,13 @@ def test_what_is_in_the_file(name: str, bias: str, tmp_path: Path) -> None:
         assert torch.equal(target.state_dict()[key], value), key
 
 
+def test_a_file_without_a_stem(tmp_path: Path) -> None:
+    layer, other = randomize_(lora.Linear(4, 5, r=2)), lora.Linear(4, 5, r=2)
+    lora.save(layer, tmp_path / ".safetensors")
+    lora.load(other, tmp_path / ".safetensors")
+    assert torch.equal(other.lora_B, layer.lora_B)
+
+
 def test_the_header_of_a_safetensors_file(tmp_path: Path) -> None:
     lora.save(net(1), tmp_path / "a.safetensors")
     with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_fast as lora
+from lora_fast.testing import randomize_
 
 QKV = {"enable_lora": [True, False, True]}
 
@@ -185,6 +186,22 @@ def test_layers_compiled_one_by_one_do_not_use_up_each_others_recompilations() -
             layer.train(training)
             torch.compile(layer, backend="eager", fullgraph=True)(example)
     assert len({id(type(layer).forward.__code__) for layer, _ in layers}) == 4
+
+
+@pytest.mark.parametrize("kind", [lora.Linear, lora.MergedLinear])
+def test_compile_with_a_dropout_rate_that_changes(kind: Any) -> None:
+    """Dynamo makes a symbol of it, in time or, with dynamic=True, at once."""
+    blocks = {"enable_lora": [True, False, True]} if kind is lora.MergedLinear else {}
+    layer = randomize_(kind(6, 9, r=2, lora_dropout=0.1, **blocks))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(4, 6)
+    for rate in (0.1, 0.2, 0.3):
+        layer.lora_dropout.p = rate
+        torch.manual_seed(1)
+        expected = layer(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(compiled(x), expected)
+    torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)(x)
 
 
 def test_compile_with_dynamic_shapes_makes_one_graph() -> None:

@@ -72,11 +72,12 @@ def test_kernels_know_nothing_of_the_rest(name):
         (
             "functional",
             {"autograd", "autograd_embedding", "autograd_weight"}
-            | {"backend", "checks", "eager", "lora_first", "merging", "reference"},
+            | {"backend", "checks", "eager", "lora_first", "merging", "reference", "shapes"},
         ),
         (
             "merging",
-            {"backend", "checks", "compiled", "ops", "record", "reference", "sharded", "versions"},
+            {"backend", "checks", "compiled", "ops", "record", "reference", "shapes"}
+            | {"sharded", "versions"},
         ),
         ("compiled", {"ops", "record", "reference", "torch_internals"}),
         ("versions", {"torch_internals"}),
@@ -86,6 +87,8 @@ def test_kernels_know_nothing_of_the_rest(name):
         ("sums", {"reference"}),
         ("dropout", {"ops"}),
         ("scripting", set()),
+        ("checks", {"torch_internals"}),
+        ("shapes", {"blocks", "checks"}),
     ],
 )
 def test_import_arrows(name, allowed):
