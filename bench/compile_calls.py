@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from harness.shapes import dtype_name
 from lora_fast.kernels import configs, plans
 from lora_fast.kernels.configs import Architecture
 from lora_fast.kernels.decode_configs import DecodeSplits, decode_config
@@ -20,7 +21,7 @@ from lora_fast.kernels.lora_embedding_fwd import lora_embedding_fwd
 from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
 from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
 from lora_fast.kernels.merged_weight import merged_weight
-from lora_fast.kernels.primitives import MAX_BLOCK_R
+from lora_fast.kernels.sizes import MAX_BLOCK_R
 
 WIDTH = 4096  # features in and out; the kernels see only what divides it
 EDGES = (0, 2064, 3072, 4096)  # of a merged layer's blocks; tiles cross one of them
@@ -54,7 +55,7 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def describe(dtype: torch.dtype, rows: int, rank: int, *more: str) -> str:
     """Return a case in a few words."""
-    return " ".join((str(dtype).removeprefix("torch."), f"M={rows}", f"r={rank}", *more))
+    return " ".join((dtype_name(dtype), f"M={rows}", f"r={rank}", *more))
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Sizes:
         """Return them in a few words."""
         words = [] if self.width == WIDTH else [f"N=K={self.width}"]
         if self.adapter_dtype is not None:
-            words.append(f"{str(self.adapter_dtype).removeprefix('torch.')} adapter")
+            words.append(f"{dtype_name(self.adapter_dtype)} adapter")
         if self.edges is not None:
             words.append(f"{len(self.edges) // 2} blocks")
         return describe(self.dtype, self.rows, self.rank, *words, *more)
@@ -259,7 +260,7 @@ def convolution(arch: Architecture, everything: bool) -> Iterator[Case]:
     sizes = ((BF16, 16), (BF16, 256), (FP16, 16), (FP32, 16), (FP32, 256))
     for dtype, rank in sizes if everything else sizes[:1]:
         for layout in (torch.contiguous_format, torch.channels_last):
-            words = f"{str(dtype).removeprefix('torch.')} r={rank} merged weight {layout}"
+            words = f"{dtype_name(dtype)} r={rank} merged weight {layout}"
             call = partial(merge_kernel, dtype=dtype, rank=rank, layout=layout)
             yield Case(arch.name, words.replace("torch.", ""), call)
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any, get_args
 
-import torch
-
 from lora_fast.kernels.configs import (
     Architecture,
     EmbeddingConfig,
@@ -29,7 +27,7 @@ from lora_fast.kernels.plans import (
     WeightPlan,
     why_not,
 )
-from lora_fast.kernels.primitives import rank_blocks
+from lora_fast.kernels.sizes import rank_blocks
 from lora_fast.kernels.tables import Call
 
 Change = dict[str, Any]
@@ -132,10 +130,9 @@ def candidates(arch: Architecture, call: Call, rule: Any) -> Steps:
 
 def _forward_steps(arch: Architecture, call: Call, rule: ForwardPlan) -> Steps:
     ways: list[Change] = [{"impl": impl} for impl in get_args(ForwardImpl)]
-    dtype = getattr(torch, call.dtype)
     for way in ways:
         if way["impl"] == "one_pass":  # which takes more shared memory than the others
-            way["gemm"] = gemm_config(arch, call.M, dtype, one_pass=True)
+            way["gemm"] = gemm_config(arch, call.M, call.torch_dtype, one_pass=True)
     ways += [{"impl": "split", "gemm": gemm} for gemm in _gemms(arch, call)]
     ways += [{"impl": "one_pass", "gemm": gemm} for gemm in _gemms(arch, call, one_pass=True)]
     ways += [
@@ -189,7 +186,7 @@ def _rank_grads(arch: Architecture) -> list[Change]:
 
 def _gemms(arch: Architecture, call: Call, *, one_pass: bool = False) -> Iterator[GemmConfig]:
     """Tiles of the large product that fit the chip and the number of rows."""
-    element_size = getattr(torch, call.dtype).itemsize
+    element_size = call.torch_dtype.itemsize
     rank = rank_blocks(call.R)[0] if one_pass else 0
     for block_m, block_n, block_k, *pace in _staged(arch, _GEMMS):
         # Neither mostly empty tiles nor ones that are read over and over.
@@ -212,7 +209,7 @@ def _gemms(arch: Architecture, call: Call, *, one_pass: bool = False) -> Iterato
         yield replace(hopper, block_m=256, block_n=128, parts=2, num_stages=3)
 
 
-def _staged(arch: Architecture, table: tuple[tuple[int, ...], ...]) -> Iterator[tuple[int, ...]]:
-    """The rows of a table of tiles with stages cut to what the chip has the memory for."""
+def _staged(arch: Architecture, tiles: tuple[tuple[int, ...], ...]) -> Iterator[tuple[int, ...]]:
+    """The tiles with stages, their last number, cut to what the chip has the memory for."""
     most = 2 if arch.name.startswith("gfx") else 8
-    yield from dict.fromkeys((*sizes, min(stages, most)) for *sizes, stages in table)
+    yield from dict.fromkeys((*sizes, min(stages, most)) for *sizes, stages in tiles)

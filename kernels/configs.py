@@ -1,8 +1,9 @@
-"""The tiles of every kernel, per GPU architecture.
+"""The tiles of a linear layer's kernels for many rows, per GPU architecture.
 
-The tiles come from the compile report (registers, shared memory, no spills); those for Hopper were
-the best of what `lora-fast tune` tries on an H200, or within a few percent of it. Which kernels
-serve a call is chosen in `lora_fast.kernels.plans`.
+They come from the compile report (registers, shared memory, no spills); those for Hopper were the
+best of what `lora-fast tune` tries on an H200, or within a few percent of it. The tiles for a few
+rows are in `decode_configs`. Those of embeddings and merged weights, the same on every chip, are in
+`plans`, which also chooses the kernels that serve a call.
 """
 
 from dataclasses import dataclass, replace
@@ -199,7 +200,7 @@ WIDE_RANK = 32  # ranks beyond it take blocks of 64, which need other tiles
 
 @cache
 def architecture(device: torch.device) -> Architecture:
-    """The row of the table that serves a device: its own, or the nearest with less memory."""
+    """The entry that serves a device: its own, or the nearest with less memory."""
     if device.type != "cuda":
         offline = ARCHITECTURES["sm_90"]
         # On a CPU kernels are interpreted, which the one in Gluon is not.
@@ -232,6 +233,20 @@ def gemm_config(
     if dtype is torch.float32:
         return arch.gemm_wide
     return arch.gemm_one_pass if one_pass else arch.gemm
+
+
+def specialised_misfit(arch: Architecture, dtype: torch.dtype, config: GemmConfig) -> str | None:
+    """Why no kernel with specialised warps can serve with a tile, None where one can."""
+    if arch.gemm_specialised is None:
+        return f"specialised warps need a Hopper GPU (sm_90) and no interpreter, got {arch.name}"
+    if dtype.itemsize != 2:
+        return f"specialised warps need fp16 or bf16, got {dtype}"
+    if config.num_warps != 8 or config.block_m not in (128, 256):
+        return (
+            "specialised warps are two groups of four, each for 64 or 128 rows of a tile: expected "
+            f"num_warps=8 and block_m=128 or 256, got {config}"
+        )
+    return None
 
 
 # The chips' tiles are for 16 bits and ranks up to 32. fp32 takes twice the shared memory and, with

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lora_fast.kernels.primitives import cdiv, next_power_of_2
+from lora_fast.kernels.sizes import cdiv, next_power_of_2
 
 RESERVE = 1 << 18  # counters for captured launches, 1 MiB at a time
 FEWEST = 1 << 10

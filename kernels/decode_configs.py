@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from lora_fast.kernels.primitives import MAX_BLOCK_R, cdiv
+from lora_fast.kernels.sizes import MAX_BLOCK_R, cdiv
 
 # Rows of one tile. In 16 bits these are far below the ratio of arithmetic to bandwidth of every
 # chip. fp32 without TF32 has no tensor core on NVIDIA's: by the datasheets a product is bound by

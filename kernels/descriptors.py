@@ -13,6 +13,20 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
+def descriptor_fits(tensor: Tensor) -> bool:
+    """Can the accelerator read this matrix: rows contiguous, base and pitch on 16 bytes?
+
+    Rows that overlap, as those of an expanded gradient do, are outside of its contract.
+    """
+    pitch, step = tensor.stride()
+    return (
+        step == 1
+        and pitch >= tensor.shape[1]
+        and pitch * tensor.itemsize % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+    )
+
+
 class Memory(NamedTuple):
     """What a descriptor needs to know of its tensor, whose memory it does not keep from freeing."""
 

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.kernels.primitives import INTERPRETED, cdiv, tile_ptrs
+from lora_fast.kernels.primitives import INTERPRETED, tile_ptrs
+from lora_fast.kernels.sizes import cdiv
 
 LEVELS = 1 << 16
 

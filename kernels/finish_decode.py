@@ -46,7 +46,7 @@ def store_s(
 
 
 @triton.jit
-def add_update(
+def add_decode_update(
     y,
     s_ptr,
     first_rank,
@@ -76,7 +76,7 @@ def add_update(
 
 
 @triton.jit
-def finish_tile(
+def finish_decode_tile(
     tile,
     partial_ptr,
     s_ptr,
@@ -100,7 +100,7 @@ def finish_tile(
     for index in tl.static_range(len(blocks)):
         R = ranks // len(blocks)
         if (tile * BLOCK_N < blocks[index][1]) & ((tile + 1) * BLOCK_N > blocks[index][0]):
-            y = add_update(
+            y = add_decode_update(
                 *(y, s_ptr, index * R, b_ptr, b_strides, blocks[index], offs_n, (M, ranks, R)),
                 *(BLOCK_M, BLOCK_R, PRECISION),
             )
@@ -144,7 +144,7 @@ def finish_tiles(
             ready = (counted == SPLITS) & (offs_t < tiles)
         current = tl.min(tl.where(ready, offs_t, tiles))
         while current < tiles:
-            finish_tile(
+            finish_decode_tile(
                 *(current, partial_ptr, s_ptr, b_ptr, b_strides, bias_ptr, y_ptr, blocks, sizes),
                 *(SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION),
             )

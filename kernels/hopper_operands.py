@@ -8,8 +8,7 @@ from torch.nn.functional import pad
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lora_fast.kernels.descriptors import described
-from lora_fast.kernels.primitives import descriptor_fits
+from lora_fast.kernels.descriptors import described, descriptor_fits
 
 
 def rank_operand(operand: Tensor, dtype: torch.dtype) -> Tensor:

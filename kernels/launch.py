@@ -118,16 +118,16 @@ def nested_addresses(arg: Any) -> tuple[Any, int]:
     return members, functools.reduce(operator.or_, bits)
 
 
-def launch(kernel: Any, todo: Launch, *args: Any) -> None:
-    """Run a kernel as `kernel[todo.grid](*args, **todo.constants)`, at the least cost to the host.
+def launch(kernel: Any, planned: Launch, *args: Any) -> None:
+    """Run a kernel as `kernel[planned.grid](*args, **planned.constants)`, at less cost.
 
     All integers among the arguments, strides and dtypes of the tensors and which of them are None
-    must follow from what `todo` was made of.
+    must follow from what `planned` was made of.
     """
     if type(kernel) is PreparedKernel:
-        kernel.run(todo, args)
+        kernel.run(planned, args)
     else:
-        kernel[todo.grid](*args, **todo.constants)
+        kernel[planned.grid](*args, **planned.constants)
 
 
 class PreparedKernel:
@@ -147,20 +147,20 @@ class PreparedKernel:
         """The kernel on a grid of one to three sizes."""
         return partial(self.launch, grid)
 
-    def run(self, todo: Launch, args: tuple[Any, ...]) -> None:
+    def run(self, planned: Launch, args: tuple[Any, ...]) -> None:
         """Like `launch`, for a launch that was made before."""
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
-        found = todo.prepared.get(device)
+        found = planned.prepared.get(device)
         if found is not None and JITFunction.run is _RUN and not self.kernel.pre_run_hooks:
-            values, bits = todo.addresses(args)
+            values, bits = planned.addresses(args)
             if not bits % 16:
-                start(found, todo.grid, driver.get_current_stream(device), args, values)
+                start(found, planned.grid, driver.get_current_stream(device), args, values)
                 return
-        key = self.launch(todo.grid, *args, **todo.constants)
+        key = self.launch(planned.grid, *args, **planned.constants)
         found = self.prepared.get(key)
         if found is not None and not nested_addresses(args)[1] % 16:
-            todo.note(device, found, args)
+            planned.note(device, found, args)
 
     def launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
         """Run on the current device and stream; return the key of what ran."""

@@ -25,15 +25,10 @@ from lora_fast.kernels.decode_configs import (
 )
 from lora_fast.kernels.finish_decode import count_in, finish_tiles, store_s
 from lora_fast.kernels.launch import Launch, launch, prepared
-from lora_fast.kernels.primitives import (
-    MAX_BLOCK_R,
-    block_offsets,
-    cdiv,
-    dot_precision,
-    next_power_of_2,
-    rank_blocks,
-)
+from lora_fast.kernels.primitives import block_offsets
+from lora_fast.kernels.sizes import MAX_BLOCK_R, cdiv, next_power_of_2, rank_blocks
 from lora_fast.kernels.slice_product import leave_partial
+from lora_fast.kernels.torch_rules import dot_precision
 
 
 @prepared
@@ -94,8 +89,8 @@ def lora_decode_kernel(
     )
 
 
-class Work(NamedTuple):
-    """What the sizes of a call decide: computed once for each."""
+class DecodeLaunch(NamedTuple):
+    """The launch for the sizes of a call, with its workspace in numbers; made once for each."""
 
     launch: Launch
     partials: int
@@ -104,11 +99,11 @@ class Work(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def work(
+def decode_launch(
     M: int, N: int, K: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype,
     w_is_nk: bool, device: torch.device, blocks: int, config: DecodeConfig,
     splits: DecodeSplits | None, precision: str, *details: object,
-) -> Work:  # fmt: skip
+) -> DecodeLaunch:  # fmt: skip
     """Launch and workspace of a call; without `splits`, those of the model.
 
     `details` are what else decides how it is compiled.
@@ -145,7 +140,7 @@ def work(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    return Work(
+    return DecodeLaunch(
         launch=Launch((cdiv(R, block_a) * splits.a + tiles * splits.w,), constants),
         partials=M * (splits.a * R + splits.w * N),
         counters=1 + tiles,
@@ -174,17 +169,18 @@ def lora_decode(
     (M, K), N, R, device = x.shape, weight.shape[0], lora_a.shape[0], x.device
     blocks = whole_or(blocks, N)
     strides = x.stride(), weight.stride(), lora_a.stride(), lora_b.stride()
-    todo = work(
+    planned = decode_launch(
         *(M, N, K, R, x.dtype, lora_a.dtype, strides[1][1] == 1, device, len(blocks)),
         *(config, splits, dot_precision(x.dtype)),
         *(strides, lora_b.dtype, None if bias is None else bias.dtype, blocks),
     )
     y, s = x.new_empty((M, N)), x.new_empty((M, R))
-    partial = x.new_empty(todo.partials, dtype=torch.float32)
-    counters = zeroed_counters(todo.counters, device)
+    partial = x.new_empty(planned.partials, dtype=torch.float32)
+    counters = zeroed_counters(planned.counters, device)
     launch(
-        *(lora_decode_kernel, todo.launch, x, strides[0], weight, strides[1]),
-        *(lora_a, strides[2], lora_b, strides[3]),
-        *(bias, y, s, partial, counters, blocks, *todo.sizes, scaling),
+        lora_decode_kernel,
+        planned.launch,
+        *(x, strides[0], weight, strides[1], lora_a, strides[2], lora_b, strides[3]),
+        *(bias, y, s, partial, counters, blocks, *planned.sizes, scaling),
     )
     return y, s

@@ -10,8 +10,8 @@ from lora_fast.kernels.configs import architecture
 from lora_fast.kernels.lora_embedding_fwd import gather_columns
 from lora_fast.kernels.lora_grad_sb import library_grad_sb, lora_grad_sb
 from lora_fast.kernels.plans import EmbeddingBackwardPlan, embedding_backward_plan
-from lora_fast.kernels.primitives import on_device_of
 from lora_fast.kernels.segment_sum import segment_sum
+from lora_fast.kernels.torch_rules import on_device_of
 
 
 def lora_embedding_bwd(

@@ -14,20 +14,14 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from lora_fast.kernels.column_blocks import Blocks
 from lora_fast.kernels.configs import GemmConfig
-from lora_fast.kernels.descriptors import tiled
+from lora_fast.kernels.descriptors import descriptor_fits, tiled
 from lora_fast.kernels.dropout import apply_keep, load_keep
-from lora_fast.kernels.gemm_work import gemm_work
+from lora_fast.kernels.gemm_launch import gemm_launch
 from lora_fast.kernels.launch import launch, prepared
 from lora_fast.kernels.lora_update import add_update
-from lora_fast.kernels.primitives import (
-    block_offsets,
-    descriptor_fits,
-    dot_precision,
-    grouped_tile,
-    mma,
-    rank_blocks,
-    tile_ptrs,
-)
+from lora_fast.kernels.primitives import block_offsets, grouped_tile, mma, tile_ptrs
+from lora_fast.kernels.sizes import rank_blocks
+from lora_fast.kernels.torch_rules import dot_precision
 
 _log = logging.getLogger("lora_fast.dispatch")
 
@@ -296,7 +290,7 @@ def lora_gemm(
         t = x.new_empty((M, R))
     x_strides, w_strides, up_strides = x.stride(), w.stride(), up.stride()
     down_strides = (0, 0) if down is None else down.stride()
-    config, todo = gemm_work(
+    config, planned = gemm_launch(
         *(config, tma_fits, one_pass, (M, N, K, R), up.shape[1], x.dtype, x.device),
         *(blocks, keep is not None, w_strides[1] != 1, dot_precision(x.dtype)),
         *(x_strides, w_strides, up_strides, up.dtype, down_strides),
@@ -307,7 +301,9 @@ def lora_gemm(
         w_is_kn = w_strides[1] != 1
         rows, cols, depth = config.block_m, config.block_n, config.block_k
         launch(
-            *(lora_gemm_tma_kernel, todo, tiled(x, rows, depth)),
+            lora_gemm_tma_kernel,
+            planned,
+            tiled(x, rows, depth),
             tiled(w.t(), depth, cols) if w_is_kn else tiled(w, cols, depth),
             *(tiled(y, rows, cols // config.parts), t, up, up_strides),
             None if down is None else tiled(down, rank_blocks(R)[0], depth),
@@ -315,8 +311,10 @@ def lora_gemm(
         )
     else:
         launch(
-            *(lora_gemm_kernel, todo, x, x_strides, w, w_strides, y, t, up, up_strides),
-            *(down, down_strides, *rest),
+            lora_gemm_kernel,
+            planned,
+            *(x, x_strides, w, w_strides, y, t, up, up_strides, down, down_strides),
+            *rest,
         )
     return y, t
 

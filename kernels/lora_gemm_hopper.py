@@ -26,8 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lora_fast.kernels import primitives
 from lora_fast.kernels.configs import GemmConfig
 from lora_fast.kernels.dropout import packed_width
+from lora_fast.kernels.hopper_launch import hopper_launch
 from lora_fast.kernels.hopper_operands import describe, describe_factor, rank_operand
-from lora_fast.kernels.hopper_work import hopper_work
 from lora_fast.kernels.launch import launch, prepared
 
 GROUPS = gl.constexpr(2)  # of four warps that multiply
@@ -341,13 +341,14 @@ def lora_gemm_hopper(
     (M, K), (N, R) = x.shape, up.shape
     t, up = rank_operand(t, x.dtype), rank_operand(up, x.dtype)
     w_is_kn, up_is_rn = w.stride(1) != 1, up.stride(1) != 1
-    block_r, todo = hopper_work(
+    block_r, planned = hopper_launch(
         *(config, GROUPS.value, M, N, R, w_is_kn, up_is_rn, x.device, x.dtype),
         *(K, None if bias is None else bias.dtype, keep is not None),
     )
     rows, cols, depth = config.block_m, config.block_n, config.block_k
     launch(
-        *(lora_gemm_hopper_kernel, todo),
+        lora_gemm_hopper_kernel,
+        planned,
         *(describe(x, rows, depth), describe_factor(w, cols, depth, w_is_kn)),
         *(describe(t, rows, block_r), describe_factor(up, cols, block_r, up_is_rn)),
         describe(y, rows // GROUPS.value, cols // config.parts),

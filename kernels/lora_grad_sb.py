@@ -10,58 +10,54 @@ from torch import Tensor
 from lora_fast.kernels.column_blocks import Blocks, gaps, pick_block, whole_or
 from lora_fast.kernels.configs import GradSBConfig
 from lora_fast.kernels.launch import Launch, launch, prepared
-from lora_fast.kernels.primitives import (
-    block_offsets,
-    cdiv,
-    chunk_length,
-    dot_precision,
-    mma,
-    rank_blocks,
-    tile_ptrs,
-)
+from lora_fast.kernels.primitives import block_offsets, mma, tile_ptrs
 from lora_fast.kernels.reduce_partials import reduce_partials
+from lora_fast.kernels.sizes import cdiv, chunk_length, rank_blocks
+from lora_fast.kernels.torch_rules import dot_precision
 
 
 @triton.jit
-def chunk_columns(spans, chunk, N, CHUNK_N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First, last + 1 and limiting column of a chunk, its first row in lora_B, span and number."""
-    if spans is None:
+def chunk_columns(blocks_and_gaps, chunk, N, CHUNK_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First, last + 1 and limiting column of a chunk, its first row in lora_B, block and number."""
+    if blocks_and_gaps is None:
         start = chunk * CHUNK_N
         return start, min(N, start + CHUNK_N), N, start, 0, chunk
     else:
-        chunks = tl.num_programs(1) // len(spans)
-        span, chunk = chunk // chunks, chunk % chunks
-        first, end, row = pick_block(spans, span)
+        chunks = tl.num_programs(1) // len(blocks_and_gaps)
+        index, chunk = chunk // chunks, chunk % chunks
+        first, end, row = pick_block(blocks_and_gaps, index)
         width = tl.cdiv(tl.cdiv(end - first, chunks), BLOCK_N) * BLOCK_N
         start = first + chunk * width
-        return start, min(end, start + width), end, row + chunk * width, span, chunk
+        return start, min(end, start + width), end, row + chunk * width, index, chunk
 
 
 @prepared
 @triton.jit
 def lora_grad_sb_kernel(
     dy_ptr, dy_strides, b_ptr, b_strides, s_ptr, ds_ptr, db_ptr, dbias_ptr,
-    spans, M, N, R, rows_b, factor,
+    blocks_and_gaps, M, N, R, rows_b, factor,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each program reads [BLOCK_M, columns of a chunk] of dy once and writes fp32 partial sums.
 
     Grid: (cdiv(M, BLOCK_M), chunks, cdiv(R, BLOCK_R)), where a chunk is CHUNK_N columns or, with
-    spans, an equal part of one of them: first those of the BLOCKS blocks, each a rank of R, then
-    those between blocks, which have a bias alone.
+    blocks_and_gaps, an equal part of one of them: first the BLOCKS blocks, each with a rank of R,
+    then the gaps between them, which have a bias alone.
     dy: [M, N], b: [rows_b, R], any strides.  s: [M, BLOCKS * R].
-    Partials: ds [chunks of a span, M, BLOCKS * R], db [row blocks, rows_b, R], dbias [row blocks,
+    Partials: ds [chunks of a block, M, BLOCKS * R], db [row blocks, rows_b, R], dbias [row blocks,
     N]; those whose pointer is None are not computed. A fixed order of sums: no atomics.
     """
     pid_m, chunk = tl.program_id(0), tl.program_id(1)
     offs_m = block_offsets(pid_m, BLOCK_M)
     offs_r = block_offsets(tl.program_id(2), BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r[None, :] < R
-    start, stop, end, row_b, span, chunk = chunk_columns(spans, chunk, N, CHUNK_N, BLOCK_N)
-    offs_s = offs_r + span * R
-    if spans is not None:  # no rank is read or written for a span that has none
-        mask_r = mask_r & (span < BLOCKS)
+    start, stop, end, row_b, index, chunk = chunk_columns(
+        blocks_and_gaps, chunk, N, CHUNK_N, BLOCK_N
+    )
+    offs_s = offs_r + index * R
+    if blocks_and_gaps is not None:  # no rank is read or written for a gap, which has none
+        mask_r = mask_r & (index < BLOCKS)
     acc_ds = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if db_ptr is not None:
         s_ptrs = tile_ptrs(s_ptr, (BLOCKS * R, 1), offs_m, offs_s)
@@ -111,9 +107,9 @@ def lora_grad_sb(
     """
     (M, N), (rows_b, R) = dy.shape, lora_b.shape
     dy_strides, b_strides = dy.stride(), lora_b.stride()
-    chunks, row_blocks, rank, spans, todo = grad_sb_work(
+    chunks, row_blocks, rank, blocks_and_gaps, planned = grad_sb_launch(
         *(M, N, R, dy.dtype, dy_strides, blocks, dbias_dtype is not None, config),
-        *(need_ds, need_db, rows_b, b_strides, lora_b.dtype, dot_precision(dy.dtype)),
+        *(dot_precision(dy.dtype), need_ds, need_db, rows_b, b_strides, lora_b.dtype),
     )
 
     def pair(dtype: torch.dtype | None, splits: int, *shape: int):
@@ -125,16 +121,17 @@ def lora_grad_sb(
     db = pair(lora_b.dtype, row_blocks, rows_b, R) if need_db else none
     dbias = pair(dbias_dtype, row_blocks, N) if dbias_dtype is not None else none
     launch(
-        *(lora_grad_sb_kernel, todo, dy, dy_strides, lora_b, b_strides),
-        *(s if need_db else None, ds[0], db[0], dbias[0], spans),
-        *(M, N, R, rows_b, factor),
+        lora_grad_sb_kernel,
+        planned,
+        *(dy, dy_strides, lora_b, b_strides, s if need_db else None, ds[0], db[0], dbias[0]),
+        *(blocks_and_gaps, M, N, R, rows_b, factor),
     )
     reduce_partials(*(both for both in (ds, db, dbias) if both[0] is not None))
     return ds[1], db[1], dbias[1]
 
 
 @lru_cache(maxsize=4096)
-def grad_sb_work(
+def grad_sb_launch(
     M: int,
     N: int,
     R: int,
@@ -143,24 +140,27 @@ def grad_sb_work(
     blocks: Blocks | None,
     has_dbias: bool,
     config: GradSBConfig,
+    precision: str,
     *details: object,
 ) -> tuple[int, int, int, Blocks | None, Launch]:
-    """Partial sums of dS and of dB, all ranks, the spans of columns, and the launch.
+    """Partial sums of dS and of dB, all ranks, blocks and gaps, and the launch.
 
     `details` are what else decides how it is compiled.
     """
     block_r, r_blocks = rank_blocks(R)
-    spans, rank = blocks, R
+    blocks_and_gaps, rank = blocks, R
     if blocks is not None:
         rank = R * len(blocks)
-        spans = blocks + gaps(blocks, N) if has_dbias else blocks
-    widest, count = max(end - first for first, end, _ in whole_or(blocks, N)), len(spans or (0,))
+        blocks_and_gaps = blocks + gaps(blocks, N) if has_dbias else blocks
+    widest = max(end - first for first, end, _ in whole_or(blocks, N))
+    count = len(blocks_and_gaps or (0,))
     chunk_n = chunk_length(widest * count, config.chunk_n)
     chunks = cdiv(widest, chunk_n)
     # Off a grid of 16 elements each is loaded alone, which takes registers: half the rows then; and
     # for blocks in fp32, which has no tensor core to keep operands out of registers.
     fits = blocks is None or dtype is not torch.float32
-    offsets = (dy_strides[0], *(edge for first, end, _ in spans or () for edge in (first, end)))
+    edges = (edge for first, end, _ in blocks_and_gaps or () for edge in (first, end))
+    offsets = (dy_strides[0], *edges)
     block_m = (
         config.block_m
         if fits and all(offset % 16 == 0 for offset in offsets)
@@ -172,7 +172,7 @@ def grad_sb_work(
         "CHUNK_N": chunk_n,
         "BLOCK_R": block_r,
         "BLOCKS": 1 if blocks is None else len(blocks),
-        "PRECISION": dot_precision(dtype),
+        "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -181,7 +181,7 @@ def grad_sb_work(
         chunks,
         row_blocks,
         rank,
-        spans,
+        blocks_and_gaps,
         Launch((row_blocks, chunks * count, r_blocks), constants),
     )
 

@@ -22,17 +22,10 @@ from lora_fast.kernels.launch import Launch, launch, prepared
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.lora_grad_sb import library_grad_sb, lora_grad_sb
 from lora_fast.kernels.plans import BackwardPlan, backward_plan
-from lora_fast.kernels.primitives import (
-    block_offsets,
-    cdiv,
-    chunk_length,
-    dot_precision,
-    mma,
-    on_device_of,
-    rank_blocks,
-    tile_ptrs,
-)
+from lora_fast.kernels.primitives import block_offsets, mma, tile_ptrs
 from lora_fast.kernels.reduce_partials import reduce_partials
+from lora_fast.kernels.sizes import cdiv, chunk_length, rank_blocks
+from lora_fast.kernels.torch_rules import dot_precision, on_device_of
 
 
 @prepared
@@ -108,9 +101,9 @@ def lora_grad_a(
     """dA (R, K) = dS^T (x * keep), None without x, and where needed dx0 (M, K) = keep * (dS A)."""
     M, (R, K) = ds.shape[0], lora_a.shape
     x_strides, a_strides = (0, 0) if x is None else x.stride(), lora_a.stride()
-    chunks, todo = grad_a_work(
-        *(M, R, K, ds.dtype, config, dot_precision(ds.dtype)),
-        *(x_strides, a_strides, lora_a.dtype, x is None, keep is None, need_dx),
+    chunks, planned = grad_a_launch(
+        *(M, R, K, config, dot_precision(ds.dtype)),
+        *(ds.dtype, x_strides, a_strides, lora_a.dtype, x is None, keep is None, need_dx),
     )
     partial = da = dx = None
     if x is not None:
@@ -119,7 +112,9 @@ def lora_grad_a(
     if need_dx:
         dx = ds.new_empty((M, K))
     launch(
-        *(lora_grad_a_kernel, todo, x, x_strides, ds, keep, lora_a, a_strides, partial, dx),
+        lora_grad_a_kernel,
+        planned,
+        *(x, x_strides, ds, keep, lora_a, a_strides, partial, dx),
         *(M, K, R),
     )
     if x is not None:
@@ -128,8 +123,8 @@ def lora_grad_a(
 
 
 @lru_cache(maxsize=4096)
-def grad_a_work(
-    M: int, R: int, K: int, dtype: torch.dtype, config: GradAConfig, *details: object
+def grad_a_launch(
+    M: int, R: int, K: int, config: GradAConfig, precision: str, *details: object
 ) -> tuple[int, Launch]:
     """Partial sums of dA, and the launch; `details` are what else decides how it is compiled."""
     block_r, r_blocks = rank_blocks(R)
@@ -140,7 +135,7 @@ def grad_a_work(
         "BLOCK_K": config.block_k,
         "CHUNK_M": chunk_m,
         "BLOCK_R": block_r,
-        "PRECISION": dot_precision(dtype),
+        "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

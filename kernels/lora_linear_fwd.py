@@ -23,17 +23,9 @@ from lora_fast.kernels.lora_decode import lora_decode
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.lora_update import add_update
 from lora_fast.kernels.plans import ForwardPlan, forward_plan
-from lora_fast.kernels.primitives import (
-    MAX_SIZE,
-    as_own,
-    block_offsets,
-    cdiv,
-    dot_precision,
-    mma,
-    on_device_of,
-    rank_blocks,
-    tile_ptrs,
-)
+from lora_fast.kernels.primitives import block_offsets, mma, tile_ptrs
+from lora_fast.kernels.sizes import MAX_SIZE, cdiv, rank_blocks
+from lora_fast.kernels.torch_rules import as_own, dot_precision, on_device_of
 
 
 @triton.jit
@@ -144,13 +136,7 @@ def lora_shrink_kernel(
 
 
 @lru_cache(maxsize=4096)
-def shrink_work(
-    M: int,
-    R: int,
-    dtype: torch.dtype,
-    config: ShrinkConfig,
-    *details: object,
-) -> Launch:
+def shrink_launch(M: int, R: int, config: ShrinkConfig, precision: str, *details: object) -> Launch:
     """The launch for M rows and a rank; `details` are what else decides how it is compiled."""
     block_r, r_blocks = rank_blocks(R)
     constants = {
@@ -158,7 +144,7 @@ def shrink_work(
         "BLOCK_K": config.block_k,
         "BLOCK_N": config.block_n,
         "BLOCK_R": block_r,
-        "PRECISION": dot_precision(dtype),
+        "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -192,14 +178,15 @@ def lora_shrink(
         scaling *= keep_scale(dropout_p)
     x_strides, a_strides = x.stride(), lora_a.stride()
     b_strides = (0, 0) if b is None else b.stride()
-    todo = shrink_work(
-        *(M, R, x.dtype, config, dot_precision(x.dtype)),
-        *(N, K, x_strides, lora_a.dtype, a_strides, blocks, seed is None),
+    planned = shrink_launch(
+        *(M, R, config, dot_precision(x.dtype)),
+        *(N, K, x.dtype, x_strides, lora_a.dtype, a_strides, blocks, seed is None),
         *(None if b is None else b.dtype, b_strides, None if bias is None else bias.dtype),
     )
     launch(
-        *(lora_shrink_kernel, todo, x, x_strides, lora_a, a_strides, s, keep, seed),
-        *(b, b_strides, bias, y, blocks),
+        lora_shrink_kernel,
+        planned,
+        *(x, x_strides, lora_a, a_strides, s, keep, seed, b, b_strides, bias, y, blocks),
         *(M, N, K, R, scaling, keep_threshold(dropout_p)),
     )
     return s, keep
@@ -281,7 +268,7 @@ def run_plan(
     N, y = weight.shape[0], None
     if plan.impl == "library" and seed is None:
         s = library_shrink(rows, lora_a, scaling)
-        return lora_expand(s, lora_b, bias, N, blocks).addmm_(rows, weight.t()), s, None
+        return library_expand(s, lora_b, bias, N, blocks).addmm_(rows, weight.t()), s, None
     if plan.impl == "lora_first" and rank_blocks(lora_a.shape[0])[1] == 1:
         y = torch.empty((rows.shape[0], N), device=rows.device, dtype=rows.dtype)
     s, keep = lora_shrink(
@@ -295,7 +282,7 @@ def run_plan(
     if plan.impl == "split":
         return lora_gemm(rows, weight, lora_b, t=s, **options)[0], s, keep
     if y is None:
-        y = lora_expand(s, lora_b, bias, N, blocks)
+        y = library_expand(s, lora_b, bias, N, blocks)
     return y.addmm_(rows, weight.t()), s, keep
 
 
@@ -304,7 +291,7 @@ def library_shrink(x: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
     return torch.addmm(x.new_empty(()), x, lora_a.to(x.dtype).t(), beta=0, alpha=scaling)
 
 
-def lora_expand(
+def library_expand(
     s: Tensor, lora_b: Tensor, bias: Tensor | None, features: int, blocks: Blocks | None
 ) -> Tensor:
     """y0 = s b^T + bias (M, features) by vendor GEMMs, for ranks that no program holds at once."""

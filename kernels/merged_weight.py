@@ -8,15 +8,9 @@ from torch import Tensor
 from lora_fast.kernels.configs import WeightConfig, architecture
 from lora_fast.kernels.launch import prepared
 from lora_fast.kernels.plans import weight_plan
-from lora_fast.kernels.primitives import (
-    block_offsets,
-    cdiv,
-    dot_precision,
-    mma,
-    on_device_of,
-    rank_blocks,
-    tile_ptrs,
-)
+from lora_fast.kernels.primitives import block_offsets, mma, tile_ptrs
+from lora_fast.kernels.sizes import cdiv, rank_blocks
+from lora_fast.kernels.torch_rules import dot_precision, on_device_of
 
 
 @triton.jit

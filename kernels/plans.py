@@ -6,6 +6,7 @@ memory traffic. What a GPU has measured for a call of its own is in the tables o
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
@@ -27,6 +28,7 @@ from lora_fast.kernels.configs import (
     grad_a_config,
     grad_sb_config,
     shrink_config,
+    specialised_misfit,
 )
 from lora_fast.kernels.decode_configs import (
     MAX_M,
@@ -35,7 +37,7 @@ from lora_fast.kernels.decode_configs import (
     decode_config,
     decode_serves,
 )
-from lora_fast.kernels.primitives import MAX_BLOCK_R, cdiv, next_power_of_2
+from lora_fast.kernels.sizes import MAX_BLOCK_R, cdiv
 from lora_fast.kernels.tables import Call
 
 _log = logging.getLogger("lora_fast.dispatch.plan")
@@ -44,14 +46,6 @@ ForwardImpl = Literal["decode", "one_pass", "split", "lora_first", "library"]
 # The others have S in registers: one block of the rank, and no mask to be kept.
 SERVE_EVERY_CALL: tuple[ForwardImpl, ...] = ("split", "lora_first", "library")
 InputGradImpl = Literal["fused", "lora_first", "library"]
-# The operators whose plans a table may hold.
-OPS = (
-    "lora_linear_fwd",
-    "lora_linear_bwd",
-    "lora_embedding_fwd",
-    "lora_embedding_bwd",
-    "merged_weight",
-)
 
 ONE_PASS_MAX_N = 3072  # beyond it, x A^T per column tile costs more than a second read of x
 BUSY = 0.75  # the part of the chip that must have a tile, on average, for the largest tiles to pay
@@ -108,8 +102,8 @@ Plan = TypeVar("Plan")  # ForwardPlan, BackwardPlan, EmbeddingConfig, EmbeddingB
 def fused_gemm_pays(arch: Architecture, depth: int, dtype: torch.dtype) -> bool:
     """Does the Triton GEMM beat the vendor's plus one read of C, for a product of this depth?
 
-    Break-even (kernels.md's byte model): ratio > 1 / (1 + flops_per_byte / depth). The fp32
-    tensor-core path is left to the vendor.
+    Break-even by the byte model of bench's floor.py: ratio > 1 / (1 + flops_per_byte / depth). The
+    fp32 tensor-core path is left to the vendor.
     """
     if dtype is torch.float32:
         return False
@@ -125,8 +119,7 @@ def specialised_pays(arch: Architecture, M: int, N: int, K: int, dtype: torch.dt
     gemm = arch.gemm_specialised
     if gemm is None or dtype is torch.float32 or N % 8 or K % 8:
         return False
-    rows = next_power_of_2(M)  # the rules change with M only there
-    tiles = cdiv(rows, gemm.block_m) * cdiv(N, gemm.block_n)
+    tiles = cdiv(M, gemm.block_m) * cdiv(N, gemm.block_n)
     return tiles >= BUSY * arch.processors * cdiv(tiles, arch.processors)
 
 
@@ -134,42 +127,47 @@ def specialised_pays(arch: Architecture, M: int, N: int, K: int, dtype: torch.dt
 def forward_plan(
     arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool
 ) -> ForwardPlan:
-    """How a forward call runs: the measured row, else the rule."""
-    rule = forward_rule(arch, M, N, K, R, dtype, dropout)
-    return measured(arch, Call.of("lora_linear_fwd", M, N, K, R, dtype, dropout), rule)
+    """How a forward call runs."""
+    return plan_for(arch, Call.of("lora_linear_fwd", M, N, K, R, dtype, dropout))
 
 
 @lru_cache(maxsize=4096)
 def backward_plan(
     arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool = False
 ) -> BackwardPlan:
-    """How a backward call runs: the measured row, else the rule."""
-    rule = backward_rule(arch, M, N, K, R, dtype)
-    return measured(arch, Call.of("lora_linear_bwd", M, N, K, R, dtype, dropout), rule)
+    """How a backward call runs."""
+    return plan_for(arch, Call.of("lora_linear_bwd", M, N, K, R, dtype, dropout))
 
 
 @lru_cache(maxsize=4096)
 def embedding_plan(
     arch: Architecture, M: int, D: int, num: int, R: int, dtype: torch.dtype
 ) -> EmbeddingConfig:
-    """How a look-up of M tokens in (num, D) runs: the measured row, else the rule."""
-    rule = embedding_rule(M, D, R, dtype)
-    return measured(arch, Call.of("lora_embedding_fwd", M, D, num, R, dtype, False), rule)
+    """How a look-up of M tokens in (num, D) runs."""
+    return plan_for(arch, Call.of("lora_embedding_fwd", M, D, num, R, dtype, False))
 
 
 @lru_cache(maxsize=4096)
 def embedding_backward_plan(
     arch: Architecture, M: int, D: int, num: int, R: int, dtype: torch.dtype
 ) -> EmbeddingBackwardPlan:
-    """How the backward of a look-up runs: the measured row, else the rule."""
-    rule = embedding_backward_rule(arch, D, R, dtype)
-    return measured(arch, Call.of("lora_embedding_bwd", M, D, num, R, dtype, False), rule)
+    """How the backward of a look-up runs."""
+    return plan_for(arch, Call.of("lora_embedding_bwd", M, D, num, R, dtype, False))
 
 
 @lru_cache(maxsize=4096)
 def weight_plan(arch: Architecture, N: int, K: int, R: int, dtype: torch.dtype) -> WeightPlan:
-    """How the merged weight W + B A of N K elements is formed: the measured row, else the rule."""
-    return measured(arch, Call.of("merged_weight", 1, N, K, R, dtype, False), weight_rule(N, K))
+    """How the merged weight W + B A of N K elements is formed."""
+    return plan_for(arch, Call.of("merged_weight", 1, N, K, R, dtype, False))
+
+
+def plan_for(arch: Architecture, call: Call) -> Any:
+    """How a call runs: the measured row, else the rule.
+
+    Raises:
+        ValueError: no plan is made for such an op.
+    """
+    return measured(arch, call, rule_for(arch, call))
 
 
 def measured(arch: Architecture, call: Call, rule: Plan) -> Plan:
@@ -194,10 +192,10 @@ def why_not(arch: Architecture, plan: object, call: Call) -> str | None:
     """Say why a plan cannot serve a call, if so."""
     if not isinstance(plan, (ForwardPlan, BackwardPlan)):
         return None  # the other kernels serve every call with every tile
-    if plan.gemm.specialised and (arch.gemm_specialised is None or call.dtype == "float32"):
-        return f"specialised warps need 16-bit products on Hopper, got {call.dtype} on {arch.name}"
-    if plan.gemm.specialised and (plan.gemm.num_warps != 8 or plan.gemm.block_m not in (128, 256)):
-        return f"specialised warps need num_warps 8 and block_m 128 or 256, got {plan.gemm}"
+    if plan.gemm.specialised:
+        misfit = specialised_misfit(arch, call.torch_dtype, plan.gemm)
+        if misfit is not None:
+            return misfit
     if isinstance(plan, BackwardPlan) and plan.input_grad == "library" and call.dropout:
         return "no vendor GEMM applies a dropout mask"
     if isinstance(plan, ForwardPlan) and plan.impl not in SERVE_EVERY_CALL:
@@ -218,33 +216,10 @@ def reload_tables() -> None:
         plan_of.cache_clear()
 
 
-def rule_for(arch: Architecture, call: Call) -> Any:
-    """The plan that serves a call where nothing was measured.
-
-    The rules change with M only from one power of two to the next, as calls do.
-
-    Raises:
-        ValueError: no plan is made for such an op.
-    """
-    M, N, K, R, dtype = call.M, call.N, call.K, call.R, getattr(torch, call.dtype)
-    match call.op:
-        case "lora_linear_fwd":
-            return forward_rule(arch, M, N, K, R, dtype, call.dropout)
-        case "lora_linear_bwd":
-            return backward_rule(arch, M, N, K, R, dtype)
-        case "lora_embedding_fwd":
-            return embedding_rule(M, N, R, dtype)
-        case "lora_embedding_bwd":
-            return embedding_backward_rule(arch, N, R, dtype)
-        case "merged_weight":
-            return weight_rule(N, K)
-    raise ValueError(f"op must be one of {', '.join(OPS)}, got {call.op!r}")
-
-
-def forward_rule(
-    arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool
-) -> ForwardPlan:
+def forward_rule(arch: Architecture, call: Call) -> ForwardPlan:
     """Choose the forward implementation by the model."""
+    _, M, N, K, R, _, dropout = call
+    dtype = call.torch_dtype
     fused = fused_gemm_pays(arch, K, dtype)
     narrow = N <= ONE_PASS_MAX_N and fused and R <= 16
     specialised = specialised_pays(arch, M, N, K, dtype)
@@ -267,10 +242,10 @@ def forward_rule(
     return ForwardPlan(impl, gemm, shrink_config(arch, M, K, R, dtype), decode)
 
 
-def backward_rule(
-    arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype
-) -> BackwardPlan:
+def backward_rule(arch: Architecture, call: Call) -> BackwardPlan:
     """Choose by the model the implementation of dx (a product of depth N) and of dS and dB."""
+    _, M, N, K, R, _, _ = call
+    dtype = call.torch_dtype
     gemm, fused = gemm_config(arch, M, dtype), fused_gemm_pays(arch, N, dtype)
     if arch.gemm_specialised is not None:
         fused = specialised_pays(arch, M, K, N, dtype)
@@ -284,24 +259,23 @@ def backward_rule(
     )
 
 
-def embedding_rule(M: int, D: int, R: int, dtype: torch.dtype) -> EmbeddingConfig:
-    """The tile for M tokens: with few of them, narrow chunks, so that all processors have work."""
+def embedding_rule(arch: Architecture, call: Call) -> EmbeddingConfig:
+    """The tile for M tokens, N wide: with few, narrow chunks, so that all processors have work."""
     # A product of fp32 keeps its operands in registers, rows off the 16-byte grid their addresses.
-    few, odd, fp32 = M <= 2048, D % 16 != 0, dtype is torch.float32
+    few, odd, fp32 = call.M <= 2048, call.N % 16 != 0, call.torch_dtype is torch.float32
     return EmbeddingConfig(
-        block_m=16 if few or odd or (fp32 and R > 16) else 32,
+        block_m=16 if few or odd or (fp32 and call.R > 16) else 32,
         block_d=64 if fp32 else 128,
         chunk_d=128 if few else 512,
         num_warps=4,
     )
 
 
-def embedding_backward_rule(
-    arch: Architecture, D: int, R: int, dtype: torch.dtype
-) -> EmbeddingBackwardPlan:
+def embedding_backward_rule(arch: Architecture, call: Call) -> EmbeddingBackwardPlan:
     """Choose the implementation of dS and dB, and the tile of the scatter."""
+    R, dtype = call.R, call.torch_dtype
     grad_sb = grad_sb_config(arch, R, dtype)
-    if D % 16 != 0:
+    if call.N % 16 != 0:
         grad_sb = replace(grad_sb, block_n=grad_sb.block_n // 2)
     return EmbeddingBackwardPlan(
         # Without dbias the tile spills there: for wide ranks on sm_100, for fp32 on sm_80.
@@ -311,9 +285,32 @@ def embedding_backward_rule(
     )
 
 
-def weight_rule(N: int, K: int) -> WeightPlan:
+def weight_rule(arch: Architecture, call: Call) -> WeightPlan:
     """Choose by the size between the kernel and torch's addmm."""
-    return WeightPlan(fused=N * K >= MERGED_WEIGHT_MIN_NUMEL, config=MERGED_WEIGHT)
+    return WeightPlan(fused=call.N * call.K >= MERGED_WEIGHT_MIN_NUMEL, config=MERGED_WEIGHT)
+
+
+_RULES: dict[str, Callable[[Architecture, Call], Any]] = {
+    "lora_linear_fwd": forward_rule,
+    "lora_linear_bwd": backward_rule,
+    "lora_embedding_fwd": embedding_rule,
+    "lora_embedding_bwd": embedding_backward_rule,
+    "merged_weight": weight_rule,
+}
+OPS = tuple(_RULES)  # whose plans a table may hold
+
+
+def rule_for(arch: Architecture, call: Call) -> Any:
+    """The plan that serves a call where nothing was measured.
+
+    It changes with M only from one power of two to the next: a call's M is one.
+
+    Raises:
+        ValueError: no plan is made for such an op.
+    """
+    if call.op not in _RULES:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {call.op!r}")
+    return _RULES[call.op](arch, call)
 
 
 def merged_weight_pays(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> bool:

@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.kernels.launch import Launch, launch, prepared
-from lora_fast.kernels.primitives import block_offsets, cdiv, tile_ptrs
+from lora_fast.kernels.primitives import block_offsets, tile_ptrs
+from lora_fast.kernels.sizes import cdiv
 
 REDUCE_BLOCK = 256
 AT_ONCE = 8  # partial results whose loads are under way together
@@ -47,7 +48,7 @@ def reduce_partials_kernel(segments, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr)
 
 
 @lru_cache(maxsize=4096)
-def work(*segments: tuple[object, ...]) -> Launch:
+def reduce_launch(*segments: tuple[object, ...]) -> Launch:
     """The launch for segments of so many splits and elements, and the dtypes of their outputs."""
     blocks = sum(cdiv(length, REDUCE_BLOCK) for _, length, _ in segments)
     constants = {"BLOCK": REDUCE_BLOCK, "AT_ONCE": AT_ONCE, "num_warps": 4}
@@ -57,5 +58,5 @@ def work(*segments: tuple[object, ...]) -> Launch:
 def reduce_partials(*pairs: tuple[Tensor, Tensor]) -> None:
     """Sum each partial (splits, ...) over its first axis into its contiguous output; one launch."""
     segments = tuple((part, out, part.shape[0], out.numel()) for part, out in pairs)
-    todo = work(*((splits, length, out.dtype) for _, out, splits, length in segments))
-    launch(reduce_partials_kernel, todo, segments)
+    planned = reduce_launch(*((splits, length, out.dtype) for _, out, splits, length in segments))
+    launch(reduce_partials_kernel, planned, segments)

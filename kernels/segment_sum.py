@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.kernels.launch import prepared
-from lora_fast.kernels.primitives import block_offsets, cdiv, rank_blocks, tile_ptrs
+from lora_fast.kernels.primitives import block_offsets, tile_ptrs
+from lora_fast.kernels.sizes import cdiv, rank_blocks
 
 CARRIES = tl.constexpr(32)  # how many blocks' sums one step adds to a long run
 

@@ -58,6 +58,12 @@ class Call(NamedTuple):
         name = str(dtype).removeprefix("torch.")
         return cls(op, 1 << max(M - 1, 0).bit_length(), N, K, R, name, dropout)
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype that its name stands for."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
 
 @dataclass(frozen=True)
 class Machine:

@@ -26,7 +26,7 @@ class _Linear(Problem):
         self.p = DROPOUT_P if job.dropout else 0.0
         self.seed = torch.tensor([1], device=device) if job.dropout else None
         self.rows = self.some_of(m)
-        rule = plans.forward_rule(job.arch, m, n, k, r, job.dtype, job.dropout)
+        rule = plans.rule_for(job.arch, job.call._replace(op="lora_linear_fwd"))
         _, self.s, self.mask = self.forward(rule)
 
     def forward(self, plan: Any) -> tuple[Tensor, Tensor, Tensor]:

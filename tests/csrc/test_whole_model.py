@@ -280,7 +280,7 @@ def test_held_back_delivers_once_and_restores_the_handler(ctrl_c: None) -> None:
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-class _TimeLimit(Exception):
+class _TimeLimitError(Exception):
     pass
 
 
@@ -289,7 +289,7 @@ def alarm() -> Iterator[None]:
     """A time limit as pytest-timeout and others set it: a handler of SIGALRM that raises."""
 
     def expire(number: int, frame: object) -> None:
-        raise _TimeLimit
+        raise _TimeLimitError
 
     before = signal.signal(signal.SIGALRM, expire)
     yield
@@ -308,7 +308,7 @@ def test_a_time_limit_in_the_middle_loses_nothing(alarm: None, backend: str) -> 
                 signal.setitimer(signal.ITIMER_REAL, microseconds * 1e-6)
                 layer.eval()
                 layer.train()
-            except _TimeLimit:
+            except _TimeLimitError:
                 expired += 1
             signal.setitimer(signal.ITIMER_REAL, 0)
             layer.train()
@@ -321,7 +321,7 @@ def test_held_back_delivers_each_signal_and_restores_each_handler(alarm: None) -
     with pytest.raises(KeyboardInterrupt) as caught, interrupts.held_back():
         for number in (signal.SIGINT, signal.SIGALRM, signal.SIGALRM):
             signal.raise_signal(number)
-    assert isinstance(caught.value.__context__, _TimeLimit)
+    assert isinstance(caught.value.__context__, _TimeLimitError)
     assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
 
 

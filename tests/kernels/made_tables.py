@@ -13,7 +13,7 @@ GPU = "NVIDIA Imaginary 9000"
 ARCH = replace(configs.ARCHITECTURES["sm_90"], gpu=GPU)
 SIZES = (4096, 4096, 4096, 16, torch.bfloat16)  # M, N, K, R
 CALL = Call.of("lora_linear_fwd", *SIZES, False)
-RULE = plans.forward_rule(ARCH, *SIZES, False)
+RULE = plans.rule_for(ARCH, CALL)
 # Something that the rule does not choose, so that its effect shows.
 OTHER = "library"
 TILE = {"block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}

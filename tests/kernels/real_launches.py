@@ -23,8 +23,8 @@ from triton.backends.nvidia.driver import CudaDriver
 from lora_fast.kernels import (
     configs,
     descriptors,
+    hopper_launch,
     hopper_operands,
-    hopper_work,
     launch,
 )
 
@@ -66,10 +66,10 @@ class Comparison:
         self.arguments = ctypes.c_int.in_dll(library, "arguments")
         self.wrong = wrong
         self.running: list[tuple[Any, dict[str, Any], str]] = []
-        self.counts = {"found by its work": 0, "found by its arguments": 0, "different": 0}
+        self.counts = {"found by its launch": 0, "found by its arguments": 0, "different": 0}
         self.start = launch.start
         launch.start = self.compare
-        for name, way in (("run", "found by its work"), ("launch", "found by its arguments")):
+        for name, way in (("run", "found by its launch"), ("launch", "found by its arguments")):
             setattr(launch.PreparedKernel, name, self.following(name, way))
 
     def following(self, name: str, way: str) -> Any:
@@ -108,13 +108,13 @@ class Comparison:
         return bytes(self.notes[: self.noted.value])
 
 
-def vars_of(todo: Any) -> dict[str, Any]:
+def vars_of(first: Any) -> dict[str, Any]:
     """The constants of a `Launch`; none of a grid."""
-    return getattr(todo, "constants", {})
+    return getattr(first, "constants", {})
 
 
 def main(folder: str, wrong: bool) -> None:
-    """Make the chosen calls three times each: compiled, found by arguments, found by work."""
+    """Make the chosen calls three times each: compiled, found by arguments, found by launch."""
     library = ctypes.CDLL(os.path.join(folder, "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
     driver = CudaDriver()
     driver.get_current_device = lambda: 0
@@ -128,7 +128,7 @@ def main(folder: str, wrong: bool) -> None:
 
     # As on a GPU, where these tensors would be.
     descriptors.described = hopper_operands.described = kept
-    hopper_work.check_hopper = lambda *args: None
+    hopper_launch.check_hopper = lambda *args: None
     compile_calls.meta = tensor
     comparison = Comparison(library, wrong)
     made = set()

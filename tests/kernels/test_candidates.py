@@ -64,7 +64,7 @@ def test_torchs_way_to_a_weight_is_measured_beside_the_kernel() -> None:
 def test_one_pass_is_a_candidate_where_it_can_serve() -> None:
     def impls(R: int, dropout: bool) -> set[str]:
         call = Call.of("lora_linear_fwd", 64, 4096, 4096, R, torch.bfloat16, dropout)
-        rule = plans.forward_rule(ARCH, 64, 4096, 4096, R, torch.bfloat16, dropout)
+        rule = plans.rule_for(ARCH, call)
         found = candidates(ARCH, call, rule)[0]
         return {rule.impl, *(change["impl"] for change in found)}
 
@@ -75,7 +75,7 @@ def test_one_pass_is_a_candidate_where_it_can_serve() -> None:
 def test_specialised_warps_are_a_candidate_on_hopper_alone() -> None:
     def offered(arch: configs.Architecture, dtype: torch.dtype) -> bool:
         call = Call.of("lora_linear_fwd", *SIZES[:4], dtype, False)
-        rule = plans.forward_rule(arch, *SIZES[:4], dtype, False)
+        rule = plans.rule_for(arch, call)
         ways = candidates(arch, call, rule)[0]
         return any("gemm" in way and way["gemm"].specialised for way in ways)
 

@@ -298,15 +298,15 @@ def test_names_of_constants_are_told_apart(
 def test_a_launch_made_before_is_the_same(
     driver: NotingDriver, jit_runs: list[str], kernel: PreparedKernel
 ) -> None:
-    args, todo = arguments(extra=torch.ones(1)), launch.Launch((4, 5), CONSTANTS)
+    args, planned = arguments(extra=torch.ones(1)), launch.Launch((4, 5), CONSTANTS)
     for _ in range(3):
-        launch.launch(kernel, todo, *args)
+        launch.launch(kernel, planned, *args)
     assert len(jit_runs) == 1
     first, second, third = driver.launches
     addresses = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
     assert second == third == (*first[:3], [*addresses, True, 16])
     other = arguments(scale=-2.0, x=torch.ones(64), extra=torch.ones(1))
-    launch.launch(kernel, todo, *other)
+    launch.launch(kernel, planned, *other)
     assert driver.launches[-1][3][:6:5] == [other[0].data_ptr(), -2.0]
     assert len(jit_runs) == 1
 
@@ -315,11 +315,11 @@ def test_a_launch_made_before_is_the_same(
 def test_addresses_off_the_grid_get_a_kernel_of_their_own(
     off: str, driver: NotingDriver, jit_runs: list[str], kernel: PreparedKernel
 ) -> None:
-    todo, aligned = launch.Launch((1,), CONSTANTS), arguments()
+    planned, aligned = launch.Launch((1,), CONSTANTS), arguments()
     shifted = arguments(x=torch.zeros(65)[1:])
     for args in (shifted, aligned) if off == "first" else (aligned, shifted):
         for _ in range(2):
-            launch.launch(kernel, todo, *args)
+            launch.launch(kernel, planned, *args)
     assert len(jit_runs) == 2
     functions = [function for _, _, function, _ in driver.launches]
     assert functions[0] is functions[1] is not functions[2] is functions[3]
@@ -328,9 +328,9 @@ def test_addresses_off_the_grid_get_a_kernel_of_their_own(
 def test_a_launch_made_before_on_another_device(
     driver: NotingDriver, jit_runs: list[str], kernel: PreparedKernel
 ) -> None:
-    todo = launch.Launch((1,), CONSTANTS)
+    planned = launch.Launch((1,), CONSTANTS)
     for driver.device in (0, 1, 0, 1):
-        launch.launch(kernel, todo, *arguments())
+        launch.launch(kernel, planned, *arguments())
     assert len(jit_runs) == 2
     functions = [function for _, _, function, _ in driver.launches]
     assert functions[0] is functions[2] is not functions[1] is functions[3]
@@ -339,10 +339,10 @@ def test_a_launch_made_before_on_another_device(
 def test_tensors_in_tuples() -> None:
     x, y = torch.zeros(64), torch.zeros(64)
     args = (((x, y[1:], 3), (x, 2.0)), (1, 2), ((1, 2), (3, 4)), None, y)
-    todo = launch.Launch((1,), {})
-    todo.note(0, (None, ()), args)
-    assert (todo.tensors, todo.nested) == ((4,), (0,))
-    values, bits = todo.addresses(args)
+    planned = launch.Launch((1,), {})
+    planned.note(0, (None, ()), args)
+    assert (planned.tensors, planned.nested) == ((4,), (0,))
+    values, bits = planned.addresses(args)
     here, there = x.data_ptr(), y.data_ptr()
     assert values == [((here, there + 4, 3), (here, 2.0)), *args[1:4], there]
     assert bits % 16 == 4

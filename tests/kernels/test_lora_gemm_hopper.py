@@ -19,14 +19,14 @@ from hopper_machine import Descriptor, Pointer
 from hopper_model import Kernel
 from triton.compiler.errors import CompilationError
 
-from lora_fast.kernels import hopper_work, lora_gemm_hopper, primitives
+from lora_fast.kernels import hopper_launch, lora_gemm_hopper, primitives
 from lora_fast.kernels import lora_gemm as module
 from lora_fast.kernels.configs import ARCHITECTURES, architecture
+from lora_fast.kernels.descriptors import descriptor_fits
 from lora_fast.kernels.dropout import packed_width, unpack_mask
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.lora_gemm_hopper import rank_operand
 from lora_fast.kernels.plans import backward_plan, forward_plan
-from lora_fast.kernels.primitives import descriptor_fits
 
 SPECIALISED = ARCHITECTURES["sm_90"].gemm_specialised
 SOURCE = Path(lora_gemm_hopper.__file__).read_text()
@@ -222,7 +222,7 @@ def test_forced_on_the_cpu() -> None:
 
 
 def test_forced_on_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_work, "architecture", lambda device: ARCHITECTURES["sm_80"])
+    monkeypatch.setattr(hopper_launch, "architecture", lambda device: ARCHITECTURES["sm_80"])
     with pytest.raises(ValueError, match=r"sm_90.*got sm_80.*specialised=False"):
         launch(on_meta())
 

@@ -8,7 +8,7 @@ from lora_fast.testing import assert_within_budget
 
 pytest.importorskip("triton")
 
-from lora_fast.kernels import primitives
+from lora_fast.kernels import sizes
 from lora_fast.kernels.configs import GemmConfig, GradAConfig, GradSBConfig
 from lora_fast.kernels.dropout import keep_scale, unpack_mask
 from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
@@ -129,7 +129,7 @@ def test_the_same_bits_every_time(plan: str, make_inputs: Any) -> None:
 
 def test_long_axes_take_longer_chunks(make_inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there are more rows or columns than a grid's second axis has chunks for."""
-    monkeypatch.setattr(primitives, "MAX_GRID_Y", 2)
+    monkeypatch.setattr(sizes, "MAX_GRID_Y", 2)
     inputs = make_inputs(150, 140, 36, 4)
     found, keep = run(inputs, "lora_first-kernel-pointers", 0.5)
     check(inputs, found, keep)

@@ -14,7 +14,7 @@ from lora_fast.kernels import merged_weight as kernel
 from lora_fast.kernels.configs import WeightConfig
 from lora_fast.kernels.merged_weight import joined_axes, merged_weight
 from lora_fast.kernels.plans import merged_weight_pays
-from lora_fast.kernels.primitives import MAX_GRID_Y
+from lora_fast.kernels.sizes import MAX_GRID_Y
 
 CONFIG = WeightConfig(16, 32, num_warps=4)
 SCALING = 0.75

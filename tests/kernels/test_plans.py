@@ -16,7 +16,7 @@ from lora_fast.kernels.plans import (
     rule_for,
     weight_plan,
 )
-from lora_fast.kernels.primitives import MAX_BLOCK_R
+from lora_fast.kernels.sizes import MAX_BLOCK_R
 from lora_fast.kernels.tables import Call
 
 HALF = (torch.float16, torch.bfloat16)

@@ -185,7 +185,7 @@ def test_a_plan_that_cannot_serve_the_call_is_ignored(
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({}, None), ({"block_m": 64}, "block_m 128 or 256"), ({"num_warps": 4}, "num_warps 8")],
+    [({}, None), ({"block_m": 64}, "block_m=128 or 256"), ({"num_warps": 4}, "num_warps=8 and")],
 )
 def test_specialised_warps_are_refused_where_there_is_no_kernel(
     change: dict[str, int], reason: str | None, caplog: pytest.LogCaptureFixture
@@ -196,7 +196,7 @@ def test_specialised_warps_are_refused_where_there_is_no_kernel(
     other = replace(configs.ARCHITECTURES["sm_80"], gpu=GPU)
     put(table({"gemm": {"specialised": True}}, arch="sm_80"))
     assert not plan(arch=other).gemm.specialised
-    assert "specialised warps need 16-bit products on Hopper" in caplog.text
+    assert "specialised warps need a Hopper GPU (sm_90)" in caplog.text
 
 
 EMBEDDING, WEIGHT = ("lora_embedding_fwd", "lora_embedding_bwd"), "merged_weight"

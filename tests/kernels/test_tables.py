@@ -59,7 +59,8 @@ def test_rows_of_another_call_change_nothing() -> None:
     assert plan(R=8).impl == RULE.impl
     assert plan(dropout=True).impl == RULE.impl
     assert plan(M=4097).impl == RULE.impl
-    assert plans.backward_plan(ARCH, *SIZES) == plans.backward_rule(ARCH, *SIZES)
+    backward = Call.of("lora_linear_bwd", *SIZES, False)
+    assert plans.backward_plan(ARCH, *SIZES) == plans.rule_for(ARCH, backward)
 
 
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (2, 2), (3, 4), (4095, 4096), (4097, 8192)])
@@ -72,7 +73,7 @@ def test_rows_up_to_a_power_of_two_share_a_choice(rows: int, bucket: int) -> Non
 
 def test_the_backward_has_rows_with_and_without_dropout() -> None:
     call = Call.of("lora_linear_bwd", *SIZES, True)
-    rule = plans.backward_rule(ARCH, *SIZES)
+    rule = plans.rule_for(ARCH, call)
     put(table({"library_sb": True, "gemm": TILE}, call))
     assert plans.backward_plan(ARCH, *SIZES) == rule
     measured = plans.backward_plan(ARCH, *SIZES, True)
@@ -98,7 +99,7 @@ def test_the_log_says_which_plan_serves_a_call_and_where_it_is_from(
 def test_interpreted_and_offline_plans_know_no_table() -> None:
     put(table({"impl": OTHER}))
     interpreted = configs.architecture(torch.device("cpu"))
-    assert plan(arch=interpreted) == plans.forward_rule(interpreted, *SIZES, False)
+    assert plan(arch=interpreted) == plans.rule_for(interpreted, CALL)
     assert plan(arch=configs.ARCHITECTURES["sm_90"]).impl == RULE.impl
 
 

@@ -1,4 +1,4 @@
-"""Sizes of ranks, grids and tiles, and the one setting that may make fp32 products less exact."""
+"""The one setting that may make fp32 products less exact."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,8 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lora_fast.kernels.lora_gemm import descriptor_fits
-from lora_fast.kernels.primitives import MAX_BLOCK_R, chunk_length, dot_precision, rank_blocks
+from lora_fast.kernels.torch_rules import dot_precision
 
 
 @pytest.fixture(autouse=True)
@@ -64,50 +63,3 @@ def test_tf32_where_torch_allows_it(allow: Callable[[], None], refuse: Callable[
 def test_tf32_is_off_by_default() -> None:
     set_everything("none")
     assert dot_precision(torch.float32) == "ieee"
-
-
-@pytest.mark.parametrize(
-    ("rank", "expected"),
-    [(1, (16, 1)), (16, (16, 1)), (17, (32, 1)), (33, (64, 1)), (64, (64, 1)), (65, (64, 2)),
-     (128, (64, 2)), (129, (64, 3)), (512, (64, 8))],
-)  # fmt: skip
-def test_rank_blocks(rank: int, expected: tuple[int, int]) -> None:
-    assert rank_blocks(rank) == expected
-    assert expected[0] <= MAX_BLOCK_R
-
-
-@pytest.mark.parametrize("length", [1, 65535 * 1024, 65535 * 1024 + 1, 2**31 - 2**16])
-def test_a_long_axis_fits_the_grid(length: int) -> None:
-    chunk = chunk_length(length, 1024)
-    assert -(-length // chunk) <= 65535
-    assert chunk % 1024 == 0
-    assert (chunk == 1024) == (length <= 65535 * 1024)
-
-
-def matrix(rows: int, cols: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    return torch.zeros(rows * cols + 16, dtype=dtype)[: rows * cols].view(rows, cols)
-
-
-@pytest.mark.parametrize(
-    ("tensor", "fits"),
-    [
-        (matrix(4, 8), True),
-        (matrix(4, 8, torch.float32), True),
-        (matrix(4, 24)[:, :5], True),  # the pitch counts, not the width
-        (matrix(1, 8), True),
-        (matrix(4, 7), False),
-        (matrix(4, 12), False),
-        (matrix(4, 4, torch.float32), True),
-        (matrix(4, 16)[:, 1:9], False),
-        (matrix(4, 16)[:, 8:], True),
-        (matrix(4, 16)[:, ::2], False),
-        (matrix(8, 8).t(), False),
-        (matrix(1, 8).expand(4, 8), False),  # dY of a sum over rows
-        (torch.zeros((), dtype=torch.float16).expand(4, 8), False),
-        (torch.zeros(64, dtype=torch.float16).as_strided((4, 16), (8, 1)), False),
-        (matrix(4, 1), False),
-    ],
-    ids=lambda value: f"{tuple(value.shape)}{value.stride()}" if hasattr(value, "stride") else "",
-)
-def test_what_the_tensor_memory_accelerator_can_read(tensor: torch.Tensor, fits: bool) -> None:
-    assert descriptor_fits(tensor) == fits

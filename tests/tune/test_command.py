@@ -25,7 +25,8 @@ needs_kernels = pytest.mark.skipif(
 GPU = "NVIDIA Imaginary 9000"
 ARCH = replace(configs.ARCHITECTURES["sm_90"], gpu=GPU)
 # What serves these calls where nothing was measured.
-RULED = str(plans.forward_rule(ARCH, 5, 24, 16, 2, torch.float32, False).impl)
+RULED_CALL = tables.Call.of("lora_linear_fwd", 5, 24, 16, 2, torch.float32, False)
+RULED = str(plans.rule_for(ARCH, RULED_CALL).impl)
 Refused = Callable[..., str]
 
 

@@ -8,11 +8,11 @@ import torch
 from lora_fast.kernels.column_blocks import Blocks
 from lora_fast.kernels.configs import GemmConfig, processor_count
 from lora_fast.kernels.launch import Launch
-from lora_fast.kernels.primitives import MAX_BLOCK_R, cdiv, rank_blocks
+from lora_fast.kernels.sizes import MAX_BLOCK_R, cdiv, rank_blocks
 
 
 @lru_cache(maxsize=4096)
-def gemm_work(
+def gemm_launch(
     config: GemmConfig,
     tma_fits: bool,
     one_pass: bool,

@@ -4,13 +4,18 @@ from functools import lru_cache
 
 import torch
 
-from lora_fast.kernels.configs import GemmConfig, architecture, processor_count
+from lora_fast.kernels.configs import (
+    GemmConfig,
+    architecture,
+    processor_count,
+    specialised_misfit,
+)
 from lora_fast.kernels.launch import Launch
-from lora_fast.kernels.primitives import cdiv, rank_blocks
+from lora_fast.kernels.sizes import cdiv, rank_blocks
 
 
 @lru_cache(maxsize=4096)
-def hopper_work(
+def hopper_launch(
     config: GemmConfig,
     groups: int,
     M: int,
@@ -45,20 +50,9 @@ def hopper_work(
 
 def check_hopper(device: torch.device, dtype: torch.dtype, config: GemmConfig) -> None:
     """Refuse what the kernel is not made for."""
-    on_gpu = device.type in ("cuda", "meta")  # meta: compiled for a GPU that is not here
-    if not on_gpu or architecture(device).name != "sm_90":
-        found = architecture(device).name if on_gpu else f"a tensor on {device}"
-        raise ValueError(
-            f"config: specialised warps need a Hopper GPU (sm_90), got {found}; "
-            "take a GemmConfig with specialised=False"
-        )
-    if dtype.itemsize != 2:
-        raise ValueError(
-            f"config: specialised warps need fp16 or bf16, got {dtype}; "
-            "take a GemmConfig with specialised=False"
-        )
-    if config.num_warps != 8 or config.block_m not in (128, 256):
-        raise ValueError(
-            "config: specialised warps are two groups of four, each for 64 or 128 rows of a tile: "
-            f"expected num_warps=8 and block_m=128 or 256, got {config}"
-        )
+    if device.type in ("cuda", "meta"):  # meta: compiled for a GPU that is not here
+        misfit = specialised_misfit(architecture(device), dtype, config)
+    else:
+        misfit = f"specialised warps need a Hopper GPU (sm_90), got a tensor on {device}"
+    if misfit is not None:
+        raise ValueError(f"config: {misfit}; take a GemmConfig with specialised=False")
