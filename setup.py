@@ -1,4 +1,4 @@
-"""Builds the compiled ops, lora_fast._C and lora_fast._C_cuda; pyproject.toml holds the rest.
+"""Builds the native ops, lora_fast._C and lora_fast._C_cuda; pyproject.toml holds the rest.
 
 LORA_FAST_BUILD chooses what is compiled:
     auto   what this machine has a compiler and a torch for (the default); failing is no error

@@ -13,7 +13,7 @@
 #include <memory>
 
 #include "cpu_isa.h"
-#include "merge.h"
+#include "tensors.h"
 
 namespace lora_fast {
 namespace {

@@ -16,8 +16,8 @@
 #include <utility>
 
 #include "lora_delta_matrices.h"
-#include "merge.h"
 #include "small_products.h"
+#include "tensors.h"
 
 namespace lora_fast {
 namespace {
@@ -251,7 +251,7 @@ bool serves(const Tensor& output, const std::vector<const Tensor*>& others) {
 }
 
 template <class Function>
-void dispatch_fp32(const Tensor& x, const Function& function) {
+void dispatch_fp32_sums(const Tensor& x, const Function& function) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return function(Fp32{});
     case ScalarType::Half: return function(Fp16{});
@@ -261,13 +261,13 @@ void dispatch_fp32(const Tensor& x, const Function& function) {
 }
 
 // S, or a tensor of no dimension where nothing was done.
-Tensor forward_cpu(
+Tensor lora_delta_fwd_cpu(
     Tensor x, Tensor lora_a, Tensor lora_b, double scaling, std::vector<int64_t> edges, Tensor y) {
   const std::array<int64_t, 2> sizes = {x.size(0), lora_a.size(0)};
   const bool is_served = serves(y, {&lora_a, &lora_b, &x});
   Tensor s = torch::stable::new_empty(x, {sizes.data(), is_served ? size_t{2} : size_t{0}});
   if (!is_served) return s;
-  dispatch_fp32(x, [&](auto format) {
+  dispatch_fp32_sums(x, [&](auto format) {
     const Delta<decltype(format)> delta(Sizes(y, lora_a, lora_b, edges), scaling);
     delta.forward(
         delta.like_x(x, "x"), delta.like_a(lora_a, "lora_A"), delta.like_b(lora_b, "lora_B"),
@@ -277,7 +277,7 @@ Tensor forward_cpu(
 }
 
 // False where nothing was done.
-bool backward_cpu(
+bool lora_delta_bwd_cpu(
     Tensor dy, std::optional<Tensor> x, Tensor lora_a, Tensor lora_b, std::optional<Tensor> s,
     std::optional<Tensor> keep, double scaling, double keep_scale, std::vector<int64_t> edges,
     std::optional<Tensor> dx, std::optional<Tensor> da, std::optional<Tensor> db) {
@@ -292,7 +292,7 @@ bool backward_cpu(
           (keep->scalar_type() == ScalarType::Bool && keep->numel() == dy.size(0) * lora_a.size(1)),
       "lora_delta: keep must be bool and of the size of x");
   const auto* kept = keep ? static_cast<const uint8_t*>(keep->const_data_ptr()) : nullptr;
-  dispatch_fp32(dy, [&](auto format) {
+  dispatch_fp32_sums(dy, [&](auto format) {
     using F = decltype(format);
     const Delta<F> delta(Sizes(dy, lora_a, lora_b, edges), scaling);
     // All of them, and so all checks, before anything is written.
@@ -316,6 +316,6 @@ bool backward_cpu(
 }  // namespace lora_fast
 
 STABLE_TORCH_LIBRARY_IMPL(lora_fast, CPU, m) {
-  m.impl("lora_delta_fwd_", TORCH_BOX(&lora_fast::forward_cpu));
-  m.impl("lora_delta_bwd_", TORCH_BOX(&lora_fast::backward_cpu));
+  m.impl("lora_delta_fwd_", TORCH_BOX(&lora_fast::lora_delta_fwd_cpu));
+  m.impl("lora_delta_bwd_", TORCH_BOX(&lora_fast::lora_delta_bwd_cpu));
 }

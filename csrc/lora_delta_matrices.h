@@ -8,8 +8,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "merge.h"
 #include "small_products.h"
+#include "tensors.h"
 
 namespace lora_fast {
 

@@ -1,11 +1,6 @@
 // What the CPU and the CUDA side of merge_ and unmerge_ share: the arguments, checked and laid out.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -14,12 +9,9 @@
 
 #include "merge_item.h"
 #include "merge_math.h"
+#include "tensors.h"
 
 namespace lora_fast {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 
 // What merge_ returns for a weight in place of the length of its overflow list.
 constexpr int64_t kNotFinite = -1;
@@ -61,16 +53,6 @@ inline View view_of(const Tensor& tensor, bool transposed) {
     }
   }
   return view;
-}
-
-inline Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return Dtype::kFp64;
-    case ScalarType::Float: return Dtype::kFp32;
-    case ScalarType::Half: return Dtype::kFp16;
-    case ScalarType::BFloat16: return Dtype::kBf16;
-    default: STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16");
-  }
 }
 
 inline Factor factor_of(const Tensor& tensor, const char* name, bool transposed) {
@@ -175,17 +157,6 @@ inline Tensor status_tensor(const std::vector<int64_t>& status) {
       torch::stable::Device(torch::headeronly::DeviceType::CPU));
   std::copy(status.begin(), status.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
   return result;
-}
-
-// Calls function(format) for the format of the weights.
-template <class Function>
-void dispatch_format(Dtype dtype, const Function& function) {
-  switch (dtype) {
-    case Dtype::kFp64: return function(Fp64{});
-    case Dtype::kFp32: return function(Fp32{});
-    case Dtype::kFp16: return function(Fp16{});
-    case Dtype::kBf16: return function(Bf16{});
-  }
 }
 
 }  // namespace lora_fast

@@ -36,8 +36,6 @@ struct View {
   }
 };
 
-enum class Dtype : int8_t { kFp64, kFp32, kFp16, kBf16 };
-
 // lora_A or lora_B, or its transpose: data[i * stride0 + j * stride1].
 struct Factor {
   const void* data = nullptr;

@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "cpu_isa.h"
-#include "merge_math.h"
+#include "formats.h"
 
 namespace lora_fast {
 

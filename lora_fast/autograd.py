@@ -76,16 +76,16 @@ class _LoraLinear(torch.autograd.Function):
         y, s, mask = ops.launcher("lora_linear_fwd", x)(
             x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, edges
         )
-        need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
+        need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
         ctx.scaling, ctx.dropout_p, ctx.spans, ctx.edges = scaling, dropout_p, spans, edges
         ctx.bias_dtype = bias.dtype if bias is not None else y.dtype
         ctx.save_for_backward(
-            x if need_w or need_a else None,
+            x if need_weight or need_A else None,
             weight if need_x else None,
             lora_A,
             lora_B,
-            s if need_b else None,
-            mask if seed is not None and (need_x or need_a) else None,
+            s if need_B else None,
+            mask if seed is not None and (need_x or need_A) else None,
         )
         return y
 
@@ -119,11 +119,11 @@ def _differentiable_grads(
 ) -> tuple[Tensor | None, ...]:
     """The gradients as ordinary torch code, for `create_graph=True`: they have gradients again."""
     x, weight, lora_A, lora_B, s, mask = saved
-    need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+    need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
     flat = dy.reshape(-1, dy.shape[-1])
     a, b = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
     rows = x.reshape(-1, a.shape[1]) if x is not None else None
-    if need_b and rows is None and need_x:
+    if need_B and rows is None and need_x:
         raise checks.no_input_kept()
     drop = None
     if mask is not None:
@@ -135,22 +135,22 @@ def _differentiable_grads(
     columns = [flat[:, lo:hi] for lo, hi in spans]
     factors = blocks.rows(b, spans)
     ds = torch.cat([dy @ b for dy, b in zip(columns, factors, strict=True)], 1) * ctx.scaling
-    dx = dw = dbias = da = db = None
+    dx = dW = dbias = dA = dB = None
     if need_x:
         delta = ds @ a
         dx = flat @ weight + (delta if drop is None else delta * drop)
         dx = dx.view(*dy.shape[:-1], a.shape[1])
-    if need_w:
+    if need_weight:
         assert rows is not None
-        dw = flat.t() @ rows
+        dW = flat.t() @ rows
     if need_bias:
         dbias = flat.sum(0).to(ctx.bias_dtype)
-    if need_a:
-        da = (ds.t() @ dropped).to(lora_A.dtype)
-    if need_b:
+    if need_A:
+        dA = (ds.t() @ dropped).to(lora_A.dtype)
+    if need_B:
         # Where neither x nor A needs a gradient none flows through S, and the saved one serves;
         # the mask, which only their gradients read, was not kept.
-        u = s if dropped is None or not (need_x or need_a) else dropped @ a.t() * ctx.scaling
+        u = s if dropped is None or not (need_x or need_A) else dropped @ a.t() * ctx.scaling
         ranks = blocks.columns(u, b.shape[1], spans)
-        db = torch.cat([dy.t() @ u for dy, u in zip(columns, ranks, strict=True)]).to(lora_B.dtype)
-    return dx, dw, dbias, da, db
+        dB = torch.cat([dy.t() @ u for dy, u in zip(columns, ranks, strict=True)]).to(lora_B.dtype)
+    return dx, dW, dbias, dA, dB

@@ -69,25 +69,25 @@ class _LoraEmbedding(torch.autograd.Function):
         (dy,) = dys
         # Once: what unpacks them under activation checkpointing hands them out one time only.
         saved = input, lora_A, lora_B = ctx.saved_tensors
-        need_w, need_a, need_b = ctx.needs_input_grad[:3]
-        dw: Tensor | None = None
-        da: Tensor | None = None
-        db: Tensor | None = None
-        if need_w:
+        need_weight, need_A, need_B = ctx.needs_input_grad[:3]
+        dW: Tensor | None = None
+        dA: Tensor | None = None
+        dB: Tensor | None = None
+        if need_weight:
             padding = -1 if ctx.padding_idx is None else ctx.padding_idx
-            dw = torch.ops.aten.embedding_backward(
+            dW = torch.ops.aten.embedding_backward(
                 dy, input, ctx.num, padding, ctx.by_freq, ctx.sparse
             )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            da, db = _differentiable_grads(ctx, saved, dy)
-        elif need_a or need_b:
-            da, db = ops.launcher("lora_embedding_bwd", dy)(
+            dA, dB = _differentiable_grads(ctx, saved, dy)
+        elif need_A or need_B:
+            dA, dB = ops.launcher("lora_embedding_bwd", dy)(
                 *(dy, input, lora_A, lora_B, ctx.scaling, ctx.padding_idx, ctx.by_freq),
-                *(not ctx.sparse, [need_a, need_b]),
+                *(not ctx.sparse, [need_A, need_B]),
             )
-        if da is not None and need_a and ctx.sparse:
-            da = eager.columns_gradient(input, da, lora_A.shape, ctx.padding_idx, ctx.by_freq)
-        return (dw, da if need_a else None, db if need_b else None, *([None] * 5))
+        if dA is not None and need_A and ctx.sparse:
+            dA = eager.columns_gradient(input, dA, lora_A.shape, ctx.padding_idx, ctx.by_freq)
+        return (dW, dA if need_A else None, dB if need_B else None, *([None] * 5))
 
 
 def _differentiable_grads(
@@ -95,20 +95,20 @@ def _differentiable_grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dA (of `sparse` its addends) and dB as ordinary torch code, for `create_graph=True`."""
     input, lora_A, lora_B = saved
-    _, need_a, need_b = ctx.needs_input_grad[:3]
+    _, need_A, need_B = ctx.needs_input_grad[:3]
     rows, index = dy.reshape(-1, dy.shape[-1]), input.reshape(-1)
     options = {"padding_idx": ctx.padding_idx, "scale_grad_by_freq": ctx.by_freq}
-    da = db = None
-    if need_a:
+    dA = dB = None
+    if need_A:
         ds = (rows @ lora_B.to(dy.dtype) * ctx.scaling).to(lora_A.dtype)
         padding = -1 if ctx.padding_idx is None else ctx.padding_idx
-        da = ds
+        dA = ds
         if not ctx.sparse:
             columns = torch.ops.aten.embedding_backward(
                 ds, index, ctx.num, padding, ctx.by_freq, False
             )
-            da = columns.t()
-    if need_b:
+            dA = columns.t()
+    if need_B:
         s = F.embedding(index, lora_A.to(dy.dtype).t(), **options) * ctx.scaling
-        db = (rows.t() @ s).to(lora_B.dtype)
-    return da, db
+        dB = (rows.t() @ s).to(lora_B.dtype)
+    return dA, dB

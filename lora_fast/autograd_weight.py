@@ -20,10 +20,10 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 class _MergedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        _, need_a, need_b = ctx.needs_input_grad[:3]
+        _, need_A, need_B = ctx.needs_input_grad[:3]
         ctx.scaling, ctx.shape = scaling, (lora_B.shape[0], lora_A.shape[1])
         ctx.dtypes = lora_A.dtype, lora_B.dtype
-        ctx.save_for_backward(lora_A if need_b else None, lora_B if need_a else None)
+        ctx.save_for_backward(lora_A if need_B else None, lora_B if need_A else None)
         launch = ops.launcher("merged_weight", weight)
         merged: Tensor = launch(weight, lora_A, lora_B, scaling)
         return merged
@@ -33,12 +33,12 @@ class _MergedWeight(torch.autograd.Function):
         # Ordinary torch code, so that it has gradients again.
         (dweight,) = grads
         lora_A, lora_B = ctx.saved_tensors
-        need_w, need_a, need_b = ctx.needs_input_grad[:3]
-        da = db = None
+        need_weight, need_A, need_B = ctx.needs_input_grad[:3]
+        dA = dB = None
         flat = dweight.reshape(ctx.shape)
         with reference.no_autocast(dweight):
-            if need_a:
-                da = ((lora_B.to(flat.dtype) * ctx.scaling).t() @ flat).to(ctx.dtypes[0])
-            if need_b:
-                db = (flat @ lora_A.to(flat.dtype).t() * ctx.scaling).to(ctx.dtypes[1])
-        return dweight if need_w else None, da, db, None
+            if need_A:
+                dA = ((lora_B.to(flat.dtype) * ctx.scaling).t() @ flat).to(ctx.dtypes[0])
+            if need_B:
+                dB = (flat @ lora_A.to(flat.dtype).t() * ctx.scaling).to(ctx.dtypes[1])
+        return dweight if need_weight else None, dA, dB, None

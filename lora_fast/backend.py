@@ -32,7 +32,7 @@ class Backend(Enum):
     """`lora_fast.eager`: torch's own kernels, with a backward written by hand."""
     EAGER_LORA_FIRST = "eager_lora_first"
     """`lora_fast.lora_first`: the same in the fewest launches, for a GPU with little to compute."""
-    COMPILED = "compiled"
+    NATIVE = "native"
     """The merge in C++ and CUDA, from csrc."""
     REFERENCE = "reference"
     """`lora_fast.reference`: plain differentiable torch."""

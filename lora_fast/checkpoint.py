@@ -6,7 +6,6 @@ A `.safetensors` file carries it in its header, any other file (`torch.save`) in
 
 import json
 import os
-import uuid
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast import sharded
+from lora_fast.files import written_whole
 from lora_fast.lora_layer import MergingLayer
 from lora_fast.utils import lora_state_dict
 
@@ -70,14 +70,8 @@ def save(
     metadata = adapted if lora_only else every
     is_safetensors = _names_safetensors(Path(path))
     write = _write_safetensors if is_safetensors else _write_torch
-    target = _target(Path(path))
-    # Several processes may save to one path, each rank of a training run, say.
-    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
-    try:
+    with written_whole(_target(Path(path))) as part:
         write(kept, metadata, part)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _names_safetensors(path: Path) -> bool:

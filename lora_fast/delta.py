@@ -34,7 +34,7 @@ def op_pays(x: Tensor) -> bool:
         x.is_cpu
         and x.numel() <= _MOST_ROWS_OF_OP * x.shape[-1]
         and x.dtype in _OP_DTYPES
-        and ops.load_compiled("cpu") is None
+        and ops.load_native("cpu") is None
     )
 
 

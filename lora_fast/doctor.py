@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     for title, lines in (
         ("versions", _versions()),
         ("GPUs", _gpus()),
-        ("compiled ops", _compiled()),
+        ("native ops", _native()),
         ("settings", _settings()),
         ("what runs where", backend.explanation().splitlines()),
         ("measured tables", show.tables_in_force(rows=False)),
@@ -91,9 +91,9 @@ def _driver() -> str | None:
     return ", ".join(dict.fromkeys(done.stdout.split())) or None
 
 
-def _compiled() -> Iterator[str]:
+def _native() -> Iterator[str]:
     for device in ("cpu", "cuda"):
-        yield f"{device}: {ops.load_compiled(device) or 'built'}"
+        yield f"{device}: {ops.load_native(device) or 'built'}"
 
 
 def _settings() -> Iterator[str]:

@@ -64,7 +64,7 @@ def _scale(p: float, dtype: torch.dtype) -> float:
 @functools.cache
 def _draws_are_known(dtype: torch.dtype) -> bool:
     """Tell whether the op is there and makes torch's draws: asked of torch itself, once."""
-    if dtype not in ops.COMPILED_DTYPES or ops.load_compiled("cpu") is not None:
+    if dtype not in ops.NATIVE_DTYPES or ops.load_native("cpu") is not None:
         return False
     x = torch.ones(2000, dtype=dtype, device="cpu")
     mine, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)

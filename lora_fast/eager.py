@@ -45,8 +45,6 @@ def low_rank_linear(
     Returns:
         (..., N), contiguous, the dtype of `x`.
     """
-    if not spans:
-        return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():  # spares the host the making of a node
         return _forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, spans)[0]
     return _LowRankLinear.apply(  # type: ignore[no-any-return]

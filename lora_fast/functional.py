@@ -90,8 +90,7 @@ def lora_linear(
         operands = (x, weight, reference.like(lora_A, x), reference.like(lora_B, x))
         if backend is Backend.EAGER_LORA_FIRST:
             return lora_first(*operands, scaling, bias, p)
-        whole = ((0, weight.shape[0]),)
-        return eager.low_rank_linear(*operands, scaling, bias, p, whole)
+        return eager.low_rank_linear(*operands, scaling, bias, p, ((0, weight.shape[0]),))
     rest = (weight, lora_A, lora_B, scaling, bias, dropout_p, training)
     if x.dim() > 2 and _flattens(x):
         y = reference.lora_linear(x.flatten(0, -2), *rest)
@@ -156,7 +155,7 @@ def lora_merged_linear(
         p = dropout_p if training else 0.0
         if backend is Backend.TRITON:
             return autograd.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, spans)
-        if backend is Backend.EAGER:
+        if backend is Backend.EAGER and spans:
             operands = (x, weight, reference.like(lora_A, x), reference.like(lora_B, x))
             return eager.low_rank_linear(*operands, scaling, bias, p, spans)
     else:

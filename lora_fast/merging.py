@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_fast import checks, compiled, ops, reference, shapes, sharded, versions
+from lora_fast import checks, native, ops, reference, shapes, sharded, versions
 from lora_fast.backend import Backend, decided, get_backend
-from lora_fast.compiled import Merge
+from lora_fast.native import Merge
 from lora_fast.record import MergeRecord
 
 
@@ -51,7 +51,7 @@ def merge_(
 
 @torch.no_grad()
 def merge_many(requests: Sequence[Merge]) -> list[MergeRecord | None]:
-    """`merge_` weights of one device and dtype, in one call of the compiled ops.
+    """`merge_` weights of one device and dtype, in one call of the native ops.
 
     Args:
         requests: the arguments of `merge_` for each; no two weights share memory.
@@ -70,7 +70,7 @@ def merge_many(requests: Sequence[Merge]) -> list[MergeRecord | None]:
     records: list[MergeRecord | None] = [None] * len(requests)
     try:
         if served:
-            found = compiled.merge([requests[i] for i in served])
+            found = native.merge([requests[i] for i in served])
             for i, record in zip(served, found, strict=True):
                 records[i] = record
         for i in sorted(set(range(len(requests))) - set(served)):
@@ -102,15 +102,15 @@ def _checked(request: Merge) -> Merge:
 
 
 def _is_served(request: Merge) -> bool:
-    """Tell whether the compiled ops serve a request, and log what serves it."""
+    """Tell whether the native ops serve a request, and log what serves it."""
     weight, lora_A, lora_B, *_ = request
     if sharded.is_dtensor(weight):  # whose shard comes here again
         return False
-    if get_backend() == Backend.REFERENCE.value:
+    if get_backend() == "reference":
         reason: str | None = "chosen by set_backend"
     else:
-        reason = compiled.why_not(weight, lora_A, lora_B)
-    chosen = Backend.COMPILED if reason is None else Backend.REFERENCE
+        reason = native.why_not(weight, lora_A, lora_B)
+    chosen = Backend.NATIVE if reason is None else Backend.REFERENCE
     decided("merge_", chosen, reason or "plain tensors")
     return reason is None
 
@@ -146,10 +146,10 @@ def unmerge_(weight: Tensor, record: MergeRecord) -> None:
 
 @torch.no_grad()
 def unmerge_many(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
-    """`unmerge_` weights of one device and dtype, in one call of the compiled ops."""
+    """`unmerge_` weights of one device and dtype, in one call of the native ops."""
     local = [_checked_local(w, record) for w, record in zip(weights, records, strict=True)]
     numbers = [versions.current(weight) for weight in local]
-    compiled.unmerge(local, records)
+    native.unmerge(local, records)
     for weight, part, record, number in zip(weights, local, records, numbers, strict=True):
         versions.restored(part, record.versions, number)
         sharded.count_version(weight)
@@ -166,15 +166,15 @@ def _checked_local(weight: Tensor, record: MergeRecord) -> Tensor:
     local = sharded.local(weight)
     record.check(local)
     checks.not_faked("unmerge_", local)
-    reason = None if record.original is not None else ops.load_compiled(local.device.type)
+    reason = None if record.original is not None else ops.load_native(local.device.type)
     if reason is not None:
-        raise RuntimeError(f"unmerge_: the weight was merged by the compiled ops, and {reason}")
+        raise RuntimeError(f"unmerge_: the weight was merged by the native ops, and {reason}")
     return local
 
 
 def explain(device: str) -> tuple[str, str]:
     """Return the implementation of `merge_` and `unmerge_` on `device`, and why."""
-    reason = "chosen by set_backend" if get_backend() == "reference" else ops.load_compiled(device)
+    reason = "chosen by set_backend" if get_backend() == "reference" else ops.load_native(device)
     if reason is None:
-        return Backend.COMPILED.value, "one pass, about a byte a weight while merged"
+        return Backend.NATIVE.value, "one pass, about a byte a weight while merged"
     return Backend.REFERENCE.value, f"keeps a copy of the weight: {reason}"

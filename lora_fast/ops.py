@@ -18,28 +18,28 @@ from lora_fast.blocks import from_edges
 
 torch.library.define(
     "lora_fast::lora_linear_fwd",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, "
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
     "float dropout_p, Tensor? seed, int[]? edges=None) -> (Tensor y, Tensor s, Tensor mask)",
 )
 torch.library.define(
     "lora_fast::lora_linear_bwd",
-    "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? s, Tensor? mask, "
+    "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? mask, "
     "float scaling, float dropout_p, bool[5] needs, ScalarType bias_dtype, int[]? edges=None) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor da, Tensor db)",
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)",
 )
 
 torch.library.define(
     "lora_fast::lora_embedding_fwd",
-    "(Tensor input, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor",
+    "(Tensor input, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
 )
 torch.library.define(
     "lora_fast::lora_embedding_bwd",
-    "(Tensor dy, Tensor input, Tensor lora_a, Tensor lora_b, float scaling, int? padding_idx, "
-    "bool scale_grad_by_freq, bool scatter, bool[2] needs) -> (Tensor da, Tensor db)",
+    "(Tensor dy, Tensor input, Tensor lora_A, Tensor lora_B, float scaling, int? padding_idx, "
+    "bool scale_grad_by_freq, bool scatter, bool[2] needs) -> (Tensor dA, Tensor dB)",
 )
 torch.library.define(
     "lora_fast::merged_weight",
-    "(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor",
+    "(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
 )
 
 torch.library.define(
@@ -76,23 +76,23 @@ def _(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
     edges: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if edges is None:
-        shapes.linear(x, weight, lora_a, lora_b, bias)
+        shapes.linear(x, weight, lora_A, lora_B, bias)
     else:
         splits = from_edges(edges, weight.shape[0])
-        shapes.merged_linear(x, weight, lora_a, lora_b, bias, *splits)
+        shapes.merged_linear(x, weight, lora_A, lora_B, bias, *splits)
     rows = math.prod(x.shape[:-1])
     mask_shape = (0,) if seed is None else (rows, (x.shape[-1] + 7) // 8)
     return (
         x.new_empty((*x.shape[:-1], weight.shape[0])),
-        x.new_empty((rows, lora_a.shape[0])),
+        x.new_empty((rows, lora_A.shape[0])),
         x.new_empty(mask_shape, dtype=torch.uint8),
     )
 
@@ -102,8 +102,8 @@ def _(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
     s: Tensor | None,
     mask: Tensor | None,
     scaling: float,
@@ -112,9 +112,9 @@ def _(
     bias_dtype: torch.dtype,
     edges: list[int] | None = None,
 ) -> tuple[Tensor, ...]:
-    n, k = dy.shape[-1], lora_a.shape[1]
-    shapes = ((*dy.shape[:-1], k), (n, k), (n,), lora_a.shape, lora_b.shape)
-    dtypes = (dy.dtype, dy.dtype, bias_dtype, lora_a.dtype, lora_b.dtype)
+    n, k = dy.shape[-1], lora_A.shape[1]
+    shapes = ((*dy.shape[:-1], k), (n, k), (n,), lora_A.shape, lora_B.shape)
+    dtypes = (dy.dtype, dy.dtype, bias_dtype, lora_A.dtype, lora_B.dtype)
     return tuple(
         dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)
         for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
@@ -122,8 +122,8 @@ def _(
 
 
 @torch.library.register_fake("lora_fast::lora_embedding_fwd")
-def _(input: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    shapes.embedding(input, weight, lora_a, lora_b)
+def _(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    shapes.embedding(input, weight, lora_A, lora_B)
     return weight.new_empty((*input.shape, weight.shape[1]))
 
 
@@ -131,25 +131,25 @@ def _(input: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: fl
 def _(
     dy: Tensor,
     input: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
     scaling: float,
     padding_idx: int | None,
     scale_grad_by_freq: bool,
     scatter: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    r, num = lora_a.shape
-    da_shape = (r, num) if scatter else (input.numel(), r)
+    r, num = lora_A.shape
+    dA_shape = (r, num) if scatter else (input.numel(), r)
     return (
-        lora_a.new_empty(da_shape if needs[0] else 0),
-        lora_b.new_empty((dy.shape[-1], r) if needs[1] else 0),
+        lora_A.new_empty(dA_shape if needs[0] else 0),
+        lora_B.new_empty((dy.shape[-1], r) if needs[1] else 0),
     )
 
 
 @torch.library.register_fake("lora_fast::merged_weight")
-def _(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    shapes.delta("merged_weight", weight, lora_a, lora_b, None, None)
+def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    shapes.delta("merged_weight", weight, lora_A, lora_B, None, None)
     return torch.empty_like(weight)
 
 
@@ -258,16 +258,16 @@ dropout_ = torch.ops.lora_fast.dropout_.default
 lora_delta_fwd_ = torch.ops.lora_fast.lora_delta_fwd_.default
 lora_delta_bwd_ = torch.ops.lora_fast.lora_delta_bwd_.default
 
-COMPILED_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+NATIVE_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 """Dtypes that the ops of csrc serve."""
 
 
 @functools.cache
-def load_compiled(device_type: str) -> str | None:
+def load_native(device_type: str) -> str | None:
     """Load the library with the ops of csrc for a device; return why it can't be, if so."""
     module = {"cpu": "lora_fast._C", "cuda": "lora_fast._C_cuda"}.get(device_type)
     if module is None:
-        return f"there are no compiled ops for {device_type} tensors"
+        return f"there are no native ops for {device_type} tensors"
     try:
         importlib.import_module(module)
     except ImportError as error:

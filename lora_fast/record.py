@@ -15,13 +15,13 @@ class Code(NamedTuple):
     Attributes:
         code: int8, the block's shape: how many representable numbers lie between the original
             weight and what subtracting the delta gives; -128 where the list has the weight itself.
-        places: int32, where in the block the elements of the list are.
-        value: their original values.
+        overflow_index: int32, where in the block the elements of the list are.
+        overflow_value: their original values.
     """
 
     code: Tensor
-    places: Tensor
-    value: Tensor
+    overflow_index: Tensor
+    overflow_value: Tensor
 
     def nbytes(self) -> int:
         """Return the memory that it takes."""

@@ -72,6 +72,8 @@ def lora_merged_linear(
 
     Source: loralib/layers.py:245-252, which forms the dense delta; this is the factored form.
     """
+    if not any(enable_lora):  # nor is anything drawn
+        return F.linear(x, weight, bias)
     if isinstance(x, Tensor) and x.is_nested:  # cannot be split and joined along the features
         a, b = like(lora_A, x), like(lora_B, x)
         widths = block_widths(weight.shape[0], enable_lora, out_splits)

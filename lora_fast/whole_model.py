@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fast import interrupts, merging, reference, sharded
-from lora_fast.compiled import Merge
 from lora_fast.lora_layer import MergingLayer, merge_lock
+from lora_fast.native import Merge
 from lora_fast.record import MergeRecord
 
 Layers = dict[str, MergingLayer]

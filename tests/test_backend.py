@@ -97,9 +97,9 @@ def test_few_rows_of_16_bits_on_a_cpu(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if is_built and ops.load_compiled("cpu") is not None:
+    if is_built and ops.load_native("cpu") is not None:
         pytest.skip("the ops of csrc were not built")
-    monkeypatch.setattr(ops, "load_compiled", lambda device: None if is_built else "not built")
+    monkeypatch.setattr(ops, "load_native", lambda device: None if is_built else "not built")
     x, *rest = (torch.ones(shape, dtype=dtype) for shape in ((rows, 6), (4, 6), (2, 6), (4, 2)))
     said = decisions(caplog, lambda: functional.lora_linear(x, *rest, 1.0))
     assert said == [f"lora_linear -> {expected}: not a CUDA tensor"]
@@ -132,7 +132,7 @@ def test_merges_are_logged(caplog: pytest.LogCaptureFixture) -> None:
         said = decisions(caplog, lambda: functional.merge_(weight, a, b, 1.0))
     assert said == ["merge_ -> reference: chosen by set_backend"]
     (line,) = decisions(caplog, lambda: functional.merge_(weight, a, b, 1.0))
-    assert line.startswith(("merge_ -> compiled: plain tensors", "merge_ -> reference: "))
+    assert line.startswith(("merge_ -> native: plain tensors", "merge_ -> reference: "))
 
 
 def test_nothing_is_logged_above_debug(caplog: pytest.LogCaptureFixture) -> None:
@@ -332,7 +332,7 @@ class OnGpu:
     """What `choose` asks a CUDA tensor."""
 
     is_cuda, is_cpu, is_nested, requires_grad = True, False, False, True
-    device, dtype = torch.device("cuda", 0), torch.float32
+    device, dtype, layout = torch.device("cuda", 0), torch.float32, torch.strided
 
     def numel(self) -> int:
         return 12

@@ -64,7 +64,7 @@ def test_the_report_is_whole_and_all_is_well(capsys: pytest.CaptureFixture[str])
     assert any(line.startswith(f"torch {torch.__version__}, CUDA") for line in found["versions"])
     assert any(line.startswith("triton ") for line in found["versions"])
     assert found["GPUs"]
-    assert [line.partition(":")[0] for line in found["compiled ops"]] == ["cpu", "cuda"]
+    assert [line.partition(":")[0] for line in found["native ops"]] == ["cpu", "cuda"]
     assert found["what runs where"] == lora_fast.explain().splitlines()
     assert found["measured tables"][0].startswith("your tables are in ")
     tested = found["self-test against the reference in float64"]
@@ -199,8 +199,8 @@ def test_a_wrong_gradient_fails(no_kernels: None, monkeypatch: pytest.MonkeyPatc
         return y + (lora_A * 1e-2).sum() - (lora_A * 1e-2).sum().detach()
 
     monkeypatch.setattr(eager, "low_rank_linear", wrong)
-    # Linear's few rows of 16 bits go there only for the sake of the compiled op.
-    linear = {"lora_linear"} if ops.load_compiled("cpu") is None else set()
+    # Linear's few rows of 16 bits go there only for the sake of the native op.
+    linear = {"lora_linear"} if ops.load_native("cpu") is None else set()
     assert failures(list(outcomes())) == {"lora_merged_linear"} | linear
 
 

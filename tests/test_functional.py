@@ -307,6 +307,16 @@ def test_dropout_only_in_training_and_then_one_draw(
     assert not torch.equal(dropped, plain)
 
 
+def test_without_an_enabled_block_there_is_no_adapter(backend: str) -> None:
+    x, weight = torch.randn(5, 8), torch.randn(6, 8)
+    state = torch.get_rng_state()
+    none = (torch.empty(0, 8), torch.empty(0, 3))
+    off = {"enable_lora": [False, False]}
+    y = functional.lora_merged_linear(x, weight, *none, SCALING, None, 0.5, True, **off)
+    assert torch.equal(y, F.linear(x, weight))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("op", ["lora_linear", "lora_merged_linear"])
 def test_the_inputs_are_left_alone(op: str, backend: str) -> None:
     options = {} if op == "lora_linear" else {"enable_lora": [True]}

@@ -76,10 +76,10 @@ def test_kernels_know_nothing_of_the_rest(name):
         ),
         (
             "merging",
-            {"backend", "checks", "compiled", "ops", "record", "reference", "shapes"}
+            {"backend", "checks", "native", "ops", "record", "reference", "shapes"}
             | {"sharded", "versions"},
         ),
-        ("compiled", {"ops", "record", "reference", "torch_internals"}),
+        ("native", {"ops", "record", "reference", "torch_internals"}),
         ("versions", {"torch_internals"}),
         ("eager", {"blocks", "delta", "dropout", "reference"}),
         ("delta", {"blocks", "ops"}),
@@ -95,7 +95,7 @@ def test_import_arrows(name, allowed):
     assert ours(imports(f"lora_fast.{name}")) == {f"lora_fast.{target}" for target in allowed}
 
 
-def test_only_ops_names_the_compiled_part():
+def test_only_ops_names_the_native_part():
     naming = [
         n for n, path in MODULES.items() if re.search(r"(?<!torch\.)\b_C\b", path.read_text())
     ]
@@ -105,7 +105,7 @@ def test_only_ops_names_the_compiled_part():
 @pytest.mark.parametrize("name", ["layers", "conv", "lora_layer"])
 def test_layers_know_no_implementation(name):
     """They reach it through `functional`; the reference serves what only they can be asked for."""
-    names = {"autograd", "delta", "eager", "lora_first", "ops", "compiled", "dropout"}
+    names = {"autograd", "delta", "eager", "lora_first", "ops", "native", "dropout"}
     assert not ours(imports(f"lora_fast.{name}")) & {f"lora_fast.{other}" for other in names}
 
 

@@ -283,8 +283,8 @@ def merge_args(device: str, dtype: torch.dtype) -> Args:
 
 @pytest.mark.parametrize("op", ["merge_", "unmerge_"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_merges(device: torch.device, dtype: torch.dtype, op: str) -> None:
-    reason = ops.load_compiled(device.type)
+def test_native_merges(device: torch.device, dtype: torch.dtype, op: str) -> None:
+    reason = ops.load_native(device.type)
     if reason is not None:
         pytest.skip(reason)
     args = merge_args(str(device), dtype)
@@ -294,8 +294,8 @@ def test_compiled_merges(device: torch.device, dtype: torch.dtype, op: str) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_compiled_dropout(dtype: torch.dtype) -> None:
-    reason = ops.load_compiled("cpu")
+def test_the_native_dropout(dtype: torch.dtype) -> None:
+    reason = ops.load_native("cpu")
     if reason is not None:
         pytest.skip(reason)
     x = torch.randn(40, dtype=dtype)

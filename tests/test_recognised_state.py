@@ -28,7 +28,7 @@ MAKERS = {
 
 @pytest.fixture(params=["auto", "reference"])
 def backend(request: pytest.FixtureRequest) -> Any:
-    """With the compiled merge, and with the one that keeps a copy."""
+    """With the native merge, and with the one that keeps a copy."""
     with lora.use_backend(request.param):
         yield request.param
 

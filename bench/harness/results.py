@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from harness.clock import nvidia_smi
+from lora_fast.files import written_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -98,9 +99,8 @@ def write_json(
 ) -> None:
     """Write rows as `name.json`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{name}.json.part"
-    part.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
-    part.replace(folder / f"{name}.json")
+    with written_whole(folder / f"{name}.json") as part:
+        part.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,13 +1,13 @@
 """The demo's results: a table, metrics.json and a picture of the loss curves."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_fast.demo.training import Run
+from lora_fast.files import written_whole
 
 
 @dataclass
@@ -62,7 +62,8 @@ class Report:
         """Write metrics.json and, once a step was made, loss.png; return the files."""
         folder.mkdir(parents=True, exist_ok=True)
         metrics = folder / "metrics.json"
-        _write_whole(metrics, json.dumps(self._metrics(), indent=2).encode())
+        with written_whole(metrics) as part:
+            part.write_text(json.dumps(self._metrics(), indent=2))
         files = [metrics]
         if any(run.losses for run in self.runs):
             files.append(self._picture(folder / "loss.png"))
@@ -104,15 +105,7 @@ class Report:
         axes.set_ylabel("training loss (nats per token)")
         axes.set_title(self.title, fontsize="medium")
         axes.legend()
-        part = path.with_name(path.name + ".part")
-        figure.savefig(part, format="png", dpi=120)
+        with written_whole(path) as part:
+            figure.savefig(part, format="png", dpi=120)
         plt.close(figure)
-        os.replace(part, path)
         return path
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)

@@ -158,6 +158,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(params=["auto", "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The merge by the compiled ops, where this machine has them, and by torch."""
+    """The merge by the native ops, where this machine has them, and by torch."""
     with lora_fast.use_backend(request.param):
         yield request.param

@@ -1,4 +1,4 @@
-"""The compiled ops must be there where demanded, and are skipped with a reason elsewhere."""
+"""The native ops must be there where demanded, and are skipped with a reason elsewhere."""
 
 import os
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from lora_fast import functional, ops
 
 
 @pytest.fixture(autouse=True)
-def compiled_ops() -> None:
+def native_ops() -> None:
     """Load the CPU ops."""
-    reason = ops.load_compiled("cpu")
+    reason = ops.load_native("cpu")
     if reason is None:
         return
     if os.environ.get("LORA_FAST_REQUIRE_BUILD") == "1":

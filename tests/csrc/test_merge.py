@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lora_fast as lora
-from lora_fast import compiled, functional, ops, reference
+from lora_fast import functional, native, ops, reference
 from lora_fast.testing import assert_within_budget, randomize_
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -79,7 +79,7 @@ def test_layouts_and_odd_sizes(dtype: torch.dtype, layout: str, shape: tuple[int
     n, k, r = shape
     weight = laid_out(torch.randn(n, k).to(dtype), layout)
     record = check_cycle(weight, *factors(n, k, r, dtype), 0.7)
-    assert record.original is None  # it was the compiled merge
+    assert record.original is None  # it was the native merge
 
 
 @pytest.mark.parametrize("layout", ["columns", "every_second"])
@@ -234,15 +234,15 @@ def test_one_of_several_that_overflows_stays_and_the_others_merge() -> None:
     before = [bits(w) for w in weights]
     scalings = [1.0, 1e5, 1.0]
     requests = [
-        compiled.Merge(w, *factors(40, 50, 2, torch.half), s)
+        native.Merge(w, *factors(40, 50, 2, torch.half), s)
         for w, s in zip(weights, scalings, strict=True)
     ]
-    records = compiled.merge(requests)
+    records = native.merge(requests)
     assert [record is None for record in records] == [False, True, False]
     assert torch.equal(bits(weights[1]), before[1])
     kept = [0, 2]
     assert all(not torch.equal(bits(weights[i]), before[i]) for i in kept)
-    compiled.unmerge([weights[i] for i in kept], [records[i] for i in kept])
+    native.unmerge([weights[i] for i in kept], [records[i] for i in kept])
     assert all(torch.equal(bits(w), b) for w, b in zip(weights, before, strict=True))
 
 

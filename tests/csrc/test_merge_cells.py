@@ -40,7 +40,7 @@ def test_what_was_merged_before_an_overflow_is_taken_back(
     weight, lora_A, lora_B = column_of_large_weights(col, dtype)
     before = bits(weight)
     record = functional.merge_(weight, lora_A, lora_B, 1.0)
-    assert record.codes[0].places.tolist() == [K + col]
+    assert record.codes[0].overflow_index.tolist() == [K + col]
     functional.unmerge_(weight, record)
     assert torch.equal(bits(weight), before)
 
@@ -63,7 +63,7 @@ def test_all_sets_write_the_same_codes(
     args = (torch.randn(5, K) * 0.1, torch.randn(N, 5) * 0.1, 0.7)
     merged, before = weight.clone(), bits(weight)
     record = functional.merge_(merged, *args)
-    assert record.codes[0].places.numel() > 0
+    assert record.codes[0].overflow_index.numel() > 0
 
     monkeypatch.setenv("LORA_FAST_CPU_ISA", "portable")
     expected = weight.clone()

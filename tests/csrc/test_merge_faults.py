@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_fast as lora
-from lora_fast import compiled, functional, lora_layer, whole_model
+from lora_fast import functional, lora_layer, native, whole_model
 from lora_fast.testing import randomize_
 
 
@@ -23,14 +23,14 @@ def test_no_memory_for_a_list_undoes_the_merge(monkeypatch: pytest.MonkeyPatch) 
         for layer in model:
             layer.weight[0, :3] = 1e-30  # too far from what the way back gives: into the list
     bases = [layer.weight.detach().clone() for layer in model]
-    fitted, calls = compiled._fitted, iter(range(9))
+    fitted, calls = native._trimmed, iter(range(9))
 
     def failing(*args: Any) -> Any:
         if next(calls) == 1:
             raise MemoryError
         return fitted(*args)
 
-    monkeypatch.setattr(compiled, "_fitted", failing)
+    monkeypatch.setattr(native, "_trimmed", failing)
     with pytest.raises(MemoryError):
         lora.merge(model)
     for layer, base in zip(model, bases, strict=True):
@@ -174,7 +174,7 @@ def test_a_weight_whose_elements_share_memory_comes_back(strides: Any) -> None:
     memory = torch.randn(4000)
     before = memory.clone()
     weight = torch.as_strided(memory, (64, 48), strides)
-    assert compiled._overlaps(weight)
+    assert native._overlaps(weight)
     record = functional.merge_(weight, torch.randn(2, 48), torch.randn(64, 2), 1.0)
     assert record.original is not None
     functional.unmerge_(weight, record)
@@ -184,8 +184,8 @@ def test_a_weight_whose_elements_share_memory_comes_back(strides: Any) -> None:
 @pytest.mark.parametrize("strides", [(48, 1), (1, 64), (100, 2), (3, 200)], ids=str)
 def test_gaps_are_no_overlap(strides: Any) -> None:
     weight = torch.as_strided(torch.randn(20000), (64, 48), strides)
-    assert not compiled._overlaps(weight)
-    assert compiled.why_not(weight, torch.randn(2, 48), torch.randn(64, 2)) is None
+    assert not native._overlaps(weight)
+    assert native.why_not(weight, torch.randn(2, 48), torch.randn(64, 2)) is None
 
 
 # From torch 2.14 on it tells of every sparse tensor that it checks.

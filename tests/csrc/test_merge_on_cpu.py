@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_fast import compiled, ops
+from lora_fast import native, ops
 
 FOLDER = Path(__file__).parent / "cuda_on_cpu"
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -51,7 +51,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def on_cpu(library: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let `compiled` call what the fixture returns, as often as it likes."""
+    """Let `native` call what the fixture returns, as often as it likes."""
 
     def swap() -> None:
         monkeypatch.setattr(ops, "merge_", library.merge_.default)
@@ -64,7 +64,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
 
 
-def copies(merge: compiled.Merge) -> compiled.Merge:
+def copies(merge: native.Merge) -> native.Merge:
     """The same request on memory of its own, laid out alike."""
     weight = torch.empty_strided(
         merge.weight.shape, merge.weight.stride(), dtype=merge.weight.dtype
@@ -72,13 +72,13 @@ def copies(merge: compiled.Merge) -> compiled.Merge:
     return merge._replace(weight=weight)
 
 
-def assert_like_the_cpu(merges: list[compiled.Merge], on_cpu: Any) -> list[Any]:
+def assert_like_the_cpu(merges: list[native.Merge], on_cpu: Any) -> list[Any]:
     """Merge both ways, compare all that is left behind, take back; return the records."""
     there = [copies(merge) for merge in merges]
     before = [merge.weight.clone() for merge in merges]
-    expected = compiled.merge(merges)
+    expected = native.merge(merges)
     on_cpu()
-    records = compiled.merge(there)
+    records = native.merge(there)
     for here, yours, mine, other in zip(merges, there, expected, records, strict=True):
         assert torch.equal(bits(here.weight), bits(yours.weight))
         assert (mine is None) == (other is None)
@@ -88,12 +88,12 @@ def assert_like_the_cpu(merges: list[compiled.Merge], on_cpu: Any) -> list[Any]:
         for code, found in zip(mine.codes, other.codes, strict=True):
             assert torch.equal(code.code, found.code)
             listed = [
-                dict(zip(c.places.tolist(), bits(c.value).tolist(), strict=True))
+                dict(zip(c.overflow_index.tolist(), bits(c.overflow_value).tolist(), strict=True))
                 for c in (code, found)
             ]
             assert listed[0] == listed[1]
     kept = [(m.weight, r) for m, r in zip(there, records, strict=True) if r is not None]
-    compiled.unmerge([weight for weight, _ in kept], [record for _, record in kept])
+    native.unmerge([weight for weight, _ in kept], [record for _, record in kept])
     for merge, original in zip(there, before, strict=True):
         assert torch.equal(bits(merge.weight), bits(original))
     return records
@@ -101,7 +101,7 @@ def assert_like_the_cpu(merges: list[compiled.Merge], on_cpu: Any) -> list[Any]:
 
 def request(
     n: int, k: int, r: int, dtype: torch.dtype, layout: str = "rows", size: float = 0.3
-) -> compiled.Merge:
+) -> native.Merge:
     weight = torch.randn(n, k).to(dtype)
     if layout == "transposed":
         weight = weight.t().contiguous().t()
@@ -109,7 +109,7 @@ def request(
         weight = torch.randn(n, 2 * k).to(dtype)[:, ::2]
     elif layout == "padded":
         weight = torch.randn(n, k + 4).to(dtype)[:, :k]
-    return compiled.Merge(weight, torch.randn(r, k) * size, torch.randn(n, r) * size, 0.7)
+    return native.Merge(weight, torch.randn(r, k) * size, torch.randn(n, r) * size, 0.7)
 
 
 @pytest.mark.parametrize("layout", ["rows", "transposed", "every_second", "padded"])
@@ -156,7 +156,7 @@ def test_a_list_longer_than_a_block_gathers(dtype: torch.dtype, on_cpu: Any) -> 
     )
     (record,) = assert_like_the_cpu([merge], on_cpu)
     assert record.original is None
-    assert sum(code.places.numel() for code in record.codes) > 512
+    assert sum(code.overflow_index.numel() for code in record.codes) > 512
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -184,7 +184,7 @@ def test_more_weights_than_a_launch_takes(dtype: torch.dtype, on_cpu: Any) -> No
 def test_the_blocks_of_a_grouped_weight(on_cpu: Any) -> None:
     weight, enable = torch.randn(3 * 48, 56).bfloat16(), [True, False, True]
     lora_A, lora_B = torch.randn(2 * 4, 56), torch.randn(2 * 48, 4)
-    merge = compiled.Merge(weight, lora_A, lora_B, 0.5, enable, [48] * 3)
+    merge = native.Merge(weight, lora_A, lora_B, 0.5, enable, [48] * 3)
     (record,) = assert_like_the_cpu([merge], on_cpu)
     assert len(record.codes) == 2
 
@@ -192,5 +192,5 @@ def test_the_blocks_of_a_grouped_weight(on_cpu: Any) -> None:
 def test_the_weight_of_a_convolution(on_cpu: Any) -> None:
     for layout in (torch.contiguous_format, torch.channels_last):
         weight = torch.randn(8, 6, 3, 3).to(memory_format=layout)
-        merge = compiled.Merge(weight, torch.randn(4, 18), torch.randn(24, 4), 2.0)
+        merge = native.Merge(weight, torch.randn(4, 18), torch.randn(24, 4), 2.0)
         assert_like_the_cpu([merge], on_cpu)

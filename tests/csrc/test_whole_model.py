@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fast as lora
-from lora_fast import compiled, functional, interrupts, ops, whole_model
+from lora_fast import functional, interrupts, native, ops, whole_model
 from lora_fast.testing import randomize_
 
 
@@ -114,7 +114,7 @@ def test_an_exception_in_the_middle_leaves_every_layer_as_it_was(
     if name == "unmerge":
         lora.merge(model)
     before, states = weights(model), merged(model)
-    original, calls = getattr(compiled, name), 0
+    original, calls = getattr(native, name), 0
 
     def failing(*args: Any) -> Any:
         nonlocal calls
@@ -123,7 +123,7 @@ def test_an_exception_in_the_middle_leaves_every_layer_as_it_was(
             raise error
         return original(*args)
 
-    monkeypatch.setattr(compiled, name, failing)
+    monkeypatch.setattr(native, name, failing)
     with pytest.raises(error):
         getattr(lora, name)(model)
     assert merged(model) == states
@@ -210,7 +210,7 @@ def test_no_memory_for_a_copy_leaves_every_layer_as_it_was(
     def no_memory(request: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(compiled, what, no_memory)
+    monkeypatch.setattr(native, what, no_memory)
     with pytest.raises(MemoryError):
         lora.merge(close)
     assert [n for name, n in calls if name == "merge_"] == ran
@@ -232,13 +232,13 @@ def test_a_weight_that_was_written_to_while_merged_keeps_the_change(close: nn.Mo
 def test_what_the_ops_do_not_serve_is_merged_beside_the_rest(
     close: nn.Module, calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = compiled.why_not
+    original = native.why_not
     refused = close[3].weight
 
     def refusing(weight: Tensor, *factors: Tensor) -> str | None:
         return "no" if weight.data_ptr() == refused.data_ptr() else original(weight, *factors)
 
-    monkeypatch.setattr(compiled, "why_not", refusing)
+    monkeypatch.setattr(native, "why_not", refusing)
     before, ids = weights(close), torch.randint(30, (5,))
     expected = close(ids)
     lora.merge(close)
@@ -353,5 +353,5 @@ def test_functional_names_the_ops_that_ran(caplog: pytest.LogCaptureFixture) -> 
         functional.merge_(weight, torch.randn(1, 4), torch.randn(4, 1), 1.0)
         with lora.use_backend("reference"):
             functional.merge_(weight, torch.randn(1, 4), torch.randn(4, 1), 1.0)
-    assert "merge_ -> compiled" in caplog.text
+    assert "merge_ -> native" in caplog.text
     assert "merge_ -> reference: chosen by set_backend" in caplog.text

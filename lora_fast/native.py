@@ -42,7 +42,7 @@ def why_not(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
         # A parameter may be one of a subclass, which only its data shows.
         if type(tensor) is not Tensor and type(tensor.data) is not Tensor:
             return f"a {type(tensor).__name__} is not a plain tensor"
-        if tensor.dtype not in ops.COMPILED_DTYPES or tensor.layout is not torch.strided:
+        if tensor.dtype not in ops.NATIVE_DTYPES or tensor.layout is not torch.strided:
             return f"{tensor.dtype} tensors of layout {tensor.layout} are not served"
         if tensor.is_neg():
             return "a tensor that torch negates when it is read"
@@ -53,7 +53,7 @@ def why_not(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
         return "elements of the weight share memory"
     if weight.numel() > _MOST and weight.dim() != 2:
         return "more than 2**31 - 1 elements in other than two dimensions"
-    return ops.load_compiled(weight.device.type)
+    return ops.load_native(weight.device.type)
 
 
 def _overlaps(weight: Tensor) -> bool:
@@ -152,11 +152,13 @@ class _Job(NamedTuple):
     def cut(self, lengths: Sequence[int]) -> "_Job":
         """Return the job with lists of these lengths, which share the memory of the long ones."""
         pairs = zip(self.codes, lengths, strict=True)
-        return self._replace(codes=[Code(c.code, c.places[:n], c.value[:n]) for c, n in pairs])
+        return self._replace(
+            codes=[Code(c.code, c.overflow_index[:n], c.overflow_value[:n]) for c, n in pairs]
+        )
 
     def record(self, lengths: Sequence[int]) -> MergeRecord:
         """Return the record of a merge whose overflow lists have these lengths."""
-        codes = tuple(map(_fitted, self.codes, lengths))
+        codes = tuple(map(_trimmed, self.codes, lengths))
         return _record(self, None, codes)
 
 
@@ -196,7 +198,7 @@ def _new_job(request: Merge, copies: tuple[Tensor, Tensor]) -> _Job:
     for weight, _, _ in blocks:
         code = torch.empty_like(weight, dtype=torch.int8)
         room = int(weight.numel() * _LIST_BYTES / (4 + weight.element_size()))
-        codes.append(Code(code, *(_new_list(weight, room) if room else _no_list(weight))))
+        codes.append(Code(code, *(_new_overflow(weight, room) if room else _no_overflow(weight))))
     return _Job(request, blocks, codes, copies)
 
 
@@ -208,30 +210,30 @@ def _copies(requests: Sequence[Merge]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(copies[::2], copies[1::2], strict=True))
 
 
-def _fitted(code: Code, length: int) -> Code:
+def _trimmed(code: Code, length: int) -> Code:
     """A code whose list has this length, as nearly always none."""
-    if length == code.places.numel():
+    if length == code.overflow_index.numel():
         return code
     # Copies: a slice would keep all the room.
-    lists = (code.places, code.value)
-    kept = [t[:length].clone() for t in lists] if length else _no_list(code.value)
+    lists = (code.overflow_index, code.overflow_value)
+    kept = [t[:length].clone() for t in lists] if length else _no_overflow(code.overflow_value)
     return Code(code.code, *kept)
 
 
-def _new_list(weight: Tensor, room: int) -> tuple[Tensor, Tensor]:
+def _new_overflow(weight: Tensor, room: int) -> tuple[Tensor, Tensor]:
     return weight.new_empty(room, dtype=torch.int32), weight.new_empty(room)
 
 
-def _no_list(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _no_overflow(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The empty list of a block, one for all: making it costs what merging a small layer does."""
-    return _empty_list(weight.dtype, weight.device)
+    return _empty_overflow(weight.dtype, weight.device)
 
 
 @functools.cache
-def _empty_list(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _empty_overflow(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
-        places = torch.empty(0, dtype=torch.int32, device=device)
-        return places, torch.empty(0, dtype=dtype, device=device)
+        index = torch.empty(0, dtype=torch.int32, device=device)
+        return index, torch.empty(0, dtype=dtype, device=device)
 
 
 def _merge_with_copy(request: Merge) -> MergeRecord | None:
@@ -242,7 +244,7 @@ def _merge_with_copy(request: Merge) -> MergeRecord | None:
         tuple(weight.shape),
     )
     original = weight.clone()
-    no_code = Code(weight.new_empty(0, dtype=torch.int8), *_no_list(weight))
+    no_code = Code(weight.new_empty(0, dtype=torch.int8), *_no_overflow(weight))
     blocks = _blocks(request)
     (copies,) = _copies([request])
     job = _Job(request, blocks, [no_code] * len(blocks), copies)

@@ -1,0 +1,40 @@
+// Tensors of torch's stable ABI, by short names, and the format of what they hold.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <vector>
+
+#include "formats.h"
+
+namespace lora_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+inline Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return Dtype::kFp64;
+    case ScalarType::Float: return Dtype::kFp32;
+    case ScalarType::Half: return Dtype::kFp16;
+    case ScalarType::BFloat16: return Dtype::kBf16;
+    default: STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16");
+  }
+}
+
+// Calls function(format) for the format of a dtype.
+template <class Function>
+void dispatch_format(Dtype dtype, const Function& function) {
+  switch (dtype) {
+    case Dtype::kFp64: return function(Fp64{});
+    case Dtype::kFp32: return function(Fp32{});
+    case Dtype::kFp16: return function(Fp16{});
+    case Dtype::kBf16: return function(Bf16{});
+  }
+}
+
+}  // namespace lora_fast
