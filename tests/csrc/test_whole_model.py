@@ -305,12 +305,14 @@ def test_a_time_limit_in_the_middle_loses_nothing(alarm: None, backend: str) -> 
     with lora.use_backend(backend):
         for microseconds in range(20, 1500, 10):
             try:
-                signal.setitimer(signal.ITIMER_REAL, microseconds * 1e-6)
-                layer.eval()
-                layer.train()
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, microseconds * 1e-6)
+                    layer.eval()
+                    layer.train()
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
             except _TimeLimitError:
                 expired += 1
-            signal.setitimer(signal.ITIMER_REAL, 0)
             layer.train()
             assert torch.equal(layer.weight, before), microseconds
     assert expired > 0
