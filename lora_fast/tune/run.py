@@ -95,7 +95,7 @@ def _print_found(found: search.Found, jobs: int) -> None:
         print(show.described(row))
     done = len(found.jobs)
     better = len(found.rows)
-    print(f"{done} of {jobs} kinds of calls measured, {better} better served than by default")
+    print(f"{done} of {jobs} kinds of calls measured out, {better} better served than by default")
     if done < jobs and not found.dropped:
         print("--minutes gives it more time")
 

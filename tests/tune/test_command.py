@@ -93,7 +93,7 @@ def test_embeddings_and_convolutions_are_measured_too(
     arguments = ("--dtype", "float32", "--device", "cpu", "--dropout", "--out", str(target))
     assert main(["tune", *few, *arguments]) == 0
     text = capsys.readouterr().out
-    assert "4 of 4 kinds of calls measured, 4 better served than by default" in text
+    assert "4 of 4 kinds of calls measured out, 4 better served than by default" in text
     assert "merged_weight K 12, N 18, r 6, float32: 7 us instead of 9 with fused True, " in text
     assert "lora_embedding_bwd M 65 to 128, K 30, N 24, r 2, float32: 7 us instead of 9" in text
     found = {(row.call.op, row.call.M): row for row in tables.read(target).rows}
