@@ -267,7 +267,7 @@ class MergingLayer(SavedState):
 
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
         if record is None:  # someone set `merged` by hand: do what loralib does
-            functional.merge_(target, self.lora_A, self.lora_B, -self.scaling, **self._blocks())
+            self._subtract(target, self.scaling)
         elif sharded.is_dtensor(target) and not record.of_shard:  # sharded while merged
             whole = sharded.whole(target)
             self._restore(whole, record)
@@ -280,6 +280,10 @@ class MergingLayer(SavedState):
             sharded.count_version(target)
         else:
             functional.unmerge_(target, record)
+
+    def _subtract(self, target: Tensor, scaling: float) -> None:
+        """Take the delta of the present factors out of the weight."""
+        functional.merge_(target, self.lora_A, self.lora_B, -scaling, **self._blocks())
 
     def _changed_while_merged(self, target: Tensor, record: MergeRecord) -> bool:
         """Tell whether somebody wrote to the weight since the merge, so that nothing is lost."""
@@ -337,6 +341,9 @@ def _own_copy(function: Any) -> Any:
 
 def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
     """Merge what was just loaded into a layer in eval mode (a load_state_dict post-hook)."""
+    scaling = layer.__dict__.pop("_loaded_merged", None)
+    if scaling is not None:  # its factors are parametrized, and there only now
+        layer._subtract(layer._merged_target(), scaling)
     if not layer.training and layer.merge_weights:  # type: ignore[attr-defined]
         layer._merge()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lora_fast import checks, fsdp, functional, readers, sharded, sums
+from lora_fast import checks, fsdp, functional, readers, sample, sharded, sums
 from lora_fast.record import MergeRecord
 from lora_fast.torch_internals import storage_id
 
@@ -91,12 +91,27 @@ class SavedState:
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if metadata is not None and self._has_adapter():
+        if metadata is None:
+            return
+        if self._has_adapter() or self._record is not None:
             metadata["lora_merged"] = self.merged
+        if self._record is not None and not self._record.of_shard:
+            metadata["lora_sample"] = self._sample(self._record)
+        if self._has_adapter():
             metadata["lora_r"] = self.r
             scaling = self._one_scaling()
             if scaling is not None:
                 metadata["lora_scaling"] = scaling
+
+    def _sample(self, record: MergeRecord) -> sample.Sample:
+        weight = readers.stored_weight(self._weight_owner())
+        if weight is None or weight.is_meta or sharded.is_dtensor(weight):
+            return []
+        factors = (record.lora_A, record.lora_B)
+        if any(factor.device != weight.device for factor in factors):
+            return []
+        target = self._as_delta(weight.detach())
+        return sample.taken(target, *factors, record.scaling, **record.blocks())
 
     def _load_from_state_dict(
         self,
@@ -123,6 +138,8 @@ class SavedState:
                 state_dict[key] = self._weight_owner().weight.detach()  # type: ignore[operator]
             else:
                 self._undo_saved_merge(state_dict, prefix, local_metadata)
+        elif self.merged:  # the adapter was switched off or deleted meanwhile
+            self._unmerge()
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict,
             prefix,
@@ -220,11 +237,27 @@ class SavedState:
             return bool(layer.merged)
         # In this layer's own state somebody has put another weight: the mark is of the one before.
         is_merged = bool(metadata.get("lora_merged"))
+        if is_merged and self._became_base(value, metadata):
+            return False
         if is_merged and shares_memory(state_dict.get(prefix + "lora_A"), self.lora_A):
             if not isinstance(value, Tensor) or value.is_meta:
                 return False
             return self._is_like_merged(value)
         return is_merged
+
+    def _became_base(self, value: Any, metadata: dict[str, Any]) -> bool:
+        """Tell whether the layer that a state is of was unmerged before the state was written."""
+        elements = metadata.get("lora_sample")
+        if not elements or type(value) not in (Tensor, nn.Parameter) or value.is_meta:
+            return False
+        base: Any = self._weight_owner().weight
+        return sample.is_base(
+            elements,
+            self._as_delta(value.detach()),
+            base.dtype,
+            *(self.lora_A.detach(), self.lora_B.detach()),
+            **self._blocks(),
+        )
 
     @torch.no_grad()
     def _is_like_merged(self, value: Tensor) -> bool:
@@ -258,6 +291,9 @@ class SavedState:
         scaling = metadata.get("lora_scaling", self.scaling)
         keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
         if not all(k in state_dict for k in keys):
+            computed = f"{prefix}parametrizations.lora_"
+            if keys[0] in state_dict and any(key.startswith(computed) for key in state_dict):
+                self.__dict__["_loaded_merged"] = scaling  # until the factors can be computed
             return
         weight, lora_A, lora_B = (state_dict[k] for k in keys)
         with torch.no_grad():

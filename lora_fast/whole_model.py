@@ -76,24 +76,23 @@ def unmerge(model: nn.Module, *, progress: bool = False) -> int:
         ValueError: there is nothing to unmerge: no LoRA layer is merged.
     """
     with merge_lock:
-        return _unmerge(_adapted(model), progress)
+        return _unmerge(_merged(model), progress)
 
 
 def _unmerge(layers: Layers, progress: bool) -> int:
-    todo = {name: layer for name, layer in layers.items() if layer.merged}
-    if not todo:
+    if not layers:
         raise ValueError(
             "unmerge: no LoRA layer of the model is merged; merge(model) or eval() merges"
         )
     done: list[MergingLayer] = []
     try:
-        for batch in _shown(todo, "unmerge", progress):
+        for batch in _shown(layers, "unmerge", progress):
             done += batch.values()
             _unmerge_batch(batch)
     except BaseException:
         with interrupts.held_back():
             for layer in done:
-                if not layer.merged:
+                if not layer.merged and layer._has_adapter():
                     layer._merge_now()
         raise
     return len(done)
@@ -142,6 +141,17 @@ def _adapted(model: nn.Module) -> Layers:
         name: module
         for name, module in model.named_modules()
         if isinstance(module, MergingLayer) and module._has_adapter()
+    }
+
+
+def _merged(model: nn.Module) -> Layers:
+    """Also those whose adapter was switched off while it was merged."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, MergingLayer)
+        and module.merged
+        and (module._record is not None or module._has_adapter())
     }
 
 

@@ -1,0 +1,171 @@
+"""States whose values change after they were taken; layers that lose their adapter while merged."""
+
+import copy
+import io
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import lora_fast as lora
+from lora_fast import sample
+from lora_fast.testing import randomize_
+
+SPLIT = {"enable_lora": [True, False, True], "out_splits": [3, 4, 2]}
+MAKERS = {
+    "linear": lambda: lora.Linear(6, 9, r=2),
+    "transposed": lambda: lora.Linear(6, 9, r=2, fan_in_fan_out=True),
+    "merged": lambda: lora.MergedLinear(6, 9, r=2, **SPLIT),
+    "embedding": lambda: lora.Embedding(6, 9, r=2),
+    "conv2d": lambda: lora.Conv2d(4, 6, 3, r=2),
+    "channels_last": lambda: lora.Conv2d(4, 6, 3, r=2).to(memory_format=torch.channels_last),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=MAKERS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["auto", "reference"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Any:
+    with lora.use_backend(request.param):
+        yield request.param
+
+
+def weight_of(layer: Any) -> Tensor:
+    weight: Tensor = layer.conv.weight if hasattr(layer, "conv") else layer.weight
+    return weight.detach()
+
+
+def written(state: dict[str, Any]) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def converted(state: Any, dtype: torch.dtype) -> Any:
+    other = OrderedDict((key, value.to(dtype)) for key, value in state.items())
+    other._metadata = state._metadata  # type: ignore[attr-defined]
+    return other
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_state_of_the_evaluation_written_after_it(
+    name: str, dtype: torch.dtype, trained: bool
+) -> None:
+    """As best_state = model.state_dict() in an evaluation: its tensors go on with the model."""
+    layer = randomize_(MAKERS[name]()).to(dtype)
+    base = weight_of(layer).clone()
+    state = layer.eval().state_dict()
+    layer.train()
+    if trained:
+        randomize_(layer)
+    saved = written(state)
+    assert saved._metadata[""]["lora_merged"]
+    for target in (MAKERS[name]().to(dtype), layer, layer.eval()):
+        target.load_state_dict(saved)
+        assert torch.equal(weight_of(target.train()), base)
+        assert torch.equal(target.lora_B, layer.lora_B)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_merged_state_is_still_a_merged_one(name: str, dtype: torch.dtype) -> None:
+    layer = randomize_(MAKERS[name]()).to(dtype)
+    base = weight_of(layer).clone()
+    saved = written(layer.eval().state_dict())
+    other = MAKERS[name]().to(dtype)
+    other.load_state_dict(saved)
+    room = {"rtol": 0.0, "atol": 8 * torch.finfo(dtype).eps * weight_of(layer).abs().max().item()}
+    torch.testing.assert_close(weight_of(other), base, **room)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("was_unmerged", [False, True])
+def test_in_another_dtype(name: str, low: torch.dtype, was_unmerged: bool) -> None:
+    layer = randomize_(MAKERS[name]())
+    base = weight_of(layer).clone()
+    state = layer.eval().state_dict()
+    if was_unmerged:
+        layer.train()
+    saved = written(converted(state, low))
+    other = MAKERS[name]()
+    other.load_state_dict(saved)
+    room = 8 * torch.finfo(low).eps * max(weight_of(layer).abs().max().item(), 1.0)
+    torch.testing.assert_close(weight_of(other), base, rtol=0.0, atol=room)
+
+
+def test_a_sample_is_of_what_the_delta_changes(name: str) -> None:
+    layer = randomize_(MAKERS[name]())
+    base = layer._as_delta(weight_of(layer)).clone()
+    layer.eval()
+    merged, blocks = layer._as_delta(weight_of(layer)), layer._blocks()
+    factors = (layer.lora_A.detach(), layer.lora_B.detach())
+    elements = sample.taken(merged, *factors, layer.scaling, **blocks)
+    assert 0 < len(elements) <= 8
+    parts = [sample._parts(weight, *factors, blocks) for weight in (merged, base)]
+    for number, at, shown, original in elements:
+        index = torch.unravel_index(torch.tensor(int(at)), parts[0][int(number)][0].shape)
+        assert parts[0][int(number)][0][index] == shown
+        assert parts[1][int(number)][0][index] == pytest.approx(original, rel=1e-5, abs=1e-6)
+    options = {"like": merged.dtype, "lora_A": factors[0], "lora_B": factors[1], **blocks}
+    assert sample.is_base(elements, base, **options)
+    assert not sample.is_base(elements, merged, **options)
+    assert not sample.is_base(elements, torch.randn_like(base), **options)
+    assert not sample.is_base([], base, **options)
+
+
+def test_a_delta_that_shows_nowhere_has_no_sample(name: str) -> None:
+    layer = MAKERS[name]().eval()  # one factor is zero
+    assert layer.state_dict()._metadata[""]["lora_sample"] == []
+
+
+@pytest.mark.parametrize("how", ["r", "deleted"])
+def test_loading_after_the_adapter_was_switched_off(name: str, how: str) -> None:
+    layer: Any = randomize_(MAKERS[name]()).eval()
+    key = layer._weight_key()
+    fresh = torch.randn_like(weight_of(layer))
+    if how == "deleted":
+        del layer.lora_A, layer.lora_B
+    layer.r = 0
+    layer.load_state_dict({key: fresh}, strict=False)
+    assert torch.equal(weight_of(layer), fresh)
+    assert torch.equal(weight_of(layer.train()), fresh)
+
+
+def test_unmerging_after_the_adapter_was_switched_off(name: str) -> None:
+    model = nn.Sequential(*(randomize_(MAKERS[name]()) for _ in range(2)))
+    bases = [weight_of(layer).clone() for layer in model]
+    lora.merge(model)
+    model[0].r = 0
+    assert model.state_dict()._metadata["0"]["lora_merged"]
+    assert lora.unmerge(model) == 2
+    assert all(torch.equal(weight_of(m), w) for m, w in zip(model, bases, strict=True))
+
+
+class Doubled(nn.Module):
+    def forward(self, factor: Tensor) -> Tensor:
+        return 2 * factor
+
+
+def test_a_merged_state_with_parametrized_factors() -> None:
+    def layer() -> Any:
+        made = lora.Linear(4, 5, r=2)
+        parametrize.register_parametrization(made, "lora_A", Doubled())
+        return made
+
+    one, x = layer(), torch.randn(3, 4)
+    nn.init.normal_(one.lora_B)
+    y, base = one(x), one.weight.detach().clone()
+    state = copy.deepcopy(one.eval().state_dict())
+    for mode in (True, False):
+        other = layer().train(mode)
+        other.load_state_dict(state)
+        torch.testing.assert_close(other(x), y)
+        torch.testing.assert_close(other.train().weight.detach(), base)
