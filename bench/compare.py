@@ -63,7 +63,7 @@ def compare(old: Path, new: Path, slack: float) -> list[dict[str, Any]]:
     """Return the line of every row that both folders have.
 
     Raises:
-        ValueError: a folder has no results, or they have no row in common.
+        ValueError: a folder has no results, or they have no row in common that was measured.
     """
     before, after = (
         {(name, row["id"]): row for name, table in read(folder).items() for row in table["rows"]}
@@ -73,7 +73,10 @@ def compare(old: Path, new: Path, slack: float) -> list[dict[str, Any]]:
     if not shared:
         raise ValueError(f"{old} and {new} have no row in common")
     lines = [verdict(before[key], after[key], slack) for key in shared]
-    return [line for line in lines if line is not None]
+    found = [line for line in lines if line is not None]
+    if not found:
+        raise ValueError(f"{old} and {new} have rows in common, but no ratio of any of them")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

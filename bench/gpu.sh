@@ -51,18 +51,19 @@ install() {
   LORA_FAST_BUILD=$1 "$python" -m pip install -v --no-index --no-deps --no-build-isolation -e .
 }
 
-# -P: the checkout on sys.path would hide the installed package.
+# The checkout on sys.path would hide the installed package. Not -P, which Python 3.10 has not.
+safely="env PYTHONSAFEPATH=1"
 bench() {
   local name=$1 limit=$2
   shift 2
-  stage "$name" "$limit" "$python" -P -m pytest -q -p no:cacheprovider --benchmark --quick \
+  stage "$name" "$limit" $safely "$python" -m pytest -q -p no:cacheprovider --benchmark --quick \
     --out "$out/results" --benchmark-json "$out/$name.json" "$@"
 }
 
 lora_fast() {
   local name=$1 limit=$2
   shift 2
-  stage "$name" "$limit" "$python" -P -c \
+  stage "$name" "$limit" $safely "$python" -c \
     'import sys; from lora_fast.cli import main; sys.exit(main())' "$@"
 }
 
@@ -78,7 +79,7 @@ tests() {
   if has xdist; then options+=(-n "$(nproc)" --dist loadgroup); fi
   if has pytest_timeout; then options+=(--timeout 60 --timeout-method thread); fi
   # -W default: the warnings of a torch that is not the one of constraints.txt fail no test.
-  OMP_NUM_THREADS=1 stage "$name" "$limit" "$python" -P -m pytest -q -p no:cacheprovider \
+  OMP_NUM_THREADS=1 stage "$name" "$limit" $safely "$python" -m pytest -q -p no:cacheprovider \
     -W default --tb short --maxfail 200 "${options[@]}" "$@"
 }
 

@@ -75,9 +75,8 @@ class _LoraEmbedding(torch.autograd.Function):
         dB: Tensor | None = None
         if need_weight:
             padding = -1 if ctx.padding_idx is None else ctx.padding_idx
-            dW = torch.ops.aten.embedding_backward(
-                dy, input, ctx.num, padding, ctx.by_freq, ctx.sparse
-            )
+            flat = (dy.reshape(-1, dy.shape[-1]), input.reshape(-1))  # a scalar, too
+            dW = torch.ops.aten.embedding_backward(*flat, ctx.num, padding, ctx.by_freq, ctx.sparse)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dA, dB = _differentiable_grads(ctx, saved, dy)
         elif need_A or need_B:

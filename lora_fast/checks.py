@@ -123,7 +123,8 @@ def enabled(op: str, enable_lora: Any) -> list[bool]:
 def widths(op: str, out_splits: Any) -> list[int]:
     """`out_splits` as a list; refuse what are no integers."""
     if not isinstance(out_splits, Collection) or not all(
-        hasattr(width, "__index__") for width in out_splits
+        type(width) is int or hasattr(width, "__index__")
+        for width in out_splits  # or a symbol
     ):
         raise TypeError(
             f"{op}: out_splits must be None or a list of integers, one for each block, got "

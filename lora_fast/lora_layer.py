@@ -263,7 +263,8 @@ class MergingLayer(SavedState):
         """Set what belongs together, past `nn.Module.__setattr__`, which looks for parameters."""
         version = None if record is None else sharded.version(self._weight_owner().weight)
         self.__dict__.update(merged=merged, _record=record, _merged_version=version)
-        self.__dict__.pop("_undid_merge", None)
+        for name in ("_undid_merge", "_given_to_child"):
+            self.__dict__.pop(name, None)
 
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
         if record is None:  # someone set `merged` by hand: do what loralib does

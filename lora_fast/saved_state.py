@@ -4,6 +4,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -61,14 +62,15 @@ class SavedState:
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled or copied: a copy of the base weight, which any machine reads."""
         state = self.__dict__.copy()
+        state.pop("_given_to_child", None)
         record = self._record
         weight = readers.stored_weight(self._weight_owner())
         if not self.merged:  # by hand, perhaps: then the record is of no use
             state["_record"] = None
         elif record is not None and record.codes and weight is not None:
-            original = self._as_delta(weight.detach()).clone()
-            self._restore(original, replace(record))
-            mine = sharded.local(original)
+            mine = sharded.local(self._base_of(weight, record))
+            if get_spawning_popen() is not None:  # the child has yet to open its memory
+                self.__dict__["_given_to_child"] = mine
             state["_record"] = replace(
                 record,
                 shape=mine.shape,
@@ -78,6 +80,12 @@ class SavedState:
                 of_shard=sharded.is_dtensor(weight),
             )
         return state
+
+    def _base_of(self, weight: Tensor, record: MergeRecord) -> Tensor:
+        """Return a copy of the base weight, as the delta lies, and leave the merged one."""
+        original = self._as_delta(weight.detach()).clone()
+        self._restore(original, replace(record))
+        return original
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied layer; its tensors start to count their versions anew."""
@@ -93,15 +101,39 @@ class SavedState:
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is None:
             return
-        if self._has_adapter() or self._record is not None:
+        record = self._record
+        if self._has_adapter() or record is not None:
             metadata["lora_merged"] = self.merged
-        if self._record is not None and not self._record.of_shard:
-            metadata["lora_sample"] = self._sample(self._record)
         if self._has_adapter():
             metadata["lora_r"] = self.r
-            scaling = self._one_scaling()
+            scaling = self._one_scaling() if record is None else record.scaling
             if scaling is not None:
                 metadata["lora_scaling"] = scaling
+        if record is not None and not record.of_shard:
+            metadata["lora_sample"] = self._sample(record)
+
+    def _save_base_of_other_factors(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        """Save the base weight where the factors that are saved could not undo the merge."""
+        record, weight = self._record, readers.stored_weight(self._weight_owner())
+        if record is None or record.of_shard or weight is None or not self._other_factors(record):
+            return
+        state_dict[prefix + self._weight_key()] = self._as_delta(self._base_of(weight, record))
+        metadata["lora_merged"] = False
+        metadata.pop("lora_sample", None)
+        if self._one_scaling() is not None:
+            metadata["lora_scaling"] = self._one_scaling()
+
+    def _other_factors(self, record: MergeRecord) -> bool:
+        """Tell whether A or B has changed since the merge."""
+        pairs = ((getattr(self, n, None), getattr(record, n)) for n in ("lora_A", "lora_B"))
+        return any(
+            type(mine) is nn.Parameter
+            and not mine.is_meta
+            and not _are_equal(mine.detach(), merged)
+            for mine, merged in pairs
+        )
 
     def _sample(self, record: MergeRecord) -> sample.Sample:
         weight = readers.stored_weight(self._weight_owner())
@@ -212,7 +244,7 @@ class SavedState:
             return False
         base, saved, lora_A, lora_B = (t.detach().to(weight.device) for t in found)
         base, saved = self._as_delta(base), self._as_delta(saved)
-        if not base.is_floating_point() or saved.dtype != base.dtype:
+        if not base.is_floating_point() or not saved.is_floating_point():
             return False
         if not sums.is_sum(saved, base, lora_A, lora_B, scaling, **blocks):
             return False
@@ -292,8 +324,15 @@ class SavedState:
         keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
         if not all(k in state_dict for k in keys):
             computed = f"{prefix}parametrizations.lora_"
-            if keys[0] in state_dict and any(key.startswith(computed) for key in state_dict):
+            if any(key.startswith(computed) for key in state_dict):
                 self.__dict__["_loaded_merged"] = scaling  # until the factors can be computed
+            elif keys[0] in state_dict:
+                warnings.warn(
+                    f"{keys[0]}: it was saved merged, and without the lora_A and lora_B that would "
+                    "take the adapter out of it again; it is loaded as it is",
+                    UserWarning,
+                    stacklevel=2,
+                )
             return
         weight, lora_A, lora_B = (state_dict[k] for k in keys)
         with torch.no_grad():
@@ -328,8 +367,9 @@ def remember_view(
     layer: SavedState, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
 ) -> None:
     """Note whose the weight is that was just saved of a merged layer (a state_dict post-hook)."""
+    layer._save_base_of_other_factors(state_dict, prefix, metadata)
     value = state_dict.get(prefix + layer._weight_key())
-    if layer.merged and isinstance(value, Tensor):
+    if metadata.get("lora_merged", layer.merged) and isinstance(value, Tensor):
         _views_of_merged[value] = weakref.ref(layer)
 
 

@@ -148,7 +148,7 @@ def splits(
 
 def embedding(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """Refuse tensors that do not fit `lora_embedding`."""
-    if input.is_floating_point() or input.is_complex():
+    if input.is_floating_point() or input.is_complex() or input.dtype is torch.bool:
         raise InputTypeError(
             f"lora_embedding: input must hold integer indices, got dtype {input.dtype}; "
             "convert with input.long()"

@@ -25,7 +25,7 @@ def is_sum(
 
     Args:
         weight: as for `lora_fast.functional.merge_`.
-        base: the same shape, dtype and device.
+        base: the same shape and device; perhaps another dtype.
         lora_A: as for `merge_`.
         lora_B: as for `merge_`.
         scaling: as for `merge_`.
@@ -59,14 +59,16 @@ def _are_sums(weight: Tensor, base: Tensor, factors: Any, scaling: float) -> boo
 
 
 def _is_sum(weight: Tensor, base: Tensor, b: Tensor, a: Tensor, scaling: float) -> bool:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    eps, eps_of_sums = torch.finfo(weight.dtype).eps, torch.finfo(wide).eps
+    wide = torch.promote_types(base.dtype, torch.float32)
+    infos = [torch.finfo(t.dtype) for t in (weight, base)]
+    eps, eps_of_sums = max(info.eps for info in infos), torch.finfo(wide).eps
     # What lies between two subnormal numbers, by which any of the roundings may miss.
-    step = torch.finfo(weight.dtype).smallest_normal * eps
+    step = max(info.smallest_normal * info.eps for info in infos)
+    eps_of_factors = max(torch.finfo(t.dtype).eps for t in (a, b))  # perhaps rounded since the sum
     weight, base, a, b = (t.to(wide) for t in (weight, base, a, b))
     delta = scaling * (b @ a)
     products = abs(scaling) * (b.abs() @ a.abs())
     allowed = eps * (weight.abs() + 3 * delta.abs()) + step * (abs(scaling) + 2)
-    allowed += (a.shape[0] + 3) * eps_of_sums * (base.abs() + products)
+    allowed += (a.shape[0] + 3) * eps_of_sums * (base.abs() + products) + eps_of_factors * products
     near = (weight - base - delta).abs() <= allowed
     return bool((near | (weight == base) | (weight.isnan() & base.isnan())).all())

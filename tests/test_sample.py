@@ -2,7 +2,11 @@
 
 import copy
 import io
+import os
+import subprocess
+import sys
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +173,74 @@ def test_a_merged_state_with_parametrized_factors() -> None:
         other.load_state_dict(state)
         torch.testing.assert_close(other(x), y)
         torch.testing.assert_close(other.train().weight.detach(), base)
+
+
+@pytest.mark.filterwarnings("ignore:.*the adapter was saved with scaling")
+@pytest.mark.parametrize("what", ["lora_A", "lora_B", "scaling"])
+def test_a_state_after_the_factors_changed_while_merged(name: str, what: str) -> None:
+    layer: Any = randomize_(MAKERS[name]())
+    base = weight_of(layer).clone()
+    layer.eval()
+    if what == "scaling":
+        layer.scaling = 2.0
+    else:
+        nn.init.normal_(getattr(layer, what))
+    state = written(layer.state_dict())
+    assert torch.equal(weight_of(layer.train()), base)
+    layer.load_state_dict(state)
+    torch.testing.assert_close(weight_of(layer), base)
+    other = MAKERS[name]()
+    other.load_state_dict(state)
+    torch.testing.assert_close(weight_of(other), base)
+
+
+@pytest.mark.parametrize(
+    ("own", "low"),
+    [(torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.half)],
+    ids=str,
+)
+def test_a_plain_dict_in_another_dtype_is_recognised(
+    name: str, own: torch.dtype, low: torch.dtype
+) -> None:
+    layer: Any = randomize_(MAKERS[name]()).to(own)
+    base = weight_of(layer).clone()
+    plain = {key: value.to(low) for key, value in layer.eval().state_dict().items()}
+    layer.train()
+    layer.load_state_dict(plain)
+    assert torch.equal(weight_of(layer), base)
+
+
+def test_a_merged_state_without_its_factors_warns() -> None:
+    layer = randomize_(lora.Linear(4, 5, r=2)).eval()
+    state = copy.deepcopy(layer.state_dict())
+    del state["lora_A"], state["lora_B"]
+    with pytest.warns(UserWarning, match="weight: it was saved merged, and without the lora_A"):
+        lora.Linear(4, 5, r=2).load_state_dict(state, strict=False)
+
+
+SPAWNING = """
+import torch
+import lora_fast as lora
+from lora_fast.testing import randomize_
+
+def train(model, bases):
+    model.train()
+    assert all(torch.equal(layer.weight, w) for layer, w in zip(model, bases))
+
+if __name__ == "__main__":
+    model = torch.nn.Sequential(*(randomize_(lora.Linear(64, 64, r=2)) for _ in range(3)))
+    bases = [layer.weight.detach().clone() for layer in model]
+    arguments = (model.eval(), bases)
+    child = torch.multiprocessing.get_context("spawn").Process(target=train, args=arguments)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert "_given_to_child" not in vars(model.train()[0])
+"""
+
+
+def test_merged_layers_go_to_a_spawned_process(tmp_path: Path, backend: str) -> None:
+    script = tmp_path / "spawning.py"
+    script.write_text(SPAWNING)
+    environment = os.environ | {"LORA_FAST_BACKEND": backend}
+    subprocess.run([sys.executable, script], check=True, timeout=120, env=environment)

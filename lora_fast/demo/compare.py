@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fast
+from lora_fast.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def save_adapter(model: nn.Module, library: ModuleType, folder: Path) -> Path:
         lora_fast.save(model, path)
     else:
         path = folder / "adapter-loralib.pt"
-        torch.save(library.lora_state_dict(model), path)
+        with written_whole(path) as part:
+            torch.save(library.lora_state_dict(model), part)
     return path
 
 
