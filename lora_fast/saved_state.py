@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_fast import checks, fsdp, functional, readers, sample, sharded, sums
 from lora_fast.record import MergeRecord
-from lora_fast.torch_internals import storage_id
+from lora_fast.torch_internals import mode_count, storage_id
 
 # The weights that `state_dict()` took from merged layers, and whose they are: they are views, and
 # show the original as soon as the layer is in train mode again, whatever the dict's mark says.
@@ -117,7 +117,9 @@ class SavedState:
     ) -> None:
         """Save the base weight where the factors that are saved could not undo the merge."""
         record, weight = self._record, readers.stored_weight(self._weight_owner())
-        if record is None or record.of_shard or weight is None or not self._other_factors(record):
+        if record is None or record.of_shard or weight is None or not _can_be_read(weight):
+            return
+        if not self._other_factors(record):
             return
         state_dict[prefix + self._weight_key()] = self._as_delta(self._base_of(weight, record))
         metadata["lora_merged"] = False
@@ -137,7 +139,7 @@ class SavedState:
 
     def _sample(self, record: MergeRecord) -> sample.Sample:
         weight = readers.stored_weight(self._weight_owner())
-        if weight is None or weight.is_meta or sharded.is_dtensor(weight):
+        if weight is None or not _can_be_read(weight):
             return []
         factors = (record.lora_A, record.lora_B)
         if any(factor.device != weight.device for factor in factors):
@@ -380,6 +382,12 @@ def shares_memory(value: Any, parameter: Any) -> bool:
     if sharded.is_dtensor(value) or sharded.is_dtensor(parameter):
         return False
     return storage_id(value) == storage_id(parameter)
+
+
+def _can_be_read(weight: Tensor) -> bool:
+    """Tell whether a weight's values may be asked for: not while something traces or fakes them."""
+    traced = torch.compiler.is_compiling() or mode_count() > 0
+    return not (traced or weight.is_meta or sharded.is_dtensor(weight))
 
 
 def _are_equal(value: Any, tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
 import lora_fast as lora
@@ -216,6 +217,12 @@ def test_a_merged_state_without_its_factors_warns() -> None:
     del state["lora_A"], state["lora_B"]
     with pytest.warns(UserWarning, match="weight: it was saved merged, and without the lora_A"):
         lora.Linear(4, 5, r=2).load_state_dict(state, strict=False)
+
+
+def test_a_state_taken_under_fake_tensors(name: str) -> None:
+    layer = randomize_(MAKERS[name]()).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer.state_dict()._metadata[""]["lora_sample"] == []
 
 
 SPAWNING = """
