@@ -82,5 +82,5 @@ $(READY): pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist lora_fast.egg-info
+	rm -rf "$(VENV)" build dist lora_fast.egg-info
 	find lora_fast kernels -name '*.so' -delete

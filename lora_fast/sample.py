@@ -69,6 +69,8 @@ def is_base(
     parts = _parts(weight, lora_A, lora_B, blocks)
     differs = False
     for number, at, merged, base in sample:
+        if int(number) >= len(parts) or int(at) >= parts[int(number)][0].numel():
+            return False  # of a layer with other blocks
         part = parts[int(number)][0]
         value = float(_elements(part, torch.tensor([int(at)], device=part.device))[0])
         room = 2 * eps * (abs(merged) + abs(base))

@@ -219,6 +219,18 @@ def test_a_merged_state_without_its_factors_warns() -> None:
         lora.Linear(4, 5, r=2).load_state_dict(state, strict=False)
 
 
+def test_a_sample_of_a_layer_with_other_blocks_tells_nothing() -> None:
+    wide = {"enable_lora": [True, True], "out_splits": [8, 1]}
+    narrow = {"enable_lora": [True, True], "out_splits": [1, 8]}
+    factors = (torch.randn(4, 6), torch.randn(9, 2))
+    elements = sample.taken(torch.randn(9, 6), *factors, 0.5, **wide)
+    weight = torch.randn(9, 6)
+    assert not sample.is_base(elements, weight, torch.float32, *factors, **narrow)
+    outside = [[0.0, 40.0, 1.0, 0.0]]
+    assert not sample.is_base(outside, weight, torch.float32, *factors, **narrow)
+    assert not sample.is_base([[2.0, 0.0, 1.0, 0.0]], weight, torch.float32, *factors, **narrow)
+
+
 def test_a_state_taken_under_fake_tensors(name: str) -> None:
     layer = randomize_(MAKERS[name]()).eval()
     with FakeTensorMode(allow_non_fake_inputs=True):
