@@ -32,8 +32,20 @@ import torch
 
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("tables")
-_POWERS_OF_TWO = ("block_", "row_", "segment_", "num_warps")  # what such fields must be
-_LEAST_BLOCK = 16  # that a product on the tensor cores takes
+_POWERS_OF_TWO = ("block_", "row_", "segment_", "num_warps", "parts")  # what such fields must be
+# From what to what a number makes sense: a product on the tensor cores takes 16 at least, which of
+# a row in fp32 are 64 bytes, and no chip holds, or is worth, more than the others.
+_BOUNDS = {
+    "block_": (16, 1024),
+    "chunk_": (16, 2**16),
+    "segment_": (16, 1024),
+    "row_": (64, 4096),
+    "num_warps": (1, 32),
+    "num_stages": (1, 16),
+    "parts": (1, 8),
+    "group_": (1, 1024),
+    "max_splits": (1, 64),
+}
 
 _log = logging.getLogger("lora_fast.dispatch")
 _warned: set[Path] = set()
@@ -107,10 +119,17 @@ def this_machine(gpu: str, arch: str) -> Machine:
 
 
 def user_folder() -> Path:
-    """The folder of the user's tables: LORA_FAST_CACHE, else the user's cache folder."""
+    """The folder of the user's tables: LORA_FAST_CACHE, else the user's cache folder.
+
+    Raises:
+        ValueError: the variable names the home folder of nobody.
+    """
     chosen = os.environ.get("LORA_FAST_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        try:
+            return Path(chosen).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"LORA_FAST_CACHE: expected a folder, got {chosen!r}: {error}") from None
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("lora_fast", appauthor=False))
@@ -176,7 +195,7 @@ def in_force(gpu: str, arch: str) -> tuple[Table, ...]:
         machine = this_machine(gpu, arch)
         path = user_path(machine)
         own = _usable(path, machine) if path.exists() else None
-    except (ImportError, OSError, RuntimeError) as error:  # no platformdirs, no home folder
+    except (ImportError, OSError, ValueError) as error:  # no platformdirs, no home folder
         warn_once(Path(), f"the user's tables are ignored: {error}")
         own = None
     return (*([] if own is None else [own]), *fitting)
@@ -239,21 +258,27 @@ def _value(hint: Any, value: Any, name: str, before: Any) -> Any:
     """A value from JSON as a field of this type."""
     if is_dataclass(hint):
         if not isinstance(value, dict):
-            raise ValueError(f"{name} must be an object, got {value!r}")
+            raise ValueError(f"{name} must be an object, got {_short(value)}")
         return changed(before, value)
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             choices = ", ".join(map(str, typing.get_args(hint)))
-            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+            raise ValueError(f"{name} must be one of {choices}, got {_short(value)}")
     elif type(value) is not hint:
-        raise ValueError(f"{name} must be of type {hint.__name__}, got {value!r}")
-    elif hint is int and value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    elif name.startswith(_POWERS_OF_TWO) and value & (value - 1):
-        raise ValueError(f"{name} must be a power of two, got {value}")
-    elif name.startswith("block_") and value < _LEAST_BLOCK:
-        raise ValueError(f"{name} must be at least {_LEAST_BLOCK}, got {value}")
+        raise ValueError(f"{name} must be of type {hint.__name__}, got {_short(value)}")
+    elif hint is int:
+        least, most = next(ends for kind, ends in _BOUNDS.items() if name.startswith(kind))
+        if not least <= value <= most:
+            raise ValueError(f"{name} must be from {least} to {most}, got {_short(value)}")
+        if name.startswith(_POWERS_OF_TWO) and value & (value - 1):
+            raise ValueError(f"{name} must be a power of two, got {value}")
     return value
+
+
+def _short(value: object) -> str:
+    """A value from a file, for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _usable(path: Path, machine: Machine | None = None) -> Table | None:
@@ -270,11 +295,11 @@ def _usable(path: Path, machine: Machine | None = None) -> Table | None:
 
 def _row(row: Any, index: int) -> Row:
     if not isinstance(row, dict):
-        raise ValueError(f"row {index} must be an object, got {row!r}")
+        raise ValueError(f"row {index} must be an object, got {_short(row)}")
     where = f"row {index}: "
     sizes = [_member(row, name, int, where) for name in ("M", "N", "K", "R")]
     if min(sizes) < 1:
-        raise ValueError(f"{where}M, N, K and R must be at least 1, got {sizes}")
+        raise ValueError(f"{where}M, N, K and R must be at least 1, got {_short(sizes)}")
     call = Call.of(
         _member(row, "op", str, where),
         *sizes,
@@ -282,12 +307,15 @@ def _row(row: Any, index: int) -> Row:
         _member(row, "dropout", bool, where),
     )
     plan = _member(row, "plan", dict, where)
-    return Row(call, plan, *(float(_member(row, n, float, where)) for n in ("us", "rule_us")))
+    times = [_member(row, name, float, where) for name in ("us", "rule_us")]
+    if not all(0 < time < 1e12 for time in times):  # false for NaN too
+        raise ValueError(f"{where}us and rule_us must be times in us, got {_short(times)}")
+    return Row(call, plan, *map(float, times))
 
 
 def _member(data: dict[str, Any], name: str, kind: type, where: str = "") -> Any:
     value = data.get(name)
     kinds = (int, float) if kind is float else (kind,)
     if type(value) not in kinds:
-        raise ValueError(f"{where}{name} must be of type {kind.__name__}, got {value!r}")
+        raise ValueError(f"{where}{name} must be of type {kind.__name__}, got {_short(value)}")
     return value

@@ -144,7 +144,7 @@ class _Target:
         arch = configs.architecture(device)
         self.machine = tables.this_machine(arch.gpu or _INTERPRETER, arch.name)
         self.is_users = out is None
-        self.path = tables.user_path(self.machine) if out is None else out
+        self.path = _users_folder() / tables.user_path(self.machine).name if out is None else out
         self.before: tuple[Any, ...] = ()
         try:
             table = tables.read(self.path)
@@ -180,14 +180,23 @@ class _Target:
 def _reset() -> int:
     from lora_fast.kernels import tables
 
-    paths = tables.user_tables()
+    folder, paths = _users_folder(), tables.user_tables()
     for path in paths:
         path.unlink()
         print(f"deleted: {path}")
     if not paths:
-        print(f"nothing to delete in {tables.user_folder()}")
+        print(f"nothing to delete in {folder}")
     if backend.has_triton():
         from lora_fast.kernels import plans
 
         plans.reload_tables()
     return 0
+
+
+def _users_folder() -> Path:
+    from lora_fast.kernels import tables
+
+    try:
+        return tables.user_folder()
+    except ValueError as error:
+        raise BadInputError(str(error)) from error

@@ -19,7 +19,10 @@ def tables_in_force(*, rows: bool) -> Iterator[str]:
         return
     from lora_fast.kernels import configs, tables
 
-    yield f"your tables are in {tables.user_folder()}"
+    try:
+        yield f"your tables are in {tables.user_folder()}"
+    except ValueError as error:
+        yield f"your tables are ignored: {error}"
     if not torch.cuda.is_available():
         yield "no GPU here, so no table is in force"
     for index in range(torch.cuda.device_count()):

@@ -120,7 +120,25 @@ BROKEN = {
         with_row(plan={"decode": {"row_bytes": 384}}),
         "row_bytes must be a power of two, got 384",
     ),
-    "no stages": (with_row(plan={"gemm": {"num_stages": 0}}), "num_stages must be at least 1"),
+    "no stages": (with_row(plan={"gemm": {"num_stages": 0}}), "num_stages must be from 1 to 16"),
+    "a row of less than a product": (
+        with_row(plan={"decode": {"row_bytes": 2}}),
+        "row_bytes must be from 64 to 4096, got 2",
+    ),
+    "three parts": (with_row(plan={"gemm": {"parts": 3}}), "parts must be a power of two, got 3"),
+    "a huge tile": (
+        with_row(plan={"gemm": {"block_m": 2**25}}),
+        "block_m must be from 16 to 1024, got 33554432",
+    ),
+    "a huge group": (
+        with_row(plan={"gemm": {"group_m": 10**99}}),
+        "group_m must be from 1 to 1024, got 1000",
+    ),
+    "a time without end": (
+        with_row(us=10**400),
+        "row 0: us and rule_us must be times in us, got [1",
+    ),
+    "a time of no number": (with_row(rule_us=float("nan")), "must be times in us, got [1, nan]"),
     "a flag of a number": (with_row(plan={"gemm": {"tma": 1}}), "tma must be of type bool, got 1"),
 }
 
@@ -201,7 +219,7 @@ def test_specialised_warps_are_refused_where_there_is_no_kernel(
 
 EMBEDDING, WEIGHT = ("lora_embedding_fwd", "lora_embedding_bwd"), "merged_weight"
 UNUSABLE = [
-    ("lora_linear_fwd", {"gemm": {"block_m": 8}}, "block_m must be at least 16, got 8"),
+    ("lora_linear_fwd", {"gemm": {"block_m": 8}}, "block_m must be from 16 to 1024, got 8"),
     ("lora_linear_bwd", {"grad_sb": {"chunk_n": 500}}, "chunk_n must be a multiple of block_n"),
     ("lora_linear_bwd", {"grad_a": {"chunk_m": 32}}, "chunk_m must be a multiple of block_m"),
     (EMBEDDING[0], {"block_m": 48}, "block_m must be a power of two, got 48"),
@@ -209,9 +227,9 @@ UNUSABLE = [
     (EMBEDDING[0], {"impl": "split"}, "EmbeddingConfig has no field 'impl'"),
     (EMBEDDING[1], {"segment_m": 48}, "segment_m must be a power of two, got 48"),
     (EMBEDDING[1], {"library_sb": "yes"}, "library_sb must be of type bool, got 'yes'"),
-    (EMBEDDING[1], {"grad_sb": {"block_n": 8}}, "block_n must be at least 16, got 8"),
+    (EMBEDDING[1], {"grad_sb": {"block_n": 8}}, "block_n must be from 16 to 1024, got 8"),
     (WEIGHT, {"fused": 1}, "fused must be of type bool, got 1"),
-    (WEIGHT, {"config": {"block_k": 8}}, "block_k must be at least 16, got 8"),
+    (WEIGHT, {"config": {"block_k": 8}}, "block_k must be from 16 to 1024, got 8"),
     (WEIGHT, {"config": {"num_stages": 2}}, "WeightConfig has no field 'num_stages'"),
 ]
 

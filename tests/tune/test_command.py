@@ -383,3 +383,15 @@ def test_arguments_that_argparse_refuses(
         main(["tune", *arguments])
     assert error.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_cache_folder_of_nobody(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report goes on without it; what would write there says what is wrong."""
+    monkeypatch.setenv("LORA_FAST_CACHE", "~nobody_of_this_name/x")
+    assert main(["tune", "--show"]) == 0
+    assert "your tables are ignored: LORA_FAST_CACHE: expected a folder" in capsys.readouterr().out
+    assert main(["tune", "--reset"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lora-fast tune: LORA_FAST_CACHE: expected a folder, got '~nobody_of_")
