@@ -20,6 +20,9 @@ PYTEST ?= $(BIN)/pytest
 PYTEST_ARGS ?= -n $(JOBS) --dist loadgroup
 export LORA_FAST_BUILD ?= auto
 
+ifneq ($(words $(VENV)),1)
+$(error VENV must be one path without spaces, got '$(VENV)')
+endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 READY := $(VENV)/.lora_fast-installed
@@ -62,7 +65,7 @@ wheel: $(READY)
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
-	@test -x $(BIN)/python || { \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10; do \
 	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue; \
 	    echo "making $(VENV) with $$($$python --version)"; \

@@ -18,6 +18,7 @@ import subprocess
 import sys
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 CHOICES = ("auto", "none", "cpu", "cuda")
 CHOICE = os.environ.get("LORA_FAST_BUILD", "auto")
@@ -126,13 +127,19 @@ def forgiving(build_ext):
     return BuildExt
 
 
-options = {}
+class BuildPy(build_py):
+    """Builds anew: an earlier install's folder holds modules that are no longer there."""
+
+    def run(self):
+        shutil.rmtree(os.path.join(self.build_lib, "lora_fast"), ignore_errors=True)
+        super().run()
+
+
+options = {"cmdclass": {"build_py": BuildPy}}
 cpp = None if CHOICE == "none" else cpp_extension()
 if cpp is not None:
     build_ext = cpp.BuildExtension.with_options(use_ninja=False, no_python_abi_suffix=False)
-    options = {
-        "ext_modules": extensions(cpp),
-        "cmdclass": {"build_ext": forgiving(build_ext) if CHOICE == "auto" else build_ext},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
+    options["ext_modules"] = extensions(cpp)
+    options["cmdclass"]["build_ext"] = forgiving(build_ext) if CHOICE == "auto" else build_ext
+    options["options"] = {"bdist_wheel": {"py_limited_api": "cp310"}}
 setup(**options)

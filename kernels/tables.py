@@ -129,7 +129,9 @@ def user_folder() -> Path:
         try:
             return Path(chosen).expanduser()
         except RuntimeError as error:
-            raise ValueError(f"LORA_FAST_CACHE: expected a folder, got {chosen!r}: {error}") from None
+            raise ValueError(
+                f"LORA_FAST_CACHE: expected a folder, got {chosen!r}: {error}"
+            ) from None
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("lora_fast", appauthor=False))

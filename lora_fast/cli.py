@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lora_fast
-from lora_fast.commands import more_than_zero, positive, share, status_of
+from lora_fast.commands import more_than_zero, number, path, positive, share, status_of
 
 # What runs each command; imported when it is called, so that `--help` needs nothing.
 _MODULES = {
@@ -52,7 +52,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     demo.add_argument(
         "--data",
-        type=Path,
+        type=path,
         metavar="PATH",
         help="file or folder to fine-tune on instead of the code of Python's standard library",
     )
@@ -70,7 +70,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     demo.add_argument("--dropout", type=share, default=0.0, help="lora_dropout, from 0 to below 1")
     demo.add_argument("--seed", type=_seed, default=0, help="seed of all random numbers")
     demo.add_argument(
-        "--out", type=Path, default=Path("demo-out"), metavar="FOLDER", help="where results go"
+        "--out", type=path, default=Path("demo-out"), metavar="FOLDER", help="where results go"
     )
 
 
@@ -148,7 +148,7 @@ def _add_tune_options(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--device", default="cuda", help="cuda, cuda:1 ...; default cuda")
     tune.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="write the table there, in the form of those that ship with the package, and not "
         "into your cache folder",
@@ -156,7 +156,7 @@ def _add_tune_options(tune: argparse.ArgumentParser) -> None:
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    value = number(int, text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"must be from 0 to below 2^63, got {text}")
     return value

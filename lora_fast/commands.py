@@ -1,12 +1,15 @@
-"""What commands share: how they end, and their arguments: numbers, a device, a folder."""
+"""What commands share: how they end, and their arguments: numbers, a path, a device, a folder."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Number = TypeVar("Number", int, float)
 
 
 class BadInputError(ValueError):
@@ -39,9 +42,25 @@ def status_of(name: str, command: Callable[[], int]) -> int:
     return status
 
 
+def path(text: str) -> Path:
+    """Return the path of an argument; an empty one, of an unset variable, is no folder's name."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
+
+
+def number(kind: type[Number], text: str) -> Number:
+    """Return an argument as a number of this type."""
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}") from None
+
+
 def positive(text: str) -> int:
     """Return the whole number of an argument, from 1 on."""
-    value = int(text)
+    value = number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return value
@@ -49,7 +68,7 @@ def positive(text: str) -> int:
 
 def more_than_zero(text: str) -> float:
     """Return the number of an argument, above 0 and finite."""
-    value = float(text)
+    value = number(float, text)
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
     return value
@@ -57,7 +76,7 @@ def more_than_zero(text: str) -> float:
 
 def share(text: str) -> float:
     """Return the number of an argument, from 0 to below 1."""
-    value = float(text)
+    value = number(float, text)
     if not 0.0 <= value < 1.0:
         raise argparse.ArgumentTypeError(f"must be from 0 to below 1, got {text}")
     return value

@@ -52,14 +52,18 @@ def run(arguments: argparse.Namespace) -> int:
     writable_folder(arguments.out, "--out")
     try:
         _train(task, loralib, arguments, report)
-        _compare(task, loralib, arguments.out, report)
+        _compare(task, loralib, report)
     except KeyboardInterrupt:
         report.interrupted = True
         if not report.rows:
             _training_rows(report)
-    files = report.write(arguments.out)
-    print("\n" + report.table() + "\n")
-    print("written:", ", ".join(str(file) for file in [*files, *_adapters(arguments.out)]))
+    try:
+        files = [*_save_adapters(report, loralib, arguments.out), *report.write(arguments.out)]
+    except OSError as error:  # a full disk, say
+        raise BadInputError(f"--out: not all could be written: {error}") from error
+    finally:
+        print("\n" + report.table() + "\n")
+    print("written:", ", ".join(map(str, files)))
     if report.interrupted:
         return 130
     return 0 if report.passed else 1
@@ -145,16 +149,11 @@ def _train(task: Task, loralib: ModuleType, arguments: argparse.Namespace, repor
     )
 
 
-def _compare(task: Task, loralib: ModuleType, out: Path, report: Report) -> None:
+def _compare(task: Task, loralib: ModuleType, report: Report) -> None:
     _training_rows(report)
     theirs, ours = report.runs
     device = next(ours.model.parameters()).device
     ids = task.corpus.validation(2, task.context)[:, :-1].to(device)
-    sizes = [
-        compare.save_adapter(run.model, library, out).stat().st_size
-        for run, library in ((theirs, loralib), (ours, lora_fast))
-    ]
-    report.add("adapter on disk (KiB)", (f"{size / 1024:.1f}" for size in sizes))
     _merge_rows(report, ids)
     there = compare.exchanged_difference(ours.model, lora_fast, theirs.model, ids)
     back = compare.exchanged_difference(theirs.model, loralib, ours.model, ids)
@@ -220,5 +219,15 @@ def _merge_rows(report: Report, ids: torch.Tensor) -> None:
         )
 
 
-def _adapters(out: Path) -> list[Path]:
-    return [path for path in sorted(out.glob("adapter*")) if path.suffix != ".part"]
+def _save_adapters(report: Report, loralib: ModuleType, out: Path) -> list[Path]:
+    """Write what both have learnt, as far as they got."""
+    if not report.runs or not all(run.losses for run in report.runs):
+        return []
+    libraries = (loralib, lora_fast)
+    files = [
+        compare.save_adapter(run.model, library, out)
+        for run, library in zip(report.runs, libraries, strict=True)
+    ]
+    sizes = (file.stat().st_size for file in files)
+    report.add("adapter on disk (KiB)", (f"{size / 1024:.1f}" for size in sizes))
+    return files

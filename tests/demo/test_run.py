@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import lora_fast
 from lora_fast.cli import main
-from lora_fast.demo import training
+from lora_fast.demo import text, training
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -99,13 +99,46 @@ def test_ctrl_c_leaves_what_was_done(
     assert result.metrics["interrupted"]
     assert "Interrupted" in result.stdout
     steps = {"pretraining": None, "fine-tuning": 2, "comparing": 4}[at]
+    adapter = result.out / "adapter.safetensors"
     if steps is None:
         assert result.metrics["runs"] == {}
         assert not (result.out / "loss.png").exists()
+        assert not adapter.exists()
     else:
         assert len(result.metrics["runs"]["lora_fast"]["loss"]) == steps
         assert (result.out / "loss.png").read_bytes().startswith(PNG)
         assert result.row("step time")["passed"]
+        assert str(adapter) in result.stdout
+        assert all("lora_" in key for key in load_file(adapter))
+
+
+def test_an_interrupted_run_lists_its_own_files_only(
+    demo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "adapter.safetensors" in demo().stdout
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "language_loss", interrupted)
+    result = demo()
+    assert result.status == 130
+    assert "metrics.json" in result.stdout
+    assert "adapter" not in result.stdout.split("written:")[1]
+
+
+def test_a_full_disk_costs_no_results(
+    demo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lora_fast.demo.compare.save_adapter", full)
+    result = demo()
+    assert result.status == 2
+    assert "validation loss after" in result.stdout
+    (line,) = (line for line in result.stderr.splitlines() if "lora-fast demo" in line)
+    assert line.endswith("--out: not all could be written: [Errno 28] No space left on device")
 
 
 def test_a_failed_check_shows_and_sets_the_status(
@@ -154,6 +187,19 @@ def test_data_that_is_too_short(demo: Callable[..., Any], tmp_path: Path) -> Non
     assert "too few" in result.stderr
 
 
+def test_of_very_much_data_the_beginning_is_used(
+    demo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_fast.demo.text._MOST_DATA", 2**12)
+    for name in "ab":
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(b"all work and no play " * 1000)
+    result = demo("--data", str(tmp_path / "data"))
+    assert result.status == 0
+    assert "--data: the first 0 MiB of" in result.stdout
+    assert len(text.from_path(tmp_path / "data")) == 2**12
+
+
 def test_data_from_a_file_and_a_folder_with_binary_files(
     demo: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -197,19 +243,26 @@ def test_a_forced_backend_that_cannot_run(
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        *(("--steps", "0"), ("--steps", "many"), ("--dropout", "1"), ("--dropout", "nan")),
-        *(("--seed", "-1"), ("--seed", str(2**64)), ("--unknown",)),
+        (("--steps", "0"), "argument --steps: must be at least 1, got 0"),
+        (("--steps", "many"), "argument --steps: expected a whole number, got 'many'"),
+        (("--dropout", "1"), "argument --dropout: must be from 0 to below 1, got 1"),
+        (("--dropout", "nan"), "argument --dropout: must be from 0 to below 1, got nan"),
+        (("--dropout", "p"), "argument --dropout: expected a number, got 'p'"),
+        (("--seed", "-1"), "argument --seed: must be from 0 to below 2^63, got -1"),
+        (("--seed", "1e3"), "argument --seed: expected a whole number, got '1e3'"),
+        (("--data", ""), "argument --data: expected a path, got ''"),
+        (("--unknown",), "unrecognized arguments: --unknown"),
     ],
 )
 def test_arguments_that_argparse_refuses(
-    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as error:
         main(["demo", *arguments])
     assert error.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_without_loralib_it_says_what_to_install(
