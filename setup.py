@@ -128,9 +128,10 @@ def forgiving(build_ext):
 
 
 class BuildPy(build_py):
-    """Builds anew: an earlier install's folder holds modules that are no longer there."""
+    """Builds anew."""
 
     def run(self):
+        """Delete first what an earlier install has built: of modules, too, that are gone."""
         shutil.rmtree(os.path.join(self.build_lib, "lora_fast"), ignore_errors=True)
         super().run()
 

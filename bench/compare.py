@@ -59,8 +59,8 @@ def _quartiles(ratio: Sequence[float]) -> tuple[float, float, float]:
     return (ratio[0], *ratio[1:]) if len(ratio) == 3 else (ratio[0],) * 3
 
 
-def compare(old: Path, new: Path, slack: float) -> list[dict[str, Any]]:
-    """Return the line of every row that both folders have.
+def compare(old: Path, new: Path, slack: float) -> tuple[list[dict[str, Any]], int]:
+    """Return the line of every row that both folders have, and how many only the old one has.
 
     Raises:
         ValueError: a folder has no results, or they have no row in common that was measured.
@@ -76,7 +76,7 @@ def compare(old: Path, new: Path, slack: float) -> list[dict[str, Any]]:
     found = [line for line in lines if line is not None]
     if not found:
         raise ValueError(f"{old} and {new} have rows in common, but no ratio of any of them")
-    return found
+    return found, len(before) - len(shared)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--slack", type=share, default=0.03, help="ratios this near are the same")
     arguments = parser.parse_args(argv)
     try:
-        lines = compare(arguments.old, arguments.new, arguments.slack)
+        lines, lost = compare(arguments.old, arguments.new, arguments.slack)
     except ValueError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if changed:
         print(markdown(changed), end="\n\n")
     slower = sum(line["verdict"] == "SLOWER" for line in lines)
-    print(f"{len(lines)} rows compared, {slower} slower, {len(changed) - slower} faster")
+    rest = f"; {lost} of OLD not in NEW" if lost else ""
+    print(f"{len(lines)} rows compared, {slower} slower, {len(changed) - slower} faster{rest}")
     return int(slower > 0)
 
 

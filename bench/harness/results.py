@@ -142,7 +142,9 @@ def _is_table(found: Any) -> bool:
     return isinstance(rows, list) and all(
         isinstance(row, dict)
         and isinstance(row.get("peers"), dict)
+        and all(isinstance(entry, dict) for entry in row["peers"].values())
         and isinstance(row.get("columns"), dict)
+        and {"layer", "shape", "dtype"} <= row["columns"].keys()
         and "id" in row
         for row in rows
     )

@@ -11,7 +11,12 @@ from harness.results import result_folders
 
 def row(name: str, ratio: list[float], **more: Any) -> dict[str, Any]:
     ours = more.get("ours", {"us": 1.0})
-    return {"id": name, "columns": {}, "peers": {"frozen": {"ratio": ratio}, "lora_fast": ours}}
+    columns = {"layer": "Linear", "shape": "square-1024", "dtype": "float32"}
+    return {
+        "id": name,
+        "columns": columns,
+        "peers": {"frozen": {"ratio": ratio}, "lora_fast": ours},
+    }
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,7 @@ def test_exit_status(save, capsys):
     assert compare.main([str(old), str(old)]) == 0
     assert "2 rows compared, 0 slower, 0 faster" in capsys.readouterr().out
     assert compare.main([str(old), str(slower)]) == 1
-    assert "1 rows compared, 1 slower" in capsys.readouterr().out
+    assert "1 rows compared, 1 slower, 0 faster; 1 of OLD not in NEW" in capsys.readouterr().out
     assert compare.main([str(slower), str(old)]) == 0
 
 
