@@ -142,6 +142,7 @@ void dropout_cpu(
   STD_TORCH_CHECK(
       dropped.numel() == x.numel() && keep.numel() == x.numel(),
       "dropout_: dropped and keep must have the size of x");
+  STD_TORCH_CHECK(keep_rate >= 0.0 && keep_rate <= 1.0, "dropout_: keep_rate must be in [0, 1]");
   STD_TORCH_CHECK(
       state.numel() >= static_cast<int64_t>(sizeof(State)), "dropout_: state is no generator's");
   State saved;

@@ -15,6 +15,7 @@
 #include <optional>
 #include <utility>
 
+#include "float_environment.h"
 #include "lora_delta_matrices.h"
 #include "small_products.h"
 #include "tensors.h"
@@ -35,7 +36,10 @@ constexpr int64_t kDotRows = 4;  // of both factors of a dot product, at a time
 template <class Function>
 void for_ranges(int64_t count, int64_t operations, const Function& function) {
   const int64_t grain = std::max<int64_t>(1, count * kAlone / std::max<int64_t>(1, operations));
-  torch::stable::parallel_for(0, count, grain, function);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const DefaultFloatEnvironment environment;  // else the small numbers of fp16 may be flushed
+    function(begin, end);
+  });
 }
 
 // The same, one by one.

@@ -20,7 +20,7 @@ struct Rows {
   int64_t rows, cols, row;
 
   Rows(const Tensor& tensor, const char* name, int64_t rows, int64_t cols)
-      : data(static_cast<typename F::Bits*>(const_cast<void*>(tensor.const_data_ptr()))),
+      : data(static_cast<typename F::Bits*>(const_cast<void*>(read_from(tensor, name)))),
         rows(rows),
         cols(cols),
         row(tensor.stride(0)) {

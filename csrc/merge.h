@@ -58,7 +58,7 @@ inline View view_of(const Tensor& tensor, bool transposed) {
 inline Factor factor_of(const Tensor& tensor, const char* name, bool transposed) {
   const int64_t first = tensor.stride(0), second = tensor.stride(1);
   return {
-      tensor.const_data_ptr(), dtype_of(tensor, name), transposed ? second : first,
+      read_from(tensor, name), dtype_of(tensor, name), transposed ? second : first,
       transposed ? first : second};
 }
 
@@ -98,7 +98,7 @@ inline Item make_item(
   const View plain = view_of(weight, false);
   item.transposed = wide_dims(weight) == 2 && plain.dims == 2 && plain.size[0] == item.rows &&
       plain.size[1] == item.cols && plain.stride[0] < plain.stride[1];
-  item.weight = weight.mutable_data_ptr();
+  item.weight = write_to(weight, "weight");
   item.weight_view = view_of(weight, item.transposed);
   item.left = factor_of(lora_b, "lora_B", false);
   item.right = factor_of(lora_a, "lora_A", false);
@@ -119,10 +119,10 @@ inline Item make_item(
           overflow_index.numel() <= weight.numel(),
       "overflow_index (int32) and overflow_value (weight's dtype) must be contiguous and as long as "
       "each other, and no longer than weight");
-  item.code = static_cast<int8_t*>(code.mutable_data_ptr());
+  item.code = static_cast<int8_t*>(write_to(code, "code"));
   item.code_view = view_of(code, item.transposed);
-  item.overflow_index = static_cast<int32_t*>(overflow_index.mutable_data_ptr());
-  item.overflow_value = overflow_value.mutable_data_ptr();
+  item.overflow_index = static_cast<int32_t*>(write_to(overflow_index, "overflow_index"));
+  item.overflow_value = write_to(overflow_value, "overflow_value");
   item.overflow_size = static_cast<int32_t>(overflow_index.numel());
   return item;
 }

@@ -7,9 +7,9 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cfenv>
 
 #include "cpu_isa.h"
+#include "float_environment.h"
 #include "merge.h"
 #include "merge_cpu_vectors.h"
 
@@ -27,21 +27,6 @@ inline int64_t right_bytes() {
   return kLeast;
 #endif
 }
-
-// Subnormals must count, and rounding must be to nearest, whatever the calling thread has set.
-class DefaultFloatEnvironment {
- public:
-  DefaultFloatEnvironment() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloatEnvironment() { std::fesetenv(&saved_); }
-  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
-  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
-
- private:
-  std::fenv_t saved_;
-};
 
 struct TileFlags {
   bool finite = true;

@@ -26,6 +26,21 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
+// Where a tensor's elements are. FSDP1, for one, frees memory whose tensors live on.
+template <class Pointer>
+Pointer in_memory(Pointer found, const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(found != nullptr || tensor.numel() == 0, name, " has no memory: it was freed");
+  return found;
+}
+
+inline const void* read_from(const Tensor& tensor, const char* name) {
+  return in_memory(tensor.const_data_ptr(), tensor, name);
+}
+
+inline void* write_to(const Tensor& tensor, const char* name) {
+  return in_memory(tensor.mutable_data_ptr(), tensor, name);
+}
+
 // Calls function(format) for the format of a dtype.
 template <class Function>
 void dispatch_format(Dtype dtype, const Function& function) {

@@ -6,14 +6,19 @@ the state back as torch would leave it.
 """
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
 
-from lora_fast import ops
+from lora_fast import interrupts, ops
 
 # Below, handing over the generator's state takes longer than the draws.
 _FEW = 2048
+
+# Between taking the generator's state and giving it back nobody else may draw; torch's own draws
+# have a lock of theirs. Not so this thread: a signal's handler may fork in the middle of it.
+_drawing = interrupts.free_in_children(threading.RLock())
 
 
 def keep_scale(p: float) -> float:
@@ -34,16 +39,19 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     if p == 1.0:
         return x * 0.0, torch.zeros_like(x, dtype=torch.bool)
     if x.is_cpu and x.numel() >= _FEW and x.is_contiguous() and _draws_are_known(x.dtype):
-        drawn = _draw(x, p, torch.default_generator)
-        if drawn is not None:
-            return drawn
+        with _drawing:
+            return _draw(x, p, torch.default_generator) or _drawn_by_torch(x, p)
+    return _drawn_by_torch(x, p)
+
+
+def _drawn_by_torch(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     noise = torch.empty_like(x).bernoulli_(1.0 - p)
     keep = noise.bool()
     return noise.div_(1.0 - p).mul_(x), keep
 
 
 def _draw(x: Tensor, p: float, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
-    """Draw with the op of csrc, or return None if another thread drew at the same time."""
+    """Draw with the op of csrc, or return None if torch drew for another thread meanwhile."""
     dropped = torch.empty_like(x)
     keep = torch.empty_like(x, dtype=torch.bool)
     before = generator.get_state()

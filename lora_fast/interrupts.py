@@ -1,16 +1,31 @@
-"""Holding signals back while a weight and what is known about it do not agree."""
+"""Keeping signals and forks out of what must be done as a whole."""
 
 # Not `signal`, whose wrappers look for enum members: 10 us a call, in every eval() and train().
 import _signal  # type: ignore[import-not-found]
+import os
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+Lock = TypeVar("Lock", bound=Any)
 
 # What somebody may have set a handler for that raises: Ctrl-C, a time limit, a preempted job.
 _NAMES = ("INT", "TERM", "HUP", "ALRM", "VTALRM", "PROF", "USR1", "USR2", "BREAK")
 _SIGNALS = tuple(
     number for name in _NAMES if (number := getattr(_signal, f"SIG{name}", None)) is not None
 )
+
+
+def free_in_children(lock: Lock) -> Lock:
+    """Return the lock, which a fork now waits for.
+
+    A child has none of the other threads: what one of them had begun, nobody there would end.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
+        )
+    return lock
 
 
 class held_back:  # noqa: N801, it is used like a function

@@ -65,6 +65,13 @@ def merge_many(requests: Sequence[Merge]) -> list[MergeRecord | None]:
             changed.
     """
     requests = [_checked(request) for request in requests]
+    if any([request.weight.is_inference() for request in requests]):
+        with torch.inference_mode():  # only there they may be written to
+            return _merge_checked(requests)
+    return _merge_checked(requests)
+
+
+def _merge_checked(requests: Sequence[Merge]) -> list[MergeRecord | None]:
     originals = [versions.current(request.weight) for request in requests]
     served = [i for i, request in enumerate(requests) if _is_served(request)]
     records: list[MergeRecord | None] = [None] * len(requests)
@@ -120,9 +127,10 @@ def _merge_alone(request: Merge) -> MergeRecord | None:
     try:
         if sharded.is_dtensor(weight):
             return sharded.merge_(*request)
-        kept = (lora_A.clone(), lora_B.clone(), scaling, enable_lora, out_splits)  # may want memory
+        # What is merged is what is kept; see native._with_copies.
+        kept = (lora_A.clone(), lora_B.clone(), scaling, enable_lora, out_splits)
         original = reference.merge_(
-            weight, lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits
+            weight, *kept[:3], enable_lora=enable_lora, out_splits=out_splits
         )
     except OverflowError:
         return None
@@ -149,7 +157,11 @@ def unmerge_many(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> N
     """`unmerge_` weights of one device and dtype, in one call of the native ops."""
     local = [_checked_local(w, record) for w, record in zip(weights, records, strict=True)]
     numbers = [versions.current(weight) for weight in local]
-    native.unmerge(local, records)
+    if any([weight.is_inference() for weight in local]):
+        with torch.inference_mode():
+            native.unmerge(local, records)
+    else:
+        native.unmerge(local, records)
     for weight, part, record, number in zip(weights, local, records, numbers, strict=True):
         versions.restored(part, record.versions, number)
         sharded.count_version(weight)

@@ -77,7 +77,8 @@ def merge(requests: Sequence[Merge]) -> list[MergeRecord | None]:
         A record for each, or None where a finite element would become infinite or NaN; that weight
         is as it was.
     """
-    jobs = list(map(_new_job, requests, _copies(requests)))
+    requests = _with_copies(requests)
+    jobs = list(map(_new_job, requests))
     status = _run(ops.merge_, jobs)
     if all(min(lengths) >= 0 for lengths in status):
         try:
@@ -120,7 +121,7 @@ def unmerge(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
         if record.original is None:
             factors = (record.lora_A, record.lora_B, record.scaling)
             request = Merge(weight, *factors, record.enable_lora, record.out_splits)
-            jobs.append(_Job(request, _blocks(request), record.codes, factors[:2]))
+            jobs.append(_Job(request, _blocks(request), record.codes))
     if jobs:
         _run(ops.unmerge_, jobs)
     for record in records:
@@ -139,15 +140,11 @@ def _keep_until_read(record: MergeRecord) -> None:
 
 
 class _Job(NamedTuple):
-    """A merge, the blocks that its weight is cut into, the code for each, and copies of A and B.
-
-    They are made before the op runs: without them, for want of memory, a merge could not be undone.
-    """
+    """A merge of the record's own A and B, the blocks of its weight, and the code for each."""
 
     request: Merge
     blocks: Sequence[reference.DeltaBlock]
     codes: Sequence[Code]
-    copies: tuple[Tensor, Tensor]
 
     def cut(self, lengths: Sequence[int]) -> "_Job":
         """Return the job with lists of these lengths, which share the memory of the long ones."""
@@ -166,7 +163,7 @@ def _run(op: Callable[..., Tensor | None], jobs: Sequence[_Job]) -> list[list[in
     """Call `op` for all blocks of all jobs; return what it says of each job's blocks."""
     rows = [
         (*block, float(request.scaling), *code)
-        for request, blocks, codes, _ in jobs
+        for request, blocks, codes in jobs
         for block, code in zip(blocks, codes, strict=True)
     ]
     status = op(*map(list, zip(*rows, strict=True)))
@@ -192,22 +189,28 @@ def _blocks(request: Merge) -> list[reference.DeltaBlock]:
     return found
 
 
-def _new_job(request: Merge, copies: tuple[Tensor, Tensor]) -> _Job:
+def _new_job(request: Merge) -> _Job:
     blocks = _blocks(request)
     codes = []
     for weight, _, _ in blocks:
         code = torch.empty_like(weight, dtype=torch.int8)
         room = int(weight.numel() * _LIST_BYTES / (4 + weight.element_size()))
         codes.append(Code(code, *(_new_overflow(weight, room) if room else _no_overflow(weight))))
-    return _Job(request, blocks, codes, copies)
+    return _Job(request, blocks, codes)
 
 
-def _copies(requests: Sequence[Merge]) -> list[tuple[Tensor, Tensor]]:
-    """Copies of A and B of each, on a GPU by one launch for all."""
+def _with_copies(requests: Sequence[Merge]) -> list[Merge]:
+    """The requests with copies of A and B, on a GPU by one launch for all.
+
+    What is merged is what the record holds, whatever another thread writes to A and B meanwhile,
+    and the weight too where they share its memory. They are made before the op runs: without them,
+    for want of memory, a merge could not be undone.
+    """
     factors = [factor for request in requests for factor in (request.lora_A, request.lora_B)]
     copies = [torch.empty_like(factor) for factor in factors]
     torch._foreach_copy_(copies, factors)
-    return list(zip(copies[::2], copies[1::2], strict=True))
+    pairs = zip(requests, copies[::2], copies[1::2], strict=True)
+    return [Merge(request.weight, a, b, *request[3:]) for request, a, b in pairs]
 
 
 def _trimmed(code: Code, length: int) -> Code:
@@ -245,9 +248,9 @@ def _merge_with_copy(request: Merge) -> MergeRecord | None:
     )
     original = weight.clone()
     no_code = Code(weight.new_empty(0, dtype=torch.int8), *_no_overflow(weight))
+    (request,) = _with_copies([request])
     blocks = _blocks(request)
-    (copies,) = _copies([request])
-    job = _Job(request, blocks, [no_code] * len(blocks), copies)
+    job = _Job(request, blocks, [no_code] * len(blocks))
     try:
         (status,) = _run(ops.merge_, [job])
         if min(status) >= 0:
@@ -260,7 +263,6 @@ def _merge_with_copy(request: Merge) -> MergeRecord | None:
 
 
 def _record(job: _Job, original: Tensor | None, codes: tuple[Code, ...]) -> MergeRecord:
-    weight, _, _, scaling, enable_lora, out_splits = job.request
-    lora_A, lora_B = job.copies
+    weight, lora_A, lora_B, scaling, enable_lora, out_splits = job.request
     settings = (scaling, enable_lora, out_splits)
     return MergeRecord(weight.shape, weight.dtype, original, lora_A, lora_B, *settings, codes=codes)

@@ -85,7 +85,7 @@ def test_kernels_know_nothing_of_the_rest(name):
         ("delta", {"blocks", "ops"}),
         ("lora_first", {"checks", "dropout", "eager", "reference", "torch_internals"}),
         ("sums", {"reference"}),
-        ("dropout", {"ops"}),
+        ("dropout", {"interrupts", "ops"}),
         ("scripting", set()),
         ("checks", {"torch_internals"}),
         ("shapes", {"blocks", "checks"}),

@@ -1,5 +1,8 @@
 """On a CPU dropout draws what torch's draws, to the bit, and leaves the generator as torch does."""
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -203,3 +206,65 @@ def test_the_op_refuses_what_does_not_fit(changed: dict[str, Tensor], message: s
     with pytest.raises(RuntimeError, match=message):
         ops.dropout_(**given)
     assert torch.equal(given["state"], before)
+
+
+def test_threads_draw_masks_of_their_own(known: None) -> None:
+    threads, repeats = 4, 200
+    seen: list[list[bytes]] = [[] for _ in range(threads)]
+    together = threading.Barrier(threads)
+    x = torch.ones(4096)
+
+    def draw(i: int) -> None:
+        together.wait()
+        for _ in range(repeats):
+            seen[i].append(dropout(x, 0.5)[1].numpy().tobytes())
+
+    workers = [threading.Thread(target=draw, args=(i,)) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    every = [mask for masks in seen for mask in masks]
+    assert len(set(every)) == threads * repeats
+
+
+@pytest.mark.parametrize("rate", [float("nan"), -0.1, 1.1])
+def test_the_op_refuses_a_rate_that_is_none(known: None, rate: float) -> None:
+    x = torch.ones(8)
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match=r"keep_rate must be in \[0, 1\]"):
+        ops.dropout_(x, torch.empty(8), torch.empty(8, dtype=torch.bool), state, rate, 1.0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_signals_handler_may_fork_while_the_op_draws(
+    known: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the thread that draws; a fork waits for the draws of others."""
+    script = (
+        "import os, torch, lora_fast.dropout as d\n"
+        "assert d._draws_are_known(torch.float32)\n"
+        "draw = d._draw\n"
+        "def forking(*arguments):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+        "    return draw(*arguments)\n"
+        "d._draw = forking\n"
+        "d.dropout(torch.ones(64, 64), 0.1)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], timeout=60, check=True)
+
+
+def test_a_rate_between_two_draws_keeps_the_lower(isa: str) -> None:
+    """A keep rate of half the distance of two draws keeps the draw of 0, as `0.0 < rate` does."""
+    state = torch.get_rng_state()
+    state[8:12] = torch.tensor([625], dtype=torch.int32).view(torch.uint8)  # no word is used yet
+    state[24 : 24 + 8 * 624] = 0  # of these words every draw is 0
+    x = torch.ones(100)
+    dropped, keep = torch.empty(100), torch.zeros(100, dtype=torch.bool)
+    ops.dropout_(x, dropped, keep, state.clone(), 2.0**-54, 1.0)
+    assert keep.all()
+    ops.dropout_(x, dropped, keep, state.clone(), 0.0, 1.0)
+    assert not keep.any()

@@ -323,3 +323,38 @@ def test_few_rows_are_the_ops(rows: int, monkeypatch: pytest.MonkeyPatch) -> Non
     y = eager.low_rank_linear(call.x, weight, *leaves[1:], 0.75, None, 0.0, OUTER)
     torch.autograd.grad(y, leaves, call.dy)
     assert called == ([] if rows == 33 else ["lora_delta_fwd_", "lora_delta_bwd_"])
+
+
+def test_small_numbers_of_fp16_are_not_flushed() -> None:
+    """They are normal in fp32; torch's own products keep them whatever the processor does."""
+    from lora_fast.functional import lora_linear
+
+    x, weight = torch.randn(4, 64).half(), torch.zeros(32, 64).half()
+    lora_A, lora_B = torch.randn(8, 64).half(), (torch.rand(32, 8) * 5e-5).half()
+    lora_A.requires_grad_()
+    expected = (torch.ones(4, 32).double() @ lora_B.double()).t() @ x.double()
+    torch.set_flush_denormal(True)
+    try:
+        y = lora_linear(x, weight, lora_A, lora_B, 1.0)
+        y.backward(torch.ones_like(y))
+    finally:
+        torch.set_flush_denormal(False)
+    grad = lora_A.grad
+    assert grad is not None
+    torch.testing.assert_close(grad.double(), expected, rtol=0.01, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_dropped_is_multiplied_by_zero(dtype: torch.dtype, value: float, isa: str) -> None:
+    """As by torch: a NaN or an infinity that is dropped leaves a NaN."""
+    x, lora_A, lora_B, dy = (torch.randn(s).to(dtype) for s in ((9, 40), (4, 40), (11, 4), (9, 11)))
+    keep = torch.rand(9, 40) >= 0.4
+    keep[3, 7] = keep[5, 39] = keep[2, 12] = False
+    x[3, 7] = x[5, 39] = lora_A[1, 12] = value
+    dx, da = torch.zeros_like(x), torch.empty_like(lora_A)
+    assert ops.lora_delta_bwd_(dy, x, lora_A, lora_B, None, keep, 0.75, 2.0, [0, 11], dx, da, None)
+    assert da.isfinite().all(0).tolist() == [k not in (7, 39) for k in range(40)]
+    assert da[:, [7, 39]].isnan().all()
+    assert not dx[:, 12].isfinite().any()
+    assert dx[2, 12].isnan()
+    assert dx[:, :12].isfinite().all() and dx[:, 13:].isfinite().all()

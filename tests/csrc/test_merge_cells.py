@@ -232,3 +232,37 @@ def test_bf16_factors_that_make_a_weight_infinite_are_refused(isa: str, col: int
         with pytest.raises(OverflowError):
             functional.merge_(weight, lora_A, lora_B, 2.0**60)  # a delta of the last step
         assert torch.equal(bits(weight), before)
+
+
+@pytest.mark.parametrize("col", COLUMNS)
+def test_half_a_step_beyond_the_largest_bf16_number_is_infinite(isa: str, col: int) -> None:
+    weight = torch.ones(N, K, dtype=torch.bfloat16)
+    weight[:, col] = torch.finfo(torch.bfloat16).max
+    before = bits(weight)
+    lora_A = torch.zeros(1, K)
+    lora_A[0, col] = 2.0**60
+    with pytest.raises(OverflowError):
+        functional.merge_(weight, lora_A, torch.full((N, 1), 2.0**59), 1.0)
+    assert torch.equal(bits(weight), before)
+    functional.merge_(weight, lora_A, torch.full((N, 1), 2.0**58), 1.0)
+    assert torch.equal(bits(weight), before)  # rounds down
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_first_distances_that_no_code_holds(isa: str, dtype: torch.dtype) -> None:
+    """W + 1 is 1, and 1 - 1 is 0: the distance is the pattern of W, of a negative W one more."""
+    weight = torch.full((16, 512), 2.0).to(dtype)
+    patterns = torch.arange(124, 132)
+    stored = weight.view(INTEGERS[dtype.itemsize])
+    sign = torch.iinfo(stored.dtype).min
+    for row, pattern in enumerate(patterns.tolist()):
+        stored[row, 37 * row] = pattern
+        stored[8 + row, 37 * row] = sign + pattern
+    before = bits(weight)
+    record = functional.merge_(weight, torch.ones(1, 512), torch.ones(16, 1), 1.0)
+    listed = sorted(record.codes[0].overflow_index.tolist())
+    places = torch.arange(8) * 549  # row * 512 + 37 * row
+    expected = [*places[patterns > 127].tolist(), *(places[patterns > 126] + 8 * 512).tolist()]
+    assert listed == expected
+    functional.unmerge_(weight, record)
+    assert torch.equal(bits(weight), before)

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_fast as lora
-from lora_fast import functional, lora_layer, native, whole_model
+from lora_fast import functional, lora_layer, native, ops, whole_model
 from lora_fast.testing import randomize_
 
 
@@ -209,3 +209,55 @@ def test_a_file_with_other_keys_or_words_loads_nothing(tmp_path: Path) -> None:
     torch.save({1: torch.ones(2)}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="does not hold a state dict"):
         lora.load(layer, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_factors_in_the_memory_of_the_weight(backend: str) -> None:
+    weight, lora_A = torch.randn(64, 64), torch.randn(4, 64)
+    base = weight.clone()
+    expected = base + 0.5 * base[:4].t() @ lora_A
+    with lora.use_backend(backend):
+        record = functional.merge_(weight, lora_A, weight[:4].t(), 0.5)
+        torch.testing.assert_close(weight, expected)
+        functional.unmerge_(weight, record)
+    assert torch.equal(weight, base)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_factors_that_another_thread_trains(backend: str) -> None:
+    layer = randomize_(lora.Linear(256, 256, r=8))
+    base = layer.weight.detach().clone()
+    stop = threading.Event()
+
+    def train() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                layer.lora_A.add_(1e-3)
+
+    trainer = threading.Thread(target=train)
+    with lora.use_backend(backend):
+        trainer.start()
+        try:
+            for _ in range(30):
+                layer.eval()
+                layer.train()
+        finally:
+            stop.set()
+            trainer.join()
+    assert torch.equal(layer.weight, base)
+
+
+@pytest.mark.parametrize("freed", ["weight", "lora_A", "lora_B"])
+def test_memory_that_was_freed_is_refused(freed: str) -> None:
+    """As FSDP1 frees it, below the tensors."""
+    named = {
+        "weight": torch.randn(6, 4),
+        "lora_A": torch.randn(2, 4),
+        "lora_B": torch.randn(6, 2),
+    }
+    code = [torch.empty(6, 4, dtype=torch.int8)]
+    lists = [torch.empty(0, dtype=torch.int32)], [torch.empty(0)]
+    named[freed].untyped_storage().resize_(0)
+    tensors = [[tensor] for tensor in named.values()]
+    with pytest.raises(RuntimeError, match=f"{freed} has no memory: it was freed"):
+        ops.merge_(*tensors, [1.0], code, *lists)

@@ -43,3 +43,34 @@ def test_a_channels_last_kernel_of_one_output() -> None:
     x = torch.randn(1, 3, 6, 6)
     expected = layer(x)
     torch.testing.assert_close(layer.eval()(x), expected)
+
+
+def test_rows_that_touch_in_one_element() -> None:
+    """Whose first element is the last of the row before: no code can hold both."""
+    weight = torch.randn(64).as_strided((8, 5), (4, 1))
+    base = weight.clone()
+    lora_A, lora_B = torch.randn(2, 5), torch.randn(8, 2)
+    record = functional.merge_(weight, lora_A, lora_B, 1.0)
+    functional.unmerge_(weight, record)
+    assert torch.equal(weight, base)
+
+
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+def test_a_rank_whose_columns_are_packed_in_parts(layout: str) -> None:
+    """A thread works through tasks of several columns: what it packed serves its own alone."""
+    weight = torch.randn(9, 1100)
+    if layout == "transposed":
+        weight = weight.t()
+    n, k = weight.shape
+    lora_A, lora_B = torch.randn(1024, k) * 0.05, torch.randn(n, 1024) * 0.05
+    before = weight.clone()
+    exact = weight.double() + lora_B.double() @ lora_A.double()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        record = functional.merge_(weight, lora_A, lora_B, 1.0)
+        torch.testing.assert_close(weight.double(), exact, rtol=1e-5, atol=1e-5)
+        functional.unmerge_(weight, record)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(weight, before)

@@ -192,7 +192,7 @@ def test_a_layer_that_needs_a_copy_is_merged_beside_the_others(
 
 @pytest.mark.parametrize(
     ("what", "ran"),
-    [("_merge_with_copy", [4, 3]), ("_copies", [])],
+    [("_merge_with_copy", [4, 3]), ("_with_copies", [])],
     ids=["weight", "factors"],
 )
 def test_no_memory_for_a_copy_leaves_every_layer_as_it_was(
@@ -318,7 +318,9 @@ def test_a_time_limit_in_the_middle_loses_nothing(alarm: None, backend: str) -> 
     assert expired > 0
 
 
-def test_held_back_delivers_each_signal_and_restores_each_handler(alarm: None) -> None:
+def test_held_back_delivers_each_signal_and_restores_each_handler(
+    ctrl_c: None, alarm: None
+) -> None:
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     with pytest.raises(KeyboardInterrupt) as caught, interrupts.held_back():
         for number in (signal.SIGINT, signal.SIGALRM, signal.SIGALRM):
