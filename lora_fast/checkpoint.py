@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_fast import sharded
 from lora_fast.files import written_whole
 from lora_fast.lora_layer import MergingLayer
+from lora_fast.saved_state import without_wrappers
 from lora_fast.utils import lora_state_dict
 
 _HEADER = "lora_fast"
@@ -126,6 +127,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
     own = model.state_dict()
     for key, value in state.items():
         state[key] = sharded.like(value, own[_released_conv_key(model, key)])
+    marks = state._metadata  # type: ignore[attr-defined]
+    marks.update({name: _saved_of(state, name) for name, _ in model.named_modules()})
     model.load_state_dict(state, strict=False)
 
 
@@ -187,7 +190,7 @@ def _problems(model: nn.Module, state: "OrderedDict[str, Any]", strict: bool) ->
         missing = set(lora_state_dict(model)) - set(names.values())
         problems += [f"{key}: not in the file" for key in own if key in missing]
     for name, layer in model.named_modules():
-        saved: dict[str, Any] = state._metadata.get(name, {})  # type: ignore[attr-defined]
+        saved = _saved_of(state, name)
         if isinstance(layer, MergingLayer) and hasattr(layer, "lora_A"):
             for mine, theirs in (("r", "lora_r"), ("scaling", "lora_scaling")):
                 if theirs in saved and saved[theirs] != getattr(layer, mine):
@@ -196,6 +199,13 @@ def _problems(model: nn.Module, state: "OrderedDict[str, Any]", strict: bool) ->
                         f"{getattr(layer, mine)}"
                     )
     return problems
+
+
+def _saved_of(state: Any, name: str) -> dict[str, Any]:
+    """What a file says of a module, which may be wrapped here, there, or in both."""
+    marks = state._metadata
+    found: dict[str, Any] = marks.get(name) or marks.get(without_wrappers(name)) or {}
+    return found
 
 
 def _is_dense(value: Tensor) -> bool:

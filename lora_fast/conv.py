@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lora_fast import checks, functional, readers, scripting
 from lora_fast.lora_layer import LoRALayer, MergingLayer, tell_no_gradient
-from lora_fast.saved_state import shares_memory
 
 # What a caller finds on a plain nn.Conv*d and may read here too.
 _CONV_ATTRIBUTES = frozenset(
@@ -161,14 +160,11 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # loralib 0.1.1 wrote weight and bias, its newest commit those and conv.weight, conv.bias.
+        # That commit's are the same memory; a state that was updated by a plain convolution's has
+        # two, and the latter is meant.
         for name in ("weight", "bias"):
-            key, plain = f"{prefix}conv.{name}", prefix + name
-            if plain not in state_dict:
-                continue
-            value = state_dict.pop(plain)
-            # This layer's own state updated by that of a plain convolution: that one is meant.
-            if key not in state_dict or shares_memory(state_dict[key], getattr(self.conv, name)):
-                state_dict[key] = value
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}conv.{name}"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -2,31 +2,26 @@
 
 import functools
 import logging
-import os
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fast import checks, fsdp, functional, interrupts, readers, sharded, sums
+from lora_fast import checks, fsdp, functional, interrupts, readers, sharded
+from lora_fast.loaded_state import LoadedState
 from lora_fast.record import MergeRecord
+from lora_fast.restoring import RestoresWeight
 from lora_fast.saved_state import SavedState, remember_view
 
 _log = logging.getLogger("lora_fast.merge")
+# Attributes that hold until a layer is next merged or unmerged.
+_UNTIL_NEXT = frozenset(("_undid_merge", "_given_to_child", "_merged_nothing"))
 # Merging and unmerging is seldom and short: one lock for all layers keeps them picklable.
-merge_lock = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    # A child has none of the other threads: what one of them had begun, nobody there would end.
-    os.register_at_fork(
-        before=merge_lock.acquire,
-        after_in_parent=merge_lock.release,
-        after_in_child=merge_lock.release,
-    )
+merge_lock = interrupts.free_in_children(threading.RLock())
 
 
 def identity(x: Tensor) -> Tensor:
@@ -59,7 +54,7 @@ class LoRALayer:
         self.merge_weights = merge_weights
 
 
-class MergingLayer(SavedState):
+class MergingLayer(SavedState, LoadedState, RestoresWeight):
     """The part of a LoRA layer that `eval()` merges into the weight and `train()` takes out again.
 
     A layer tells through `_weight_owner`, `_as_delta` and `_blocks` where its weight is and how the
@@ -75,23 +70,27 @@ class MergingLayer(SavedState):
     scaling: float
     _record: MergeRecord | None = None
     _merged_version: tuple[int, ...] | None = None
+    _merged_marks: tuple[Any, ...] | None = None
     _merge_weights: bool = True
     _in_python = True
     # TorchScript takes the annotations of a class for its own types.
-    __jit_ignored_attributes__ = ("_record", "_merged_version")
+    __jit_ignored_attributes__ = ("_record", "_merged_version", "_merged_marks")
     __jit_unused_properties__: tuple[str, ...] = ("merge_weights",)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; two of them do what belongs to them.
+        """Set an attribute; three of them do what belongs to them.
 
         `merged = True` merges where loading has just undone a saved merge: users of loralib write
         it after they have loaded a state that was saved merged. `training = True` unmerges, as
-        `train()` does, past which Lightning restores the mode after a validation.
+        `train()` does, past which Lightning restores the mode after a validation. `r` that is set
+        where `eval()` found none leaves the layer unmerged.
         """
         if name == "merged" and value and self.__dict__.get("_undid_merge"):
             self._merge_now()
             return
         super().__setattr__(name, value)
+        if name == "r" and self.__dict__.get("_merged_nothing"):  # is switched on again
+            self._remember(False, None)
         if name == "training" and value and self.__dict__.get("merged") and self.merge_weights:
             self._outside_of_graphs(self._unmerge)
 
@@ -116,6 +115,10 @@ class MergingLayer(SavedState):
     def _weight_owner(self) -> nn.Module:
         """Return the module that holds `weight`."""
         return self  # type: ignore[return-value]
+
+    def _weight_key(self) -> str:
+        """Return the weight's key in the layer's state."""
+        return "weight"
 
     def _as_delta(self, weight: Tensor) -> Tensor:
         """Return the view of `weight` that has the rows and columns of the delta B A."""
@@ -170,12 +173,18 @@ class MergingLayer(SavedState):
     def train(self, mode: bool = True) -> Any:
         """Set the mode; merge the adapter into the weight in eval mode, take it out in train mode.
 
+        `eval()` of a merged layer merges anew what has changed of A, B or the scaling.
+
         Returns:
             The layer itself.
         """
         super().train(mode)  # type: ignore[misc]
-        if self.merge_weights and self.merged == mode:
-            self._outside_of_graphs(self._unmerge if mode else self._merge)
+        if self.merge_weights:
+            if self.merged == mode:
+                self._outside_of_graphs(self._unmerge if mode else self._merge)
+            elif self.merged and not torch.compiler.is_compiling() and self._is_stale():
+                self._unmerge()
+                self._merge()
         return self
 
     def _outside_of_graphs(self, change: Callable[[], None]) -> None:
@@ -185,8 +194,11 @@ class MergingLayer(SavedState):
 
     def _obstacle(self) -> str | None:
         """Say why the weight must not be written to, if so."""
-        owner = self._weight_owner()
-        return readers.why_not_merge(self, owner) or fsdp.why_not_merge(owner)
+        owner: Any = self._weight_owner()
+        fsdp.show_shard(owner)
+        why = readers.why_not_merge(self, owner) or fsdp.why_not_merge(owner)
+        # The ranks that hold the shards of a weight decide together.
+        return sharded.agreed(owner._parameters.get("weight"), why)
 
     def _merge(self) -> None:
         # Signals wait for the end of this: what a handler raises is no reason to stay unmerged.
@@ -225,16 +237,20 @@ class MergingLayer(SavedState):
             self._fold()
 
     def _fold(self) -> None:
-        record = None
         if self._has_adapter():
             record = functional.merge_(*self._merge_arguments(), **self._blocks())
-        self._remember(True, record)
+            self._remember(True, record)
+        else:  # as in loralib; but nothing must be subtracted of an adapter that comes later
+            self._remember(True, None)
+            self.__dict__["_merged_nothing"] = True
 
     def _merge_arguments(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        owner: Any = self._weight_owner()
+        owner = self._weight_owner()
         fsdp.show_shard(owner)
-        checks.not_faked("merge", owner.weight)
-        target = self._as_delta(owner.weight.detach())
+        weight: Any = owner.weight
+        checks.not_faked("merge", weight)
+        self._take_own_memory(weight)
+        target = self._as_delta(weight.detach())
         return target, self.lora_A, self.lora_B, self.scaling
 
     def _unmerge(self) -> None:
@@ -242,7 +258,8 @@ class MergingLayer(SavedState):
             if not self.merged:
                 return
             is_back = self._record is not None and self._record.spent  # by a shallow copy
-            if not is_back and (self._record is not None or self._has_adapter()):
+            by_hand = self._has_adapter() and "_merged_nothing" not in self.__dict__
+            if not is_back and (self._record is not None or by_hand):
                 self._restore(self._merged_target(), self._record)
             self._remember(False, None)
 
@@ -257,67 +274,41 @@ class MergingLayer(SavedState):
                 "first, then decompose it"
             )
         checks.not_faked("unmerge", weight)
+        self._take_own_memory(weight)
         return self._as_delta(weight.detach())
+
+    def _take_own_memory(self, weight: Tensor) -> None:
+        """Leave to others the memory that they have not lent for being written to."""
+        own = self.__dict__
+        is_lent = "_is_lent" in own and own.pop("_is_lent")
+        if "_is_moving" not in own:
+            readers.take_own_memory(weight, is_lent=is_lent)
 
     def _remember(self, merged: bool, record: MergeRecord | None) -> None:
         """Set what belongs together, past `nn.Module.__setattr__`, which looks for parameters."""
         version = None if record is None else sharded.version(self._weight_owner().weight)
-        self.__dict__.update(merged=merged, _record=record, _merged_version=version)
-        for name in ("_undid_merge", "_given_to_child"):
-            self.__dict__.pop(name, None)
-
-    def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
-        if record is None:  # someone set `merged` by hand: do what loralib does
-            self._subtract(target, self.scaling)
-        elif sharded.is_dtensor(target) and not record.of_shard:  # sharded while merged
-            whole = sharded.whole(target)
-            self._restore(whole, record)
-            target.copy_(sharded.like(whole, target))
-        elif self._changed_while_merged(target, record):
-            _log.debug("%s: the weight changed while merged; subtracting", self._described())
-            shard = sharded.local(target)
-            lora_A, lora_B = record.lora_A.to(shard.device), record.lora_B.to(shard.device)
-            functional.merge_(shard, lora_A, lora_B, -record.scaling, **record.blocks())
-            sharded.count_version(target)
-        else:
-            functional.unmerge_(target, record)
-
-    def _subtract(self, target: Tensor, scaling: float) -> None:
-        """Take the delta of the present factors out of the weight."""
-        functional.merge_(target, self.lora_A, self.lora_B, -scaling, **self._blocks())
-
-    def _changed_while_merged(self, target: Tensor, record: MergeRecord) -> bool:
-        """Tell whether somebody wrote to the weight since the merge, so that nothing is lost."""
-        if self._merged_version is None:
-            return False
-        is_counted = sharded.version(self._weight_owner().weight) != self._merged_version
-        # A code undoes a write that torch did not count, a copy would throw it away. Of a shard the
-        # record may hold the factors of the whole.
-        if not is_counted and (record.original is None or record.of_shard):
-            return False
-        shard = sharded.local(target)
-        if shard.is_meta:
-            return False
-        if shard.dtype != record.dtype or shard.device != record.lora_A.device:
-            return True  # through `.data`
-        factors = (record.lora_A, record.lora_B, record.scaling)
-        if not is_counted and record.original is not None:
-            return not sums.is_sum(shard, record.original, *factors, **record.blocks())
-        original = shard.clone()
-        functional.unmerge_(original, replace(record))
-        functional.merge_(original, *factors, **record.blocks())
-        return not torch.equal(original, shard)
+        marks = None if record is None else self._factor_marks()
+        self.__dict__.update(
+            merged=merged, _record=record, _merged_version=version, _merged_marks=marks
+        )
+        for name in _UNTIL_NEXT & self.__dict__.keys():
+            del self.__dict__[name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or convert the original weight, not the merged one, and merge again."""
         remerge = self.merged and self._record is not None
         if remerge:
+            self.__dict__["_is_lent"] = True  # the views of a state stay as they were saved
             self._unmerge()
         try:
             return super()._apply(fn, recurse)  # type: ignore[misc]
         finally:
             if remerge:
-                self._merge()
+                self.__dict__["_is_moving"] = True  # what is shared now, nobody else has yet
+                try:
+                    self._merge()
+                finally:
+                    self.__dict__.pop("_is_moving", None)
 
     def _described(self) -> str:
         """Return the layer in one line, whatever modules it holds."""

@@ -31,6 +31,8 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
         return "max_norm limits the rows of the base weight, not of the merged one"
     if "weight" not in owner._parameters:
         return "the weight is computed (parametrization, pruning or weight norm)"
+    if _are_computed(layer, "lora_A", "lora_B"):
+        return "the adapter is computed before each forward (pruning or weight norm)"
     if is_on_meta(owner):
         return "the weight is on the meta device or under FakeTensorMode, and holds no values"
     if _is_tied(owner._parameters) or _shares_memory(owner._parameters["weight"]):
@@ -38,6 +40,11 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
     if _are_hidden() and _has_other_holders(owner._parameters):
         return "the weight may be tied: gc.freeze() hides who else holds it"
     return None
+
+
+def _are_computed(layer: nn.Module, *names: str) -> bool:
+    """Tell whether hooks compute parameters anew, in which there are old values until they do."""
+    return any([name in vars(layer) and name not in layer._parameters for name in names])
 
 
 def is_on_meta(owner: nn.Module) -> bool:
@@ -175,6 +182,22 @@ def _has_other_holders(parameters: dict[str, Any]) -> bool:
     weight = parameters["weight"]
     counted = _UNSHARED_STORAGE is not None and type(weight) is nn.Parameter
     return counted and storage_uses(weight) != _UNSHARED_STORAGE
+
+
+def take_own_memory(weight: Tensor, *, is_lent: bool) -> None:
+    """Move a weight out of memory in which others would see it merged, before it is written to.
+
+    Args:
+        weight: the parameter.
+        is_lent: whether it was loaded with `assign=True`, so that a state dict may still hold it.
+    """
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
+        return
+    # Other processes (all memory of a GPU calls itself shared), and whoever loads the dict again.
+    in_processes = weight.is_cpu and weight.untyped_storage().is_shared()
+    if in_processes or (is_lent and storage_uses(weight) != _UNSHARED_STORAGE):
+        with torch.inference_mode(weight.is_inference()):  # as which it must go on
+            weight.data = weight.data.clone()
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

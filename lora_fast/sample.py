@@ -4,7 +4,7 @@ What `state_dict()` returns are views. Taken in eval mode and written to a file 
 says that it is merged, and holds the base weight.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ Sample = list[list[float]]
 """For each element: the block of the delta, where in it, the merged value, the base value."""
 
 _TRIED, _KEPT = 64, 8
+_NEAR = 0.7  # of the delta's norm: how far an average of merged weights may be from one of them
 _STEP = 2654435761  # a prime, so that it goes through a matrix of any width in no pattern
 
 
@@ -50,34 +51,65 @@ def taken(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, **bloc
 
 
 @torch.no_grad()
-def is_base(
-    sample: Sample, weight: Tensor, like: torch.dtype, lora_A: Tensor, lora_B: Tensor, **blocks: Any
-) -> bool:
-    """Tell whether a weight, whose sample was taken merged, is the base weight now.
+def compared(
+    sample: Sample,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    like: torch.dtype,
+    **blocks: Any,
+) -> Literal["merged", "base", "other"] | None:
+    """Tell what a weight, whose sample was taken merged, is now; None where the sample can't tell.
 
     Args:
         sample: from `taken`.
         weight: the weight as it is now, perhaps in another dtype.
-        like: the dtype in which it was merged.
-        lora_A: of the shape that was merged.
+        lora_A: as it is now; the sample tells nothing where A and B no longer make the delta that
+            it has, as the whole layer was changed, to another size, say.
         lora_B: likewise.
+        scaling: that of the merge.
+        like: the dtype in which it was merged.
         blocks: as for `taken`.
+
+    Returns:
+        "merged" also for an average of merged weights, which is nearer to them than the delta is
+        large.
     """
-    if not sample or not weight.is_floating_point():
-        return False
-    eps = max(torch.finfo(weight.dtype).eps, torch.finfo(like).eps)
+    found = _found(sample, weight, lora_A, lora_B, blocks)
+    if not found:
+        return None
+    values, products = torch.tensor(found, dtype=torch.float64).unbind(1)
+    merged, base = torch.tensor([e[2:] for e in sample], dtype=torch.float64).unbind(1)
+    eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, like))
+    room = 2 * eps * (merged.abs() + base.abs())
+    is_off = (values - merged).abs() > room
+    if bool(((values - base).abs() <= room).all() and is_off.any()):
+        return "base"
+    norm, delta = torch.linalg.vector_norm, merged - base
+    if norm(values - merged) <= _NEAR * norm(delta) + norm(room):
+        return "merged"
+    # The weight alone was changed: else the places of the sample may be of other elements.
+    fits = norm(scaling * products - delta) <= 0.1 * norm(delta) + norm(room)
+    return "other" if fits else None
+
+
+def _found(
+    sample: Sample, weight: Tensor, lora_A: Tensor, lora_B: Tensor, blocks: dict[str, Any]
+) -> list[tuple[float, float]]:
+    """The elements of the sample as they are now, and those of B A; none of other blocks."""
+    if not weight.is_floating_point():
+        return []
     parts = _parts(weight, lora_A, lora_B, blocks)
-    differs = False
-    for number, at, merged, base in sample:
+    found = []
+    for number, at, *_ in sample:
         if int(number) >= len(parts) or int(at) >= parts[int(number)][0].numel():
-            return False  # of a layer with other blocks
-        part = parts[int(number)][0]
-        value = float(_elements(part, torch.tensor([int(at)], device=part.device))[0])
-        room = 2 * eps * (abs(merged) + abs(base))
-        if not abs(value - base) <= room:
-            return False
-        differs = differs or abs(value - merged) > room
-    return differs
+            return []
+        part, a, b = parts[int(number)]
+        row, col = divmod(int(at), a.shape[1])
+        value = _elements(part, torch.tensor([int(at)], device=part.device))[0]
+        found.append((float(value), float(b[row].double() @ a[:, col].double())))
+    return found
 
 
 def _parts(

@@ -1,6 +1,5 @@
-"""What of a LoRA layer is pickled, copied, saved and loaded, merged or not."""
+"""What of a LoRA layer is pickled, copied and saved, merged or not."""
 
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,21 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lora_fast import checks, fsdp, functional, readers, sample, sharded, sums
+from lora_fast import checks, readers, sample, sharded
 from lora_fast.record import MergeRecord
 from lora_fast.torch_internals import mode_count, storage_id
 
 # The weights that `state_dict()` took from merged layers, and whose they are: they are views, and
 # show the original as soon as the layer is in train mode again, whatever the dict's mark says.
 _views_of_merged = WeakTensorKeyDictionary()
-
-
-# How far, relative to it, a merged weight may be from itself after a change of dtype, to fp8 too.
-_ROUNDED = 0.1
+# What wrappers of torch put into the names of modules, and take out of the keys of a state.
+_WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
 class SavedState:
-    """The part of a LoRA layer that writes and reads its state, without losing the base weight.
+    """The part of a LoRA layer that writes its state, without losing the base weight.
 
     A merged layer is pickled with a copy of the base weight, and its `state_dict` says that it is
     merged. `lora_fast.lora_layer.MergingLayer` has what is only declared here.
@@ -38,12 +35,12 @@ class SavedState:
     lora_B: nn.Parameter
     _record: MergeRecord | None
     _merged_version: tuple[int, ...] | None
+    _merged_marks: tuple[Any, ...] | None
     _has_adapter: Callable[[], bool]
     _weight_owner: Callable[[], nn.Module]
+    _weight_key: Callable[[], str]
     _as_delta: Callable[[Tensor], Tensor]
     _blocks: Callable[[], dict[str, Any]]
-    _unmerge: Callable[[], None]
-    effective_weight: Callable[[], Tensor]
     _restore: Callable[[Tensor, MergeRecord | None], None]
 
     def __copy__(self) -> Any:
@@ -61,8 +58,9 @@ class SavedState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled or copied: a copy of the base weight, which any machine reads."""
-        state = self.__dict__.copy()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
         state.pop("_given_to_child", None)
+        state["_merged_marks"] = None
         record = self._record
         weight = readers.stored_weight(self._weight_owner())
         if not self.merged:  # by hand, perhaps: then the record is of no use
@@ -103,7 +101,7 @@ class SavedState:
             return
         record = self._record
         if self._has_adapter() or record is not None:
-            metadata["lora_merged"] = self.merged
+            metadata["lora_merged"] = self.merged and "_merged_nothing" not in self.__dict__
         if self._has_adapter():
             metadata["lora_r"] = self.r
             scaling = self._one_scaling() if record is None else record.scaling
@@ -127,131 +125,54 @@ class SavedState:
         if self._one_scaling() is not None:
             metadata["lora_scaling"] = self._one_scaling()
 
-    def _other_factors(self, record: MergeRecord) -> bool:
-        """Tell whether A or B has changed since the merge."""
-        pairs = ((getattr(self, n, None), getattr(record, n)) for n in ("lora_A", "lora_B"))
+    def _other_factors(
+        self, record: MergeRecord, kinds: tuple[type, ...] = (nn.Parameter,)
+    ) -> bool:
+        """Tell whether A or B, as far as they are of these kinds, have changed since the merge."""
+        names = ("lora_A", "lora_B")
+        pairs: list[Any] = [(getattr(self, name, None), getattr(record, name)) for name in names]
         return any(
-            type(mine) is nn.Parameter
-            and not mine.is_meta
-            and not _are_equal(mine.detach(), merged)
+            type(mine) in kinds and not mine.is_meta and not are_equal(mine.detach(), merged)
             for mine, merged in pairs
         )
 
-    def _sample(self, record: MergeRecord) -> sample.Sample:
-        weight = readers.stored_weight(self._weight_owner())
-        if weight is None or not _can_be_read(weight):
-            return []
-        factors = (record.lora_A, record.lora_B)
-        if any(factor.device != weight.device for factor in factors):
-            return []
-        target = self._as_delta(weight.detach())
-        return sample.taken(target, *factors, record.scaling, **record.blocks())
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        if self._has_adapter():
-            errors = self._misfits(state_dict, prefix)
-            if errors:  # all of a layer is loaded or nothing
-                error_msgs.extend(errors)
-                for key in [k for k in state_dict if k.startswith(prefix)]:
-                    del state_dict[key]
-                return
-            holds_mine = self._holds_what_is_here(state_dict, prefix)
-            self._unmerge()
-            self._warn_of_another_scaling(state_dict, prefix, local_metadata)
-            key = prefix + self._weight_key()
-            if holds_mine:
-                state_dict[key] = self._weight_owner().weight.detach()  # type: ignore[operator]
-            else:
-                self._undo_saved_merge(state_dict, prefix, local_metadata)
-        elif self.merged:  # the adapter was switched off or deleted meanwhile
-            self._unmerge()
-        super()._load_from_state_dict(  # type: ignore[misc]
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
-
-    def _weight_key(self) -> str:
-        return "weight"
-
-    def _misfits(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
-        errors = []
-        if self._was_loaded_in_place(state_dict.get(prefix + self._weight_key())):
-            errors.append(
-                f"{prefix + self._weight_key()}: the values were written into the model's own "
-                "memory while the adapter was merged, and the base weight cannot be told from "
-                "them; call train() before loading"
-            )
-        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and value.shape != parameter.shape:
-                errors.append(  # in torch's words, which programs look for
-                    f"size mismatch for {prefix + name}: copying a param with shape {value.shape} "
-                    f"from checkpoint, the shape in current model is {parameter.shape}; nothing "
-                    "of the layer was loaded"
-                )
-        return errors
-
-    def _was_loaded_in_place(self, value: Any) -> bool:
-        """Tell whether a merged weight was overwritten, as torch.distributed.checkpoint does."""
-        if not self.merged or not isinstance(value, Tensor):
+    def _is_stale(self) -> bool:
+        """Tell whether what is merged is no longer what the adapter is."""
+        record = self._record
+        if record is None:
+            return "_merged_nothing" in self.__dict__ and self._has_adapter()
+        if record.of_shard:  # the ranks must agree
             return False
-        fsdp.show_shard(self._weight_owner())
-        weight = readers.stored_weight(self._weight_owner())
-        if weight is None:
-            return False
-        if storage_id(sharded.local(value)) != storage_id(sharded.local(weight)):
-            return False
-        # Whether a shard was written to may differ between the ranks; they must agree.
-        return (
-            sharded.is_dtensor(weight)
-            or sharded.version(self._weight_owner().weight) != self._merged_version
-        )
-
-    def _holds_what_is_here(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Tell whether a merged layer gets its own merged weight back, even without a mark."""
-        weight: Any = self._weight_owner().weight
-        if not self.merged or sharded.is_dtensor(weight) or weight.is_meta:
-            return False
-        if prefix + self._weight_key() not in state_dict:
-            return False
-        mine = {self._weight_key(): weight, "lora_A": self.lora_A, "lora_B": self.lora_B}
-        return all(
-            prefix + name not in state_dict or _are_equal(state_dict[prefix + name], tensor)
-            for name, tensor in mine.items()
-        )
-
-    def _is_mine_merged(self, state_dict: dict[str, Any], prefix: str, is_marked: bool) -> bool:
-        """Tell whether a saved weight is this layer's base weight with the saved delta."""
-        names = (self._weight_key(), "lora_A", "lora_B")
-        weight: Any = self._weight_owner().weight
-        found = [weight, *(state_dict.get(prefix + name) for name in names)]
-        scaling, blocks = self._one_scaling(), self._blocks()
-        if scaling is None or any(
-            type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in found
+        marks = self._factor_marks()
+        if (
+            marks is not None
+            and self._merged_marks is not None
+            and marks[0] == self._merged_marks[0]
         ):
             return False
-        base, saved, lora_A, lora_B = (t.detach().to(weight.device) for t in found)
-        base, saved = self._as_delta(base), self._as_delta(saved)
-        if not base.is_floating_point() or not saved.is_floating_point():
-            return False
-        if not sums.is_sum(saved, base, lora_A, lora_B, scaling, **blocks):
-            return False
-        # What the delta does not change can't tell, and needs no telling.
-        return is_marked or not sums.is_sum(saved, base, lora_A, lora_B, 0.0, **blocks)
+        is_stale = (
+            not self._has_adapter()
+            or self._one_scaling() != record.scaling
+            or self._other_factors(record, (nn.Parameter, Tensor))  # computed ones, too
+        )
+        self.__dict__["_merged_marks"] = marks
+        return is_stale
+
+    def _factor_marks(self) -> tuple[tuple[Any, ...], Any] | None:
+        """Return what changes with A, B or the scaling, if that shows at once; None if not.
+
+        With the parameters themselves, so that no others get their addresses meanwhile.
+        """
+        own = self.__dict__["_parameters"]
+        lora_A, lora_B, scaling = own.get("lora_A"), own.get("lora_B"), self.__dict__.get("scaling")
+        for factor in (lora_A, lora_B):
+            if type(factor) is not nn.Parameter or factor.is_inference():
+                return None
+        if type(scaling) is not float or self.r <= 0:
+            return None
+        versions = (lora_A._version, lora_B._version)
+        places = (id(lora_A), id(lora_B), lora_A.data_ptr(), lora_B.data_ptr())
+        return (versions, places, scaling), (lora_A, lora_B)
 
     def _one_scaling(self) -> float | None:
         """The factor of the update, if that is one number: a subclass may have several."""
@@ -260,106 +181,24 @@ class SavedState:
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return None
 
-    def _is_still_merged(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
-    ) -> bool:
-        """Tell whether a saved weight is merged: a view of a layer's own is what that layer is."""
-        value = state_dict.get(prefix + self._weight_key())
-        source = _views_of_merged.get(value) if isinstance(value, Tensor) else None
-        layer = None if source is None else source()
-        if layer is not None:
-            return bool(layer.merged)
-        # In this layer's own state somebody has put another weight: the mark is of the one before.
-        is_merged = bool(metadata.get("lora_merged"))
-        if is_merged and self._became_base(value, metadata):
-            return False
-        if is_merged and shares_memory(state_dict.get(prefix + "lora_A"), self.lora_A):
-            if not isinstance(value, Tensor) or value.is_meta:
-                return False
-            return self._is_like_merged(value)
-        return is_merged
-
-    def _became_base(self, value: Any, metadata: dict[str, Any]) -> bool:
-        """Tell whether the layer that a state is of was unmerged before the state was written."""
-        elements = metadata.get("lora_sample")
-        if not elements or type(value) not in (Tensor, nn.Parameter) or value.is_meta:
-            return False
-        base: Any = self._weight_owner().weight
-        return sample.is_base(
-            elements,
-            self._as_delta(value.detach()),
-            base.dtype,
-            *(self.lora_A.detach(), self.lora_B.detach()),
-            **self._blocks(),
-        )
-
-    @torch.no_grad()
-    def _is_like_merged(self, value: Tensor) -> bool:
-        """Tell whether a weight is the merged one in another dtype, say, and no other base."""
-        base: Any = self._weight_owner().weight
-        merged = self.effective_weight().float()
-        saved = value.to(merged)
-        distance = torch.linalg.vector_norm(saved - merged)
-        is_near = distance <= _ROUNDED * torch.linalg.vector_norm(merged)
-        return bool(is_near and distance < torch.linalg.vector_norm(saved - base.float()))
-
-    def _undo_saved_merge(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
-    ) -> None:
-        """Put the base weight where the checkpoint holds a merged one."""
-        is_merged = self._is_still_merged(state_dict, prefix, metadata)
-        if not is_merged and "lora_merged" in metadata:
-            return
-        if self._is_mine_merged(state_dict, prefix, is_merged):
-            weight: Any = self._weight_owner().weight
-            state_dict[prefix + self._weight_key()] = weight.detach()
-        elif is_merged:
-            self._subtract_saved_delta(state_dict, prefix, metadata)
-        else:
-            return
-        self.__dict__["_undid_merge"] = True
-
-    def _subtract_saved_delta(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
-    ) -> None:
-        scaling = metadata.get("lora_scaling", self.scaling)
-        keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
-        if not all(k in state_dict for k in keys):
-            computed = f"{prefix}parametrizations.lora_"
-            if any(key.startswith(computed) for key in state_dict):
-                self.__dict__["_loaded_merged"] = scaling  # until the factors can be computed
-            elif keys[0] in state_dict:
-                warnings.warn(
-                    f"{keys[0]}: it was saved merged, and without the lora_A and lora_B that would "
-                    "take the adapter out of it again; it is loaded as it is",
-                    UserWarning,
-                    stacklevel=2,
-                )
-            return
-        weight, lora_A, lora_B = (state_dict[k] for k in keys)
-        with torch.no_grad():
-            weight = weight.clone()
-            functional.merge_(self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks())
-        state_dict[keys[0]] = weight
-
-    def _warn_of_another_scaling(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
-    ) -> None:
-        mine = self._one_scaling()
-        scaling = metadata.get("lora_scaling", mine)
-        if scaling is not None and scaling != mine and prefix + "lora_A" in state_dict:
-            warnings.warn(
-                f"{prefix or 'the layer'}: the adapter was saved with scaling {scaling}, the layer "
-                f"has {mine}; build the layer with the same r and lora_alpha",
-                UserWarning,
-                stacklevel=2,
-            )
+    def _sample(self, record: MergeRecord) -> sample.Sample:
+        weight = readers.stored_weight(self._weight_owner())
+        if weight is None or not _can_be_read(weight):
+            return []
+        factors = (record.lora_A, record.lora_B)
+        if any(factor.device != weight.device for factor in factors) or weight.is_complex():
+            return []
+        if any(type(tensor.data) is not Tensor for tensor in (weight, *factors)):
+            return []  # of a subclass, which may hold anything
+        target = self._as_delta(weight.detach())
+        return sample.taken(target, *factors, record.scaling, **record.blocks())
 
 
 def _copied_module(module: Any) -> Any:
     """A shallow copy whose dictionaries are its own."""
     copied = module.__class__.__new__(module.__class__)
     copied.__dict__.update(module.__dict__)
+    copied.__dict__.pop("_compiled_call_impl", None)  # by Module.compile(): the other one's
     for name in ("_parameters", "_buffers", "_modules"):
         copied.__dict__[name] = module.__dict__[name].copy()
     return copied
@@ -371,8 +210,33 @@ def remember_view(
     """Note whose the weight is that was just saved of a merged layer (a state_dict post-hook)."""
     layer._save_base_of_other_factors(state_dict, prefix, metadata)
     value = state_dict.get(prefix + layer._weight_key())
-    if metadata.get("lora_merged", layer.merged) and isinstance(value, Tensor):
+    is_view = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+    if is_view and metadata.get("lora_merged", layer.merged):
         _views_of_merged[value] = weakref.ref(layer)
+    _mark_unwrapped(state_dict, prefix, metadata)
+
+
+def _mark_unwrapped(state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
+    """Mark a layer under the name that its keys get, too, from which wrappers take their part."""
+    name = without_wrappers(prefix[:-1])
+    marks = getattr(state_dict, "_metadata", None)
+    if marks is not None and name != prefix[:-1]:
+        ours = {key: value for key, value in metadata.items() if key.startswith("lora_")}
+        marks.setdefault(name, {}).update(ours)
+
+
+def without_wrappers(name: str) -> str:
+    """Return the name of a module without what activation checkpointing and FSDP1 put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def layer_of_view(value: Any) -> Any:
+    """Return the layer whose merged weight a value of a state is a view of, if it still is."""
+    source = _views_of_merged.get(value) if isinstance(value, Tensor) else None
+    layer: Any = None if source is None else source()
+    if layer is None or not shares_memory(value, layer._weight_owner().weight):
+        return None  # gone, or its weight has moved on
+    return layer
 
 
 def shares_memory(value: Any, parameter: Any) -> bool:
@@ -390,7 +254,8 @@ def _can_be_read(weight: Tensor) -> bool:
     return not (traced or weight.is_meta or sharded.is_dtensor(weight))
 
 
-def _are_equal(value: Any, tensor: Tensor) -> bool:
+def are_equal(value: Any, tensor: Tensor) -> bool:
+    """Tell whether a value of a state has the bits of a tensor."""
     if not isinstance(value, Tensor) or value.is_meta or value.dtype != tensor.dtype:
         return False
     return torch.equal(value.to(tensor.device), tensor)

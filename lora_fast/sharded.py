@@ -103,14 +103,27 @@ def version(weight: Any) -> tuple[int, ...] | None:
     return weight._version, shard._version, storage_id(shard)
 
 
-def _refuse_together(weight: Any, part: Part, error: Exception | None) -> None:
-    """Raise on every rank where any rank has an error."""
+def agreed(weight: Any, reason: str | None) -> str | None:
+    """Why not to merge: this rank's reason, or that another rank of a DTensor's has one."""
+    if weight is None or not is_dtensor(weight) or weight.is_meta:
+        return reason
+    (obstacles,) = _votes(weight, reason is not None)
+    return reason or ("another rank has an obstacle, and says which" if obstacles else None)
+
+
+def _votes(weight: Any, *mine: bool) -> list[float]:
+    """How many ranks say yes to each question; every rank of the weight must ask them."""
     mesh = weight.device_mesh
-    mine = [float(isinstance(error, OverflowError)), float(error is not None)]
-    votes = torch.tensor(mine, device=mesh.device_type)
+    votes = torch.tensor([float(vote) for vote in mine], device=mesh.device_type)
     for group in mesh.get_all_groups():
         torch.distributed.all_reduce(votes, group=group)
-    overflows, errors = votes.tolist()
+    found: list[float] = votes.tolist()
+    return found
+
+
+def _refuse_together(weight: Any, part: Part, error: Exception | None) -> None:
+    """Raise on every rank where any rank has an error."""
+    overflows, errors = _votes(weight, isinstance(error, OverflowError), error is not None)
     if error is not None:
         raise error
     if overflows > 0:

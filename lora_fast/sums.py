@@ -7,8 +7,11 @@ from torch import Tensor
 
 from lora_fast import reference
 
-# Elements of a weight that are looked at together, as a first difference ends the search.
-_CHUNK = 2**20
+# Elements of a weight that are looked at together, as a first difference ends the search. A GPU
+# waits for the host after each.
+_CHUNK = {"cpu": 2**20, "cuda": 2**24}
+# Of a product in fp32 that a GPU may have made of TF32's 10 bits, then or now.
+_TF32 = 2.0**-9
 
 
 @torch.no_grad()
@@ -50,7 +53,7 @@ def _are_sums(weight: Tensor, base: Tensor, factors: Any, scaling: float) -> boo
     )
     for (sums, block_A, block_B), (summands, _, _) in pairs:
         shape = (block_B.shape[0], block_A.shape[1])
-        rows = max(1, _CHUNK // max(1, shape[1]))
+        rows = max(1, _CHUNK.get(weight.device.type, 2**20) // max(1, shape[1]))
         parts = [t.split(rows) for t in (sums.reshape(shape), summands.reshape(shape), block_B)]
         for total, summand, part_B in zip(*parts, strict=True):
             if not _is_sum(total, summand, part_B, block_A, float(scaling)):
@@ -65,6 +68,8 @@ def _is_sum(weight: Tensor, base: Tensor, b: Tensor, a: Tensor, scaling: float) 
     # What lies between two subnormal numbers, by which any of the roundings may miss.
     step = max(info.smallest_normal * info.eps for info in infos)
     eps_of_factors = max(torch.finfo(t.dtype).eps for t in (a, b))  # perhaps rounded since the sum
+    if weight.is_cuda and wide is torch.float32:
+        eps_of_factors = max(eps_of_factors, _TF32)
     weight, base, a, b = (t.to(wide) for t in (weight, base, a, b))
     delta = scaling * (b @ a)
     products = abs(scaling) * (b.abs() @ a.abs())

@@ -133,7 +133,7 @@ def _restorable(layer: MergingLayer) -> tuple[Tensor, MergeRecord] | None:
     target, record = layer._merged_target(), layer._record
     if record is None or record.spent or sharded.is_dtensor(target):
         return None
-    return None if layer._changed_while_merged(target, record) else (target, record)
+    return None if layer._was_written(target, record) else (target, record)
 
 
 def _adapted(model: nn.Module) -> Layers:

@@ -86,6 +86,38 @@ def test_another_base_in_the_state_of_a_merged_layer(name: str, backend: str) ->
     assert torch.equal(owner(layer.train()).weight, owner(other).weight)
 
 
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_merged_base_without_the_factors_that_are_here(
+    name: str, backend: str, evaluates: bool
+) -> None:
+    """As of a state that was cut in two, adapter and base."""
+    layer = randomize_(MAKERS[name](lora))
+    base = owner(layer).weight.detach().clone()
+    part = copy.deepcopy(layer.eval().state_dict())
+    for key in ("lora_A", "lora_B"):
+        del part[key]
+    layer.train(not evaluates).load_state_dict(part, strict=False)
+    assert torch.equal(owner(layer.train()).weight, base)
+
+
+def test_a_weight_alone_that_was_merged_for_good(name: str, backend: str) -> None:
+    """Without a mark and without factors it is what it is, as ReLoRA loads it."""
+    layer = randomize_(MAKERS[name](lora))
+    merged = layer.effective_weight().detach().clone()
+    key = "conv.weight" if hasattr(layer, "conv") else "weight"
+    layer.load_state_dict({key: merged}, strict=False)
+    assert torch.equal(owner(layer).weight, merged)
+
+
+def test_a_plain_convolutions_state_put_into_a_saved_one() -> None:
+    layer, pretrained = lora.Conv2d(4, 6, 3, r=2), nn.Conv2d(4, 6, 3)
+    saved = plain(layer.state_dict())
+    saved.update(pretrained.state_dict())
+    layer.load_state_dict(saved)
+    assert torch.equal(layer.conv.weight, pretrained.weight)
+    assert torch.equal(layer.conv.bias, pretrained.bias)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_the_merged_weight_in_another_dtype(name: str, backend: str, dtype: torch.dtype) -> None:
     layer = randomize_(MAKERS[name](lora))

@@ -91,6 +91,48 @@ def test_a_merged_state_is_still_a_merged_one(name: str, dtype: torch.dtype) -> 
     torch.testing.assert_close(weight_of(other), base, **room)
 
 
+@pytest.mark.parametrize("change", ["rows", "columns", "order"])
+def test_a_merged_state_that_was_changed_as_a_whole_is_still_one(change: str) -> None:
+    """As for new tokens, wider layers, or another convention of rotary embeddings."""
+    layer = randomize_(lora.Linear(8, 12, r=2))
+    base = layer.weight.detach().clone()
+    state = copy.deepcopy(layer.eval().state_dict())
+    order = torch.randperm(12)
+    if change == "rows":
+        state["weight"] = torch.cat([state["weight"], torch.randn(5, 8)])
+        state["lora_B"] = torch.cat([state["lora_B"], torch.zeros(5, 2)])
+        state["bias"] = torch.cat([state["bias"], torch.zeros(5)])
+    elif change == "columns":
+        state["weight"] = torch.cat([state["weight"], torch.randn(12, 3)], 1)
+        state["lora_A"] = torch.cat([state["lora_A"], torch.zeros(2, 3)], 1)
+    else:
+        state["weight"], state["lora_B"] = state["weight"][order], state["lora_B"][order]
+        base = base[order]
+    rows, columns = state["weight"].shape
+    other = lora.Linear(columns, rows, r=2)
+    other.load_state_dict(state)
+    torch.testing.assert_close(other.weight.detach()[:12, :8], base)
+
+
+def test_what_is_as_near_to_the_base_as_to_the_sum_is_not_the_base() -> None:
+    weight, factors = torch.zeros(2, 2), (torch.zeros(1, 2), torch.zeros(2, 1))
+    element = [[0.0, 0.0, 1.0 + 2**-9, 1.0]]  # one number in bf16
+    weight[0, 0] = 1.0
+    now = sample.compared(element, weight.bfloat16(), *factors, 1.0, torch.bfloat16)
+    assert now == "merged"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_another_base_put_into_a_merged_state(name: str, dtype: torch.dtype) -> None:
+    """To bring an adapter to another model: the mark is of the weight that was there."""
+    layer, other, target = (randomize_(MAKERS[name]()).to(dtype) for _ in range(3))
+    saved = written(layer.eval().state_dict())
+    saved.update({k: v.clone() for k, v in other.state_dict().items() if "lora" not in k})
+    target.load_state_dict(saved)
+    assert torch.equal(weight_of(target), weight_of(other))
+    assert torch.equal(target.lora_A, layer.lora_A)
+
+
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("was_unmerged", [False, True])
 def test_in_another_dtype(name: str, low: torch.dtype, was_unmerged: bool) -> None:
@@ -120,10 +162,14 @@ def test_a_sample_is_of_what_the_delta_changes(name: str) -> None:
         assert parts[0][int(number)][0][index] == shown
         assert parts[1][int(number)][0][index] == pytest.approx(original, rel=1e-5, abs=1e-6)
     options = {"like": merged.dtype, "lora_A": factors[0], "lora_B": factors[1], **blocks}
-    assert sample.is_base(elements, base, **options)
-    assert not sample.is_base(elements, merged, **options)
-    assert not sample.is_base(elements, torch.randn_like(base), **options)
-    assert not sample.is_base([], base, **options)
+    options["scaling"] = layer.scaling
+    assert sample.compared(elements, base, **options) == "base"
+    assert sample.compared(elements, merged, **options) == "merged"
+    assert sample.compared(elements, base + 0.5 * (merged - base), **options) == "merged"
+    assert sample.compared(elements, base - (merged - base), **options) == "other"
+    assert sample.compared([], base, **options) is None
+    options["lora_B"] = factors[1].flip(0)  # the rows of the whole layer are in another order
+    assert sample.compared(elements, base - (merged - base), **options) is None
 
 
 def test_a_delta_that_shows_nowhere_has_no_sample(name: str) -> None:
@@ -225,10 +271,11 @@ def test_a_sample_of_a_layer_with_other_blocks_tells_nothing() -> None:
     factors = (torch.randn(4, 6), torch.randn(9, 2))
     elements = sample.taken(torch.randn(9, 6), *factors, 0.5, **wide)
     weight = torch.randn(9, 6)
-    assert not sample.is_base(elements, weight, torch.float32, *factors, **narrow)
+    assert sample.compared(elements, weight, *factors, 0.5, torch.float32, **narrow) is None
     outside = [[0.0, 40.0, 1.0, 0.0]]
-    assert not sample.is_base(outside, weight, torch.float32, *factors, **narrow)
-    assert not sample.is_base([[2.0, 0.0, 1.0, 0.0]], weight, torch.float32, *factors, **narrow)
+    assert sample.compared(outside, weight, *factors, 0.5, torch.float32, **narrow) is None
+    element = [[2.0, 0.0, 1.0, 0.0]]
+    assert sample.compared(element, weight, *factors, 0.5, torch.float32, **narrow) is None
 
 
 def test_a_state_taken_under_fake_tensors(name: str) -> None:

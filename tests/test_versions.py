@@ -86,6 +86,17 @@ def test_a_write_while_merged_is_not_forgotten(layer: lora.Linear) -> None:
     assert all(refused(*f) for f in (before, merged, written, after))
 
 
+def test_a_write_between_the_functions_is_not_forgotten() -> None:
+    """After unmerge_ the weight is not what the forward saw, whatever it was merged under."""
+    weight, x = torch.randn(4, 4), torch.randn(4, 4, requires_grad=True)
+    lora_A, lora_B = torch.randn(2, 4), torch.randn(4, 2)
+    loss = (x @ weight).sum()
+    record = functional.merge_(weight, lora_A, lora_B, 1.0)
+    weight.add_(1.0)
+    functional.unmerge_(weight, record)
+    assert refused(x, loss)
+
+
 @pytest.mark.parametrize(
     "carry", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "file"]
 )

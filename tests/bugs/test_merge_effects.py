@@ -38,6 +38,17 @@ def tied(lib: Any, kind: str, share: str) -> _LanguageModel:
     return randomize_(_LanguageModel(embedding, head, share))
 
 
+def test_b14_weights_that_overlap_in_memory_stay_as_they_are() -> None:
+    layers = [randomize_(lora.Linear(8, 8, r=2)) for _ in range(2)]
+    flat = torch.randn(96)
+    for layer, first in zip(layers, (0, 32), strict=True):
+        layer.weight.data = flat[first : first + 64].view(8, 8)
+    before = flat.clone()
+    for layer in layers:
+        assert not layer.eval().merged
+    assert torch.equal(flat, before)
+
+
 @pytest.mark.parametrize("share", ["parameter", "storage"])
 @pytest.mark.parametrize("kind", ["embedding", "head", "embedding and head"])
 def test_b14_tied_weights_stay_unmerged_and_right(kind: str, share: str) -> None:

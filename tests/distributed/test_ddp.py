@@ -58,3 +58,18 @@ def test_gradients_accumulate_without_sync() -> None:
     (2 * ((single(tokens) - target) ** 2).mean()).backward()
     for (name, a), (_, b) in zip(model.named_parameters(), single.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-13, msg=name)
+
+
+def test_made_in_eval_mode_it_gives_all_ranks_one_base() -> None:
+    """Only rank 0 has read the adapter; DDP sends its merged weights to the others."""
+    model = network()
+    base = base_shards(model)
+    if torch.distributed.get_rank() != 0:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.zeros_(parameter)
+    model.eval()
+    parallel = DistributedDataParallel(model)
+    parallel.train()
+    for name, weight in base_shards(model).items():
+        torch.testing.assert_close(weight, base[name], rtol=1e-12, atol=1e-13)

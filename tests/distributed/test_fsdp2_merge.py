@@ -331,3 +331,40 @@ def test_sharded_while_merged(changed: bool) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             assert torch.equal(whole(parameter), base[name]), name
+
+
+def test_an_obstacle_on_one_rank_is_one_on_all() -> None:
+    """Another module holds a weight, a different one on each rank."""
+    model = nn.Sequential(*(randomize_(lora.Linear(8, 8, r=2)) for _ in range(2)))
+    x = torch.randn(3, 8)
+    expected = model(x).detach()
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    other = nn.Module()
+    other.weight = model[dist.get_rank()].weight
+    model.eval()
+    assert not any(layer.merged for layer in model)
+    torch.testing.assert_close(outputs(model, x), expected)
+    with pytest.raises(RuntimeError, match="nothing was merged"):
+        lora.merge(model)
+    del other
+
+
+def test_a_gathered_weight_that_one_rank_holds_is_no_obstacle() -> None:
+    """The root's weights stay gathered after a forward; what is merged is the shard."""
+    model = nn.Sequential(*(randomize_(lora.Linear(8, 8, r=2)) for _ in range(3)))
+    x = torch.randn(3, 8)
+    expected = model(x).detach()
+    fully_shard(model)
+    base = base_shards(model)
+    outputs(model, x)
+    other = nn.Module()
+    if dist.get_rank() == 0:
+        other.weight = model[0].weight
+    model.eval()
+    assert all(layer.merged for layer in model)
+    torch.testing.assert_close(outputs(model, x), expected)
+    model.train()
+    assert_same_bits(base_shards(model), base)
+    del other

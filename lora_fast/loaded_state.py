@@ -1,0 +1,250 @@
+"""What of a LoRA layer is loaded: the base weight, whether the state was saved merged or not."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fast import fsdp, functional, readers, sample, sharded, sums
+from lora_fast.saved_state import are_equal, layer_of_view, shares_memory
+from lora_fast.torch_internals import storage_id
+
+# How far, relative to it, a merged weight may be from itself after a change of dtype, to fp8 too.
+_ROUNDED = 0.1
+
+
+class LoadedState:
+    """The part of a LoRA layer that reads its state, without losing the base weight.
+
+    `lora_fast.lora_layer.MergingLayer` has what is only declared here.
+    """
+
+    r: int
+    scaling: float
+    merged: bool
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    _merged_version: tuple[int, ...] | None
+    _has_adapter: Callable[[], bool]
+    _weight_owner: Callable[[], nn.Module]
+    _weight_key: Callable[[], str]
+    _as_delta: Callable[[Tensor], Tensor]
+    _blocks: Callable[[], dict[str, Any]]
+    _one_scaling: Callable[[], float | None]
+    _unmerge: Callable[[], None]
+    effective_weight: Callable[[], Tensor]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self._has_adapter():
+            errors = self._misfits(state_dict, prefix)
+            if errors:  # all of a layer is loaded or nothing
+                error_msgs.extend(errors)
+                self._keep_what_is_here(state_dict, prefix)
+                return
+            holds_mine = self._holds_what_is_here(state_dict, prefix)
+            self._unmerge()
+            self._warn_of_another_scaling(state_dict, prefix, local_metadata)
+            key = prefix + self._weight_key()
+            if holds_mine:
+                state_dict[key] = self._weight_owner().weight.detach()  # type: ignore[operator]
+            else:
+                self._undo_saved_merge(state_dict, prefix, local_metadata)
+        elif self.merged:  # the adapter was switched off or deleted meanwhile
+            self._unmerge()
+        is_assigned = local_metadata.get("assign_to_params_buffers", False)
+        if is_assigned and prefix + self._weight_key() in state_dict:
+            self.__dict__["_is_lent"] = True
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _misfits(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        errors = []
+        if self._was_loaded_in_place(state_dict.get(prefix + self._weight_key())):
+            errors.append(
+                f"{prefix + self._weight_key()}: the values were written into the model's own "
+                "memory while the adapter was merged, and the base weight cannot be told from "
+                "them; call train() before loading"
+            )
+        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.shape != parameter.shape:
+                errors.append(  # in torch's words, which programs look for
+                    f"size mismatch for {prefix + name}: copying a param with shape {value.shape} "
+                    f"from checkpoint, the shape in current model is {parameter.shape}; nothing "
+                    "of the layer was loaded"
+                )
+        return errors
+
+    def _keep_what_is_here(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Give the modules inside, which are loaded next, their own values; others have no use."""
+        mine: Any = self.state_dict(prefix=prefix)  # type: ignore[attr-defined]
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            if key in mine:
+                state_dict[key] = mine[key]
+            else:
+                del state_dict[key]
+
+    def _was_loaded_in_place(self, value: Any) -> bool:
+        """Tell whether a merged weight was overwritten, as torch.distributed.checkpoint does."""
+        if not self.merged or not isinstance(value, Tensor):
+            return False
+        fsdp.show_shard(self._weight_owner())
+        weight = readers.stored_weight(self._weight_owner())
+        if weight is None:
+            return False
+        if storage_id(sharded.local(value)) != storage_id(sharded.local(weight)):
+            return False
+        # Whether a shard was written to may differ between the ranks; they must agree.
+        return (
+            sharded.is_dtensor(weight)
+            or sharded.version(self._weight_owner().weight) != self._merged_version
+        )
+
+    def _holds_what_is_here(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Tell whether a merged layer gets its own merged weight back, even without a mark."""
+        weight: Any = self._weight_owner().weight
+        if not self.merged or sharded.is_dtensor(weight) or weight.is_meta:
+            return False
+        if prefix + self._weight_key() not in state_dict:
+            return False
+        mine = {self._weight_key(): weight, "lora_A": self.lora_A, "lora_B": self.lora_B}
+        return all(
+            prefix + name not in state_dict or are_equal(state_dict[prefix + name], tensor)
+            for name, tensor in mine.items()
+        )
+
+    def _is_mine_merged(self, state_dict: dict[str, Any], prefix: str, is_marked: bool) -> bool:
+        """Tell whether a saved weight is this layer's base weight with the saved delta."""
+        weight: Any = self._weight_owner().weight
+        # Without factors, and without a mark, it may be what somebody has merged for good.
+        mine = {n: getattr(self, n) if is_marked else None for n in ("lora_A", "lora_B")}
+        factors = (state_dict.get(prefix + name, factor) for name, factor in mine.items())
+        found = [weight, state_dict.get(prefix + self._weight_key()), *factors]
+        scaling, blocks = self._one_scaling(), self._blocks()
+        if scaling is None or any(
+            type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in found
+        ):
+            return False
+        base, saved, lora_A, lora_B = (t.detach().to(weight.device) for t in found)
+        base, saved = self._as_delta(base), self._as_delta(saved)
+        if not base.is_floating_point() or not saved.is_floating_point():
+            return False
+        if not sums.is_sum(saved, base, lora_A, lora_B, scaling, **blocks):
+            return False
+        # What the delta does not change can't tell, and needs no telling.
+        return is_marked or not sums.is_sum(saved, base, lora_A, lora_B, 0.0, **blocks)
+
+    def _is_still_merged(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> bool:
+        """Tell whether a saved weight is merged: a view of a layer's own is what that layer is."""
+        value = state_dict.get(prefix + self._weight_key())
+        layer = layer_of_view(value)
+        if layer is not None:
+            return bool(layer.merged)
+        # Somebody may have put another weight there: the mark is of the one before.
+        if not metadata.get("lora_merged") or self._was_replaced(state_dict, prefix, metadata):
+            return False
+        if shares_memory(state_dict.get(prefix + "lora_A"), self.lora_A):
+            if not isinstance(value, Tensor) or value.is_meta:
+                return False
+            return self._is_like_merged(value)
+        return True
+
+    def _was_replaced(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> bool:
+        """Tell whether a weight is no longer the merged one, but the base, say, or another's."""
+        elements, scaling = metadata.get("lora_sample"), metadata.get("lora_scaling")
+        names = (self._weight_key(), "lora_A", "lora_B")
+        found: list[Any] = [state_dict.get(prefix + name) for name in names]
+        if not elements or scaling is None:
+            return False
+        if any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in found):
+            return False
+        value, lora_A, lora_B = (t.detach() for t in found)
+        dtype: Any = self._weight_owner().weight.dtype
+        now = sample.compared(
+            *(elements, self._as_delta(value), lora_A, lora_B, scaling, dtype), **self._blocks()
+        )
+        return now in ("base", "other")
+
+    @torch.no_grad()
+    def _is_like_merged(self, value: Tensor) -> bool:
+        """Tell whether a weight is the merged one in another dtype, say, and no other base."""
+        base: Any = self._weight_owner().weight
+        merged = self.effective_weight().float()
+        saved = value.to(merged)
+        distance = torch.linalg.vector_norm(saved - merged)
+        is_near = distance <= _ROUNDED * torch.linalg.vector_norm(merged)
+        return bool(is_near and distance < torch.linalg.vector_norm(saved - base.float()))
+
+    def _undo_saved_merge(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        """Put the base weight where the checkpoint holds a merged one."""
+        is_merged = self._is_still_merged(state_dict, prefix, metadata)
+        if not is_merged and "lora_merged" in metadata:
+            return
+        if self._is_mine_merged(state_dict, prefix, is_merged):
+            weight: Any = self._weight_owner().weight
+            state_dict[prefix + self._weight_key()] = weight.detach()
+        elif is_merged:
+            self._subtract_saved_delta(state_dict, prefix, metadata)
+        else:
+            return
+        self.__dict__["_undid_merge"] = True
+
+    def _subtract_saved_delta(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        scaling = metadata.get("lora_scaling", self.scaling)
+        keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
+        if not all(k in state_dict for k in keys):
+            computed = f"{prefix}parametrizations.lora_"
+            if any(key.startswith(computed) for key in state_dict):
+                self.__dict__["_loaded_merged"] = scaling  # until the factors can be computed
+            elif keys[0] in state_dict:
+                warnings.warn(
+                    f"{keys[0]}: it was saved merged, and without the lora_A and lora_B that would "
+                    "take the adapter out of it again; it is loaded as it is",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            return
+        weight, lora_A, lora_B = (state_dict[k] for k in keys)
+        with torch.no_grad():
+            weight = weight.clone()
+            functional.merge_(self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks())
+        state_dict[keys[0]] = weight
+
+    def _warn_of_another_scaling(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        mine = self._one_scaling()
+        scaling = metadata.get("lora_scaling", mine)
+        if scaling is not None and scaling != mine and prefix + "lora_A" in state_dict:
+            warnings.warn(
+                f"{prefix or 'the layer'}: the adapter was saved with scaling {scaling}, the layer "
+                f"has {mine}; build the layer with the same r and lora_alpha",
+                UserWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,124 @@
+"""Taking a merge out of a weight again, also where somebody wrote to the weight meanwhile."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fast import functional, sharded, sums
+from lora_fast.record import Code, MergeRecord
+
+_log = logging.getLogger("lora_fast.merge")
+
+
+class RestoresWeight:
+    """The part of a LoRA layer that restores its weight, bit for bit where nobody wrote to it.
+
+    `lora_fast.lora_layer.MergingLayer` has what is only declared here.
+    """
+
+    scaling: float
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    _merged_version: tuple[int, ...] | None
+    _weight_owner: Callable[[], nn.Module]
+    _blocks: Callable[[], dict[str, Any]]
+    _described: Callable[[], str]
+    _other_factors: Callable[[MergeRecord], bool]
+
+    def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
+        if record is None:  # someone set `merged` by hand: do what loralib does
+            self._subtract(target)
+        elif sharded.is_dtensor(target) and not record.of_shard:  # sharded while merged
+            whole = sharded.whole(target)
+            self._restore(whole, record)
+            target.copy_(sharded.like(whole, target))
+        elif sharded.local(target).shape != record.shape:
+            raise RuntimeError(
+                f"{self._described()}: the weight was given the shape {tuple(target.shape)}, by "
+                "resizing or FSDP1, while the adapter was merged into one of "
+                f"{tuple(record.shape)}, and the base weight cannot be restored; call train() "
+                "first, and build a resized layer anew"
+            )
+        elif self._was_written(target, record):
+            self._restore_changed(sharded.local(target), record)
+            sharded.count_version(target)
+        else:
+            functional.unmerge_(target, record)
+
+    def _restore_changed(self, shard: Tensor, record: MergeRecord) -> None:
+        if _is_base(shard, record):
+            _log.debug("%s: the base weight was put back while merged", self._described())
+            return
+        _log.warning(
+            "%s: its weight was written to while the adapter was merged into it; the adapter is "
+            "subtracted from what is there now. Call train() before writing to a weight.",
+            self._described(),
+        )
+        if not record.of_shard and self._other_factors(record):
+            # The whole state is another's, as after DDP's broadcast.
+            self._subtract(shard)
+        else:
+            factors = (record.lora_A.to(shard.device), record.lora_B.to(shard.device))
+            functional.merge_(shard, *factors, -record.scaling, **record.blocks())
+
+    def _subtract(self, target: Tensor, scaling: float | None = None) -> None:
+        """Take the delta of the present factors out of the weight."""
+        scaling = self.scaling if scaling is None else scaling
+        functional.merge_(target, self.lora_A, self.lora_B, -scaling, **self._blocks())
+
+    def _was_written(self, target: Tensor, record: MergeRecord) -> bool:
+        """Tell whether somebody wrote to the weight since the merge, so that nothing is lost."""
+        if self._merged_version is None:
+            return False
+        is_counted = sharded.version(self._weight_owner().weight) != self._merged_version
+        # A code undoes a write that torch did not count, a copy would throw it away. Of a shard the
+        # record may hold the factors of the whole.
+        if not is_counted and (record.original is None or record.of_shard):
+            return False
+        shard = sharded.local(target)
+        if shard.is_meta:
+            return False
+        if shard.dtype != record.dtype or shard.device != record.lora_A.device:
+            return True  # through `.data`
+        factors = (record.lora_A, record.lora_B, record.scaling)
+        if not is_counted and record.original is not None:
+            return not sums.is_sum(shard, record.original, *factors, **record.blocks())
+        original = shard.clone()
+        functional.unmerge_(original, replace(record))
+        functional.merge_(original, *factors, **record.blocks())
+        if not torch.equal(original, shard):
+            return True
+        # Every weight is the sum of itself and nothing: then only the factors can tell.
+        adds_nothing = not record.of_shard and not (record.lora_A.any() and record.lora_B.any())
+        return adds_nothing and self._other_factors(record)
+
+
+def _is_base(shard: Tensor, record: MergeRecord) -> bool:
+    """Tell whether a weight is the base again, as averages put it back after a validation.
+
+    By the copy of it, or because merging it makes the code that the record holds: what the
+    additions lose to rounding is like a fingerprint. One of zeros alone tells nothing.
+    """
+    if shard.dtype != record.dtype or shard.device != record.lora_A.device:
+        return False
+    if record.original is not None:
+        return torch.equal(shard, record.original)
+    factors = (record.lora_A, record.lora_B, record.scaling)
+    try:
+        again = functional.merge_(shard.clone(), *factors, **record.blocks())
+    except OverflowError:
+        return False
+    mine, its = ([t for code in r.codes for t in _ordered(code)] for r in (record, again))
+    if len(mine) != len(its) or not all(map(torch.equal, mine, its)):
+        return False
+    return any(bool(t.any()) for t in mine)
+
+
+def _ordered(code: Code) -> Code:
+    """A code whose list is in the order of its indices: several threads write it in any."""
+    order = code.overflow_index.argsort()
+    return Code(code.code, code.overflow_index[order], code.overflow_value[order])
