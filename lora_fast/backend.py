@@ -257,7 +257,9 @@ def _lacks_shared_memory(device: torch.device) -> bool:
 
 def _eager_pays(x: Tensor | None, drops: bool) -> bool:
     """Tell whether a dropout, a delta and a backward written by hand beat torch's on a CPU."""
-    if x is None or not x.is_cpu or x.layout is not torch.strided or torch.compiler.is_compiling():
+    if x is None or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
+        return False
+    if torch.compiler.is_compiling():
         return False
     if drops and x.numel() >= _MANY_DROPPED and x.is_contiguous():
         return True

@@ -123,7 +123,10 @@ def lora_embedding(
     also for `sparse`: torch has no sparse gradient for a transposed view.
     """
     y = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    a = F.embedding(input, like(lora_A, y).t(), padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    table = like(lora_A, y).t()
+    if isinstance(input, Tensor) and input.is_nested:  # no proxy of a tracer
+        table = table.contiguous()  # as torch asks there
+    a = F.embedding(input, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
     return lora_expand(y, a, lora_B, scaling)
 
 

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import lora_fast
 from lora_fast import functional
-from lora_fast.testing import assert_within_budget
+from lora_fast.testing import assert_within_budget, randomize_
 
 HALF = [torch.bfloat16, torch.float16]
 WIDE = [torch.float32, torch.float64]
@@ -287,3 +287,14 @@ def test_a_merged_weight_keeps_its_dtype_under_autocast(
     assert found.dtype == base
     assert torch.equal(found, expected)
     assert torch.equal(torch.autograd.grad(found.sum(), a)[0], gradient)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nested_inputs(dtype: torch.dtype, layout: torch.layout) -> None:
+    rows = [torch.randn(3, 5).to(dtype), torch.randn(2, 5).to(dtype)]
+    layer = randomize_(lora_fast.Linear(5, 6, r=2)).to(dtype)
+    found = layer(torch.nested.nested_tensor(rows, layout=layout))
+    for y, x in zip(found.unbind(), rows, strict=True):
+        torch.testing.assert_close(y, layer(x), rtol=0.02, atol=0.02)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lora_fast
 from lora_fast import functional
-from lora_fast.testing import assert_within_budget
+from lora_fast.testing import assert_within_budget, randomize_
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("weight", "lora_A", "lora_B")
@@ -225,3 +225,13 @@ def test_the_sparse_gradient_holds_what_was_looked_up_alone() -> None:
     optimizer.step()
     changed = (a.detach() != before).any(0)
     assert changed.nonzero().flatten().tolist() == [2, 5]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_indices(layout: torch.layout) -> None:
+    rows = [torch.tensor([1, 0, 2]), torch.tensor([3])]
+    layer = randomize_(lora_fast.Embedding(5, 6, r=2))
+    found = layer(torch.nested.nested_tensor(rows, layout=layout))
+    for y, index in zip(found.unbind(), rows, strict=True):
+        torch.testing.assert_close(y, layer(index))
