@@ -33,6 +33,7 @@ import torch
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("tables")
 _POWERS_OF_TWO = ("block_", "row_", "segment_", "num_warps", "parts")  # what such fields must be
+_LEAST_PART = 16  # columns of a product; a mask takes 8
 # From what to what a number makes sense: a product on the tensor cores takes 16 at least, which of
 # a row in fp32 are 64 bytes, and no chip holds, or is worth, more than the others.
 _BOUNDS = {
@@ -197,7 +198,7 @@ def in_force(gpu: str, arch: str) -> tuple[Table, ...]:
         machine = this_machine(gpu, arch)
         path = user_path(machine)
         own = _usable(path, machine) if path.exists() else None
-    except (ImportError, OSError, ValueError) as error:  # no platformdirs, no home folder
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # no platformdirs, no home
         warn_once(Path(), f"the user's tables are ignored: {error}")
         own = None
     return (*([] if own is None else [own]), *fitting)
@@ -249,6 +250,8 @@ def changed(plan: Any, changes: dict[str, Any]) -> Any:
         for name, value in changes.items()
     }
     found = replace(plan, **values)
+    if "parts" in known and found.block_n // found.parts < _LEAST_PART:
+        raise ValueError(f"parts must leave {_LEAST_PART} columns of block_n each, got {found}")
     for name in known:
         block = name.replace("chunk_", "block_")
         if name.startswith("chunk_") and getattr(found, name) % getattr(found, block):

@@ -140,3 +140,17 @@ def test_torch_compile_keeps_one_graph() -> None:
     torch.manual_seed(2)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+
+
+HOOKS = ("forward", "forward_pre", "full_backward", "full_backward_pre")
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("kind", ["Linear", "MergedLinear"])
+def test_hooks_of_the_dropout_are_called(kind: str, hook: str) -> None:
+    options = {"enable_lora": [True, False]} if kind == "MergedLinear" else {}
+    layer = randomize_(getattr(lora, kind)(K, 40, r=R, lora_dropout=P, **options))
+    calls: list[str] = []
+    getattr(layer.lora_dropout, f"register_{hook}_hook")(lambda *args: calls.append(hook))
+    layer(torch.randn(M, K, requires_grad=True)).sum().backward()
+    assert calls == [hook]

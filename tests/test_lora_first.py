@@ -183,6 +183,7 @@ def test_double_backward_of_frozen_factors(needed: tuple[bool, ...], device: tor
         return
     keep = y.grad_fn.saved_tensors[-1]
     # Where B alone learns its gradient does not show the mask, which is not kept.
+    assert (keep is None) == (not (x_learns or weight_learns or a_learns))
     mask = torch.zeros_like(tensors[0]) if keep is None else 2.0 * keep
     found, exact = (
         torch.autograd.grad(output, leaves, dy, create_graph=True)

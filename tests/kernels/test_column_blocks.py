@@ -344,3 +344,17 @@ def test_a_wrong_backward_is_seen(plan: str, mutant: Any, make_inputs: Any) -> N
     for name in ("x", "lora_a") if mutant is not _another_groups_a else ("x", "lora_b"):
         with pytest.raises(AssertionError, match=f"gradient of {name}"):
             check_gradients(right, found, names=[name])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which interprets the kernels
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_few_rows_keep_a_broken_block_to_themselves(
+    rows: int, value: float, make_inputs: Any
+) -> None:
+    inputs = make_inputs(rows, 72, 40, 3, edges=[0, 33, 41, 72])
+    inputs.lora_a[1, 3] = value
+    i = inputs
+    y = lora_linear_fwd(i.x, i.weight, i.bias, i.lora_a, i.lora_b, i.scaling, 0.0, None, i.edges)[0]
+    assert not y[:, :33].isfinite().any()
+    assert torch.equal(y.isfinite(), inputs.forward().isfinite())

@@ -346,3 +346,11 @@ def test_tensors_in_tuples() -> None:
     here, there = x.data_ptr(), y.data_ptr()
     assert values == [((here, there + 4, 3), (here, 2.0)), *args[1:4], there]
     assert bits % 16 == 4
+
+
+def test_a_flag_is_not_the_number_that_it_equals(
+    driver: NotingDriver, jit_runs: list[str], kernel: PreparedKernel
+) -> None:
+    for n in (1, True, 1, True):
+        kernel[(1,)](*arguments(n=n), **CONSTANTS)
+    assert len(jit_runs) == 2

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from lora_fast.kernels.configs import EmbeddingConfig, GradSBConfig
 from lora_fast.kernels.lora_embedding_bwd import lora_embedding_bwd
-from lora_fast.kernels.lora_embedding_fwd import lora_embedding_fwd
+from lora_fast.kernels.lora_embedding_fwd import gather_columns, lora_embedding_fwd
 from lora_fast.kernels.plans import EmbeddingBackwardPlan
 
 # Tiles small enough to interpret, and smaller than most inputs here.
@@ -215,3 +215,25 @@ def test_a_token_that_is_skipped_is_seen(name: str, kernel_device: torch.device)
     shifted["index"][-1] = (shifted["index"][-1] + 1) % 11
     with pytest.raises(AssertionError, match=f"{name}: .*budget"):
         check(t, kernels(shifted, KERNEL), names=(name,))
+
+
+def test_a_is_rounded_before_it_is_scaled(kernel_device: torch.device) -> None:
+    """As torch does: A in the dtype of the table, then the product with the scaling."""
+    index = torch.tensor([0, 2, 1], device=kernel_device)
+    a = torch.full((1, 3), 1 + 2**-11 + 2**-20, device=kernel_device)  # rounds up to 1 + 2^-10
+    weight, b = (
+        torch.full(s, v, device=kernel_device).half() for s, v in (((3, 4), 0.0), ((4, 1), 1.0))
+    )
+    expected = torch.full((3, 4), 3 * (1 + 2**-10), device=kernel_device).half()
+    assert torch.equal(lora_embedding_fwd(index, weight, a, b, 3.0), expected)
+    assert torch.equal(gather_columns(index, a, 3.0, torch.float16), expected[:, :1])
+
+
+def test_addends_have_the_dtype_of_a(kernel_device: torch.device) -> None:
+    index = torch.tensor([1, 0, 1], device=kernel_device)
+    a, b = torch.randn(2, 4, device=kernel_device), torch.randn(20, 2, device=kernel_device)
+    dy = torch.randn(3, 20, device=kernel_device).half()
+    for tokens in (3, 0):
+        args = (dy[:tokens], index[:tokens], a, b, 0.75, None, False, False, [True, False])
+        ds, _ = lora_embedding_bwd(*args)
+        assert (ds.dtype, ds.shape) == (a.dtype, (tokens, 2))

@@ -247,3 +247,14 @@ def test_the_operators_keep_their_contract(index: Tensor) -> None:
     for scatter, needs in ((True, [True, True]), (False, [True, False])):
         args = (dy, index, a, b, 1.5, 3, True, scatter, needs)
         torch.library.opcheck(ops.lora_embedding_bwd, args, test_utils=CHECKS)
+
+
+def test_sparse_gradients_of_no_tokens(kernel_device: torch.device) -> None:
+    index = torch.empty(2, 0, dtype=torch.int64, device=kernel_device)
+    sizes = ((7, 9), (2, 7), (9, 2))
+    t = [torch.randn(s, device=kernel_device, requires_grad=True) for s in sizes]
+    with lora.use_backend("triton"):
+        functional.lora_embedding(index, *t, 1.5, sparse=True).sum().backward()
+    for leaf in t:
+        assert leaf.grad is not None and leaf.grad.shape == leaf.shape
+        assert torch.count_nonzero(leaf.grad.to_dense()) == 0

@@ -142,3 +142,12 @@ def test_a_mask_shifted_by_a_column_is_seen(plan: str, make_inputs: Any) -> None
     found, keep = run(inputs, plan, 0.5)
     with pytest.raises(AssertionError, match="gradient of lora_a"):
         check(inputs, found, keep.roll(1, dims=1), names=["lora_a"])
+
+
+def test_gradients_of_no_rows_have_the_dtypes_of_what_they_belong_to(make_inputs: Any) -> None:
+    for rows in (0, 3):
+        i = make_inputs(rows, 6, 20, 3, torch.float16, adapter_dtype=torch.float32)
+        s = torch.zeros(rows, 3, device=i.x.device).half()
+        args = (i.dy, i.x, i.weight, i.lora_a, i.lora_b, s, None, i.scaling, 0.0, [True] * 5)
+        found = [grad.dtype for grad in lora_linear_bwd(*args, torch.float32)]
+        assert found == [torch.float16, torch.float16, *[torch.float32] * 3]

@@ -156,3 +156,15 @@ def test_a_scale_off_by_two_percent_is_seen(plan: str, make_inputs: Any) -> None
     inputs.scaling /= 1.02
     with pytest.raises(AssertionError, match="budget"):
         check(inputs, y)
+
+
+@pytest.mark.parametrize("plan", FORWARD)
+def test_no_overflow_that_the_factor_prevents(plan: str, make_inputs: Any) -> None:
+    """x A^T alone passes fp16's range; the factor brings it back before anything is rounded."""
+    inputs = make_inputs(20, 24, 32, 4, torch.float16)
+    inputs.x.fill_(512.0)
+    inputs.lora_a.fill_(16.0)
+    inputs.scaling = 2.0**-8
+    y, s, _ = run(inputs, plan)
+    assert torch.equal(s, torch.full_like(s, 1024.0))
+    assert y.isfinite().all()

@@ -172,3 +172,23 @@ def test_a_table_of_more_rows_than_a_second_axis_has_tiles(
     weight, a, b = make((n, 1), 1, 1, kernel_device, torch.bfloat16)
     merged_weight(weight, a, b, SCALING, config=CONFIG)
     assert grids == [(MAX_GRID_Y + 1,)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wide"),
+    [(2**16, True), (2**16 - 15, True), (2**16 - 16, False), (3, False)],
+)
+def test_offsets_of_64_bits_where_32_do_not_reach(
+    rows: int, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the last tile, which has 16 rows, whether they are there or not."""
+    seen = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **constants: seen.append(constants["WIDE"])
+
+    monkeypatch.setattr(kernel, "merged_weight_kernel", Recorder())
+    shapes = (rows, 2**15), (1, 2**15), (rows, 1)
+    merged_weight(*(torch.empty(s, device="meta") for s in shapes), SCALING, config=CONFIG)
+    assert seen == [wide]

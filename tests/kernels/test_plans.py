@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from lora_fast.kernels.configs import ARCHITECTURES
 from lora_fast.kernels.plans import (
+    EmbeddingBackwardPlan,
     backward_plan,
     embedding_backward_plan,
     embedding_plan,
@@ -143,3 +144,30 @@ def test_the_rule_of_a_call_is_that_of_its_rows(arch: str, dtype: torch.dtype) -
                 assert plan_of(chip, m, n, k, r, dtype) == rule_for(chip, call)
     call = Call.of("merged_weight", 1, n, k, r, dtype, False)
     assert weight_plan(chip, n, k, r, dtype) == rule_for(chip, call)
+
+
+def test_the_tile_of_a_look_up() -> None:
+    """Fewer tokens at once off the 16-byte grid and, in fp32, at ranks beyond 16."""
+    chip, half, single = ARCHITECTURES["sm_90"], torch.bfloat16, torch.float32
+
+    def tile(m: int, d: int, r: int, dtype: torch.dtype) -> tuple[int, int, int]:
+        plan = embedding_plan(chip, m, d, 50257, r, dtype)
+        return plan.block_m, plan.block_d, plan.chunk_d
+
+    assert tile(2048, 1024, 16, half) == (16, 128, 128)
+    assert tile(2049, 1024, 64, half) == (32, 128, 512)
+    assert tile(4096, 1016, 16, half) == (16, 128, 512)
+    assert tile(4096, 1024, 16, single) == (32, 64, 512)
+    assert tile(4096, 1024, 17, single) == (16, 64, 512)
+
+
+def test_the_backward_of_a_look_up() -> None:
+    chip = ARCHITECTURES["sm_90"]
+
+    def plan(d: int, r: int, dtype: torch.dtype = torch.bfloat16) -> EmbeddingBackwardPlan:
+        return embedding_backward_plan(chip, 4096, d, 50257, r, dtype)
+
+    assert not plan(1024, 32).library_sb and plan(1024, 33).library_sb
+    assert plan(1024, 8, torch.float32).library_sb
+    assert plan(1016, 16).grad_sb.block_n == plan(1024, 16).grad_sb.block_n // 2
+    assert (plan(1024, 16).segment_m, plan(1024, 17).segment_m) == (64, 32)

@@ -222,6 +222,11 @@ UNUSABLE = [
     ("lora_linear_fwd", {"gemm": {"block_m": 8}}, "block_m must be from 16 to 1024, got 8"),
     ("lora_linear_bwd", {"grad_sb": {"chunk_n": 500}}, "chunk_n must be a multiple of block_n"),
     ("lora_linear_bwd", {"grad_a": {"chunk_m": 32}}, "chunk_m must be a multiple of block_m"),
+    (
+        "lora_linear_bwd",
+        {"gemm": {"block_n": 16, "parts": 4}},
+        "parts must leave 16 columns of block_n each",
+    ),
     (EMBEDDING[0], {"block_m": 48}, "block_m must be a power of two, got 48"),
     (EMBEDDING[0], {"chunk_d": 500}, "chunk_d must be a multiple of block_d"),
     (EMBEDDING[0], {"impl": "split"}, "EmbeddingConfig has no field 'impl'"),
