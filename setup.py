@@ -13,6 +13,7 @@ from 2.10 and every Python from 3.10.
 
 import glob
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -109,7 +110,12 @@ def forgiving(build_ext):
                     return super().run()
                 except Exception as error:
                     # The last one asks the most of a machine.
-                    self.give_up(self.extensions.pop(), error)
+                    given_up = self.extensions.pop()
+                    # What an earlier build has left is of other sources.
+                    self.compiler, self.inplace = begun_with
+                    built = self.get_ext_fullpath(given_up.name)
+                    pathlib.Path(built).unlink(missing_ok=True)
+                    self.give_up(given_up, error)
 
         def give_up(self, extension, error):
             lost = (

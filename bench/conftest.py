@@ -21,7 +21,7 @@ from harness.measured import Measured, Replay, Store
 from harness.names import OURS
 from harness.results import RESULTS, ROOT, device_name, machine
 from harness.selection import parse
-from lora_fast.commands import positive, writable_folder
+from lora_fast.commands import device_named, not_negative, positive, writable_folder
 
 _STORE = pytest.StashKey[Store]()
 
@@ -44,7 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     add("--lorafusion", metavar="DIR", help="a checkout of LoRAFusion, another peer")
     add("--rounds", type=positive, default=31, help="the most rounds of a row")
-    add("--budget", type=float, default=1.0, help="seconds for a row, five rounds in any case")
+    budget = "seconds for a row, five rounds in any case"
+    add("--budget", type=not_negative, default=1.0, help=budget)
     add("--threads", type=positive, default=2, help="threads on a CPU, bound to as many cores")
     add("--out", type=Path, metavar="FOLDER", help="where results go")
     add("--profile", metavar="ROW", help="no times, a profile of every peer in this row")
@@ -75,9 +76,12 @@ def _store(config: pytest.Config) -> Store:
     if measuring:
         level = "quick" if option("--quick") else "full" if option("--full") else "standard"
     cuda = torch.cuda.is_available()
-    device = torch.device(option("--device") or ("cuda" if cuda else "cpu"))
-    if device.type == "cuda" and not cuda:
-        raise ValueError(f"--device {device}: there is no GPU here; known is cpu")
+    name = option("--device") or ("cuda" if cuda else "cpu")
+    if name.startswith("cuda") and not cuda:
+        raise ValueError(f"--device {name}: there is no GPU here; known is cpu")
+    device = device_named(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: expected cpu or cuda")
     lists = {name: option(f"--{name}") for name in ("shapes", "tokens", "ranks", "dtypes", "peers")}
     selection = parse(level, device, **lists, known_peers=[p for p in PEERS if p != OURS])
     if measuring and device.type == "cpu":

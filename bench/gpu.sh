@@ -94,7 +94,7 @@ tests hopper 40 "$hopper"
 tests tests 120 --ignore "$hopper" tests/kernels tests/csrc tests/fused tests/test_autograd.py
 bench questions 40 bench/bench_gemm.py
 bench linear 100 bench/bench_linear.py --budget 0.3 \
-  --peers 'loralib*,peft,addmm-order,lora-first,lora_fast:library,lora_fast:reference'
+  --peers 'loralib*,peft,addmm-order,lora-first,lora_fast:decode,lora_fast:library,lora_fast:reference'
 bench merge 40 bench/bench_merge.py --budget 0.3
 tests gpu-tests 60 -m gpu --continue-on-collection-errors --ignore tests/csrc \
   --ignore tests/kernels --ignore tests/fused tests

@@ -49,11 +49,11 @@ def against(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
     facts = table["machine"]
     for row in table["rows"]:
         columns, entries = row["columns"], row["peers"]
-        rate = facts.get(f"{columns['dtype']} TFLOP/s")
+        rates = [facts.get(f"{columns['dtype']} TFLOP/s"), facts.get("copy GB/s")]
         times = [entries.get(peer, {}).get("us") for peer in (LORALIB, FROZEN)]
-        if rate is None or None in times:
+        if not all(rates) or None in times:
             continue
-        ceilings = Ceilings(rate * 1e12, facts["copy GB/s"] * 1e9)
+        ceilings = Ceilings(rates[0] * 1e12, rates[1] * 1e9)
         sizes = (columns["M"], columns["K"], columns["N"])
         size, backward = DTYPES[columns["dtype"]].itemsize, columns["pass"] != "fwd"
         more = extra_seconds(

@@ -30,6 +30,8 @@ def section(folders: Sequence[Path]) -> str:
     Raises:
         ValueError: a folder has no results.
     """
+    if not folders:
+        raise ValueError("there are no results in bench/results yet: make bench")
     found = sorted(((folder, read(folder)) for folder in folders), key=_rank, reverse=True)
     first, *others = found
     parts = [
@@ -53,7 +55,7 @@ def section(folders: Sequence[Path]) -> str:
 def _rank(result: tuple[Path, dict[str, Any]]) -> tuple[bool, str]:
     """What of a result comes first: a GPU, then the later date."""
     facts = next(table["machine"] for _, table in ordered(result[1]))
-    return "gpu" in facts, facts["date"]
+    return "gpu" in facts, facts.get("date", "")
 
 
 def _facts(folder: Path, tables: dict[str, Any]) -> str:

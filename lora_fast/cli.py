@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lora_fast
-from lora_fast.commands import more_than_zero, number, path, positive, share, status_of
+from lora_fast.commands import more_than_zero, not_empty, number, path, positive, share, status_of
 
 # What runs each command; imported when it is called, so that `--help` needs nothing.
 _MODULES = {
@@ -58,6 +58,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     demo.add_argument(
         "--model",
+        type=not_empty,
         metavar="NAME",
         help="folder or hub name of a transformers causal "
         "language model to fine-tune instead of the small GPT",
@@ -101,6 +102,7 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     what.add_argument(
         "--model",
+        type=not_empty,
         metavar="NAME",
         help="folder or hub name of a transformers model, for the shapes of its linear "
         "layers, embeddings and convolutions",

@@ -28,7 +28,8 @@ def status_of(name: str, command: Callable[[], int]) -> int:
     """
     try:
         status = command()
-        sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's last moments
+        if sys.stdout is not None:  # closed by the shell
+            sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's last moments
     except BadInputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
@@ -42,11 +43,16 @@ def status_of(name: str, command: Callable[[], int]) -> int:
     return status
 
 
-def path(text: str) -> Path:
-    """Return the path of an argument; an empty one, of an unset variable, is no folder's name."""
+def not_empty(text: str) -> str:
+    """Return an argument that is not, as that of a variable which was never set, empty."""
     if not text:
-        raise argparse.ArgumentTypeError("expected a path, got ''")
-    return Path(text)
+        raise argparse.ArgumentTypeError("expected a name, got ''")
+    return text
+
+
+def path(text: str) -> Path:
+    """Return the path of an argument; an empty one would be that of the current folder."""
+    return Path(not_empty(text))
 
 
 def number(kind: type[Number], text: str) -> Number:
@@ -71,6 +77,14 @@ def more_than_zero(text: str) -> float:
     value = number(float, text)
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """Return the number of an argument, from 0 on and finite."""
+    value = number(float, text)
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
     return value
 
 

@@ -1,6 +1,7 @@
 """How a command ends: bad input, Ctrl-C, a reader that went away; what its arguments may be."""
 
 import argparse
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,3 +88,10 @@ def test_a_folder_is_made_or_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInputError, match=r"^--out: expected a folder that can be written to"):
         writable_folder(tmp_path / "file", "--out")
+
+
+def test_a_command_may_have_no_output() -> None:
+    code = "import sys; from lora_fast.commands import status_of; sys.exit(status_of('a', int))"
+    closed = f"exec >&-; exec {sys.executable} -c {shlex.quote(code)}"
+    done = subprocess.run(["sh", "-c", closed], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

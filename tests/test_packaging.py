@@ -233,6 +233,8 @@ def test_what_cannot_be_built_takes_nothing_else_with_it(checkout, tmp_path):
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text("#!/bin/sh\necho refused >&2; exit 1\n")
     nvcc.chmod(0o755)
+    stale = source / "lora_fast" / "_C_cuda.abi3.so"
+    stale.write_text("of other sources")
     said = run(
         *(sys.executable, "-c", BUILD_FOR_A_GPU),
         cwd=source,
@@ -241,6 +243,7 @@ def test_what_cannot_be_built_takes_nothing_else_with_it(checkout, tmp_path):
     )
     (built,) = (source / "lora_fast").glob("*.so")
     assert built.name.startswith("_C.")
+    assert stale.name == "_C_cuda.abi3.so"  # and is gone
     assert "lora_fast: lora_fast._C_cuda was not compiled: " in said
     assert "lora_fast._C was not" not in said
 

@@ -1,6 +1,7 @@
 """Results on disk: which machine they belong to, as JSON, and as Markdown tables."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -131,8 +132,28 @@ def tables_in(folder: Path) -> dict[str, dict[str, Any]]:
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
         if _is_table(found):
+            for row in found["rows"]:
+                _check_numbers(f"{path}: row {row['id']}", row["peers"])
             tables[path.stem] = found
     return tables
+
+
+def _check_numbers(where: str, peers: dict[str, Any]) -> None:
+    """Refuse times and ratios that are none: every comparison with NaN comes out well."""
+    for peer, entry in peers.items():
+        for key, lengths in (("us", (1,)), ("ratio", (1, 3))):
+            if key not in entry:
+                continue
+            numbers = entry[key] if key == "ratio" else [entry[key]]
+            if (
+                not isinstance(numbers, list)
+                or len(numbers) not in lengths
+                or not all(type(n) in (int, float) and 0 < n < math.inf for n in numbers)
+            ):
+                raise ValueError(
+                    f"{where}: {key} of {peer} must be {' or '.join(map(str, lengths))} finite "
+                    f"numbers above 0, got {entry[key]!r}"
+                )
 
 
 def _is_table(found: Any) -> bool:
@@ -156,7 +177,8 @@ def result_folders() -> list[Path]:
     Raises:
         ValueError: a file in one of them is damaged.
     """
-    return [folder for folder in sorted(RESULTS.iterdir()) if tables_in(folder)]
+    folders = sorted(RESULTS.iterdir()) if RESULTS.is_dir() else []
+    return [folder for folder in folders if tables_in(folder)]
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

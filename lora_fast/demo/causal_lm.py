@@ -44,8 +44,8 @@ def load(name: str) -> CausalLM:
         raise BadInputError("--model needs transformers: pip install transformers") from error
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"--model: cannot load {name!r}: {error}") from error
+    except Exception as error:  # of many kinds, where a file is damaged
+        raise BadInputError(f"--model: cannot load {name!r}: {_first_line(error)}") from error
     return CausalLM(model)
 
 
@@ -53,13 +53,18 @@ def encode(name: str, data: bytes, vocabulary: int) -> Tensor:
     """Return `data` as token ids, by the model's tokenizer or, where there is none, as bytes.
 
     Raises:
-        BadInputError: there is no tokenizer, and bytes don't fit the vocabulary.
+        BadInputError: the tokenizer cannot be read; or there is none, and bytes don't fit the
+            vocabulary.
     """
     from transformers import AutoTokenizer  # type: ignore[import-not-found, unused-ignore]
 
     has_tokenizer = not Path(name).is_dir() or any(Path(name).glob("*token*"))
     if has_tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:
+            message = f"--model: cannot load the tokenizer of {name!r}: {_first_line(error)}"
+            raise BadInputError(message) from error
         ids = tokenizer(data.decode("utf-8", "replace"), verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
     if vocabulary < BYTES:
@@ -67,6 +72,11 @@ def encode(name: str, data: bytes, vocabulary: int) -> Tensor:
             f"--model: {name!r} has no tokenizer, and fewer than 256 tokens for bytes"
         )
     return byte_ids(data)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def adapted(library: ModuleType, base: CausalLM, adapter: Adapter, seed: int) -> CausalLM:
@@ -102,10 +112,13 @@ def _layer(library: ModuleType, name: str, old: nn.Module, adapter: Adapter) -> 
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return None
     options["bias"] = bias is not None
-    if name in _FUSED:  # GPT-2's Conv1D keeps its weight as (in, out)
-        in_features, out_features = weight.shape
+    if name in _FUSED:
+        is_linear = isinstance(old, nn.Linear)  # GPT-2's Conv1D keeps its weight as (in, out)
+        in_features, out_features = reversed(weight.shape) if is_linear else weight.shape
         enable = list(adapter.enable_lora)
-        fused = {"enable_lora": enable, "fan_in_fan_out": True}
+        if out_features != len(enable) * in_features:
+            return None  # query, key and value of other widths, or in another order
+        fused = {"enable_lora": enable, "fan_in_fan_out": not is_linear}
         layer = library.MergedLinear(in_features, out_features, **fused, **options)
     elif name in _SEPARATE and isinstance(old, nn.Linear):
         layer = library.Linear(old.in_features, old.out_features, **options)

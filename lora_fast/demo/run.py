@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             _training_rows(report)
     try:
         files = [*_save_adapters(report, loralib, arguments.out), *report.write(arguments.out)]
-    except OSError as error:  # a full disk, say
+    except (OSError, RuntimeError) as error:  # a full disk; torch's writer has an error of its own
         raise BadInputError(f"--out: not all could be written: {error}") from error
     finally:
         print("\n" + report.table() + "\n")

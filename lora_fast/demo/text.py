@@ -65,12 +65,11 @@ def from_path(path: Path) -> bytes:
     Raises:
         BadInputError: there is no such path, or nothing in it.
     """
-    if not path.exists():
-        raise BadInputError(f"--data: there is no file or folder {path}")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     parts: list[bytes] = []
     room = _MOST_DATA
     try:
+        path.stat()
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         for file in files:
             with file.open("rb") as opened:
                 parts.append(opened.read(room))

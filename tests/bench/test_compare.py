@@ -27,6 +27,7 @@ def row(name: str, ratio: list[float], **more: Any) -> dict[str, Any]:
         ([0.90, 0.88, 0.92], [0.86, 0.85, 0.87], "same"),  # apart, but within the slack
         ([0.90, 0.88, 0.92], [0.80, 0.78, 0.82], "SLOWER"),
         ([0.90, 0.88, 0.92], [1.00, 0.98, 1.02], "faster"),
+        ([0.90, 0.88, 0.92], [0.94, 0.93, 0.95], "same"),  # likewise
         ([0.90], [0.80], "SLOWER"),  # without a spread
     ],
 )
@@ -88,6 +89,18 @@ def test_json_of_another_form_is_no_result(found, tmp_path, capsys):
     (tmp_path / "linear.json").write_text(json.dumps(found))
     assert compare.main([str(tmp_path), str(tmp_path)]) == 2
     assert "no results in folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "ratio", [[float("nan")] * 3, [], [1.0, 2.0], "1.0", [0.0], [True], None], ids=str
+)
+def test_ratios_that_are_none_are_refused(ratio, save, capsys):
+    """NaN is neither slower nor faster than anything."""
+    good, bad = save("good", row("a", [0.9])), save("bad", row("a", ratio))
+    assert compare.main([str(good), str(bad)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "linear.json: row a: ratio of frozen must be 1 or 3 finite numbers above 0" in error
 
 
 def test_known_are_only_folders_of_measurements(tmp_path, capsys):

@@ -36,7 +36,17 @@ def llama(tmp_path: Path) -> Path:
     return save(tmp_path / "llama", config)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.fixture
+def bigcode(tmp_path: Path) -> Path:
+    """A GPTBigCode: what GPT-2 has in a Conv1D is a linear layer here."""
+    config = transformers.GPTBigCodeConfig(
+        n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=256, multi_query=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return save(tmp_path / "bigcode", config)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bigcode", "llama"])
 def test_models_of_transformers_are_tuned(
     name: str, demo: Callable[..., Any], request: pytest.FixtureRequest
 ) -> None:
@@ -44,7 +54,8 @@ def test_models_of_transformers_are_tuned(
     assert result.status == 0, result.stdout + result.stderr
     runs = result.metrics["runs"]
     assert runs["loralib"]["loss"] == pytest.approx(runs["lora_fast"]["loss"], abs=1e-4)
-    layers, rank = {"gpt2": (1, 8 * (2 * 16 + 2 * 16)), "llama": (2, 8 * (16 + 16 + 16 + 8))}[name]
+    fused, separate = (1, 8 * (2 * 16 + 2 * 16)), (2, 8 * (16 + 16 + 16 + 8))
+    layers, rank = separate if name == "llama" else fused
     assert runs["lora_fast"]["trainable_parameters"] == layers * rank
 
 
@@ -56,6 +67,26 @@ def test_a_fresh_adapter_changes_nothing(gpt2: Path) -> None:
     model = causal_lm.adapted(lora_fast, base, Adapter(), seed=0).eval()
     ids = torch.randint(256, (2, 9))
     torch.testing.assert_close(model(ids), base(ids))
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_model_is_one_line(demo: Callable[..., Any], gpt2: Path, damaged: str) -> None:
+    (gpt2 / damaged).write_text("{")
+    result = demo("--model", str(gpt2))
+    assert (result.status, result.out.exists()) == (2, False)
+    (line,) = (text for text in result.stderr.splitlines() if text.startswith("lora-fast demo"))
+    assert "--model: cannot load " in line
+
+
+def test_fused_projections_of_unequal_widths_are_left(
+    demo: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = transformers.GPTBigCodeConfig(
+        n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=256, multi_query=True
+    )
+    result = demo("--model", str(save(tmp_path / "bigcode", config)))
+    assert result.status == 2
+    assert "found no attention projection" in result.stderr
 
 
 def test_no_such_model(demo: Callable[..., Any], tmp_path: Path) -> None:

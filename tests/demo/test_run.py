@@ -157,7 +157,7 @@ def test_a_failed_check_shows_and_sets_the_status(
 def test_missing_data(demo: Callable[..., Any], tmp_path: Path) -> None:
     result = demo("--data", str(tmp_path / "nowhere.txt"))
     assert result.status == 2
-    assert "nowhere.txt" in result.stderr and "no file or folder" in result.stderr
+    assert "nowhere.txt" in result.stderr and "No such file or directory" in result.stderr
     assert not result.out.exists()
 
 
@@ -169,6 +169,12 @@ def test_empty_data(demo: Callable[..., Any], tmp_path: Path, content: bytes) ->
     assert result.status == 2
     assert "is empty" in result.stderr
     assert not result.out.exists()
+
+
+def test_a_name_of_data_that_no_file_can_have(demo: Callable[..., Any]) -> None:
+    result = demo("--data", "x" * 5000)
+    assert (result.status, result.out.exists()) == (2, False)
+    assert "--data: " in result.stderr and "File name too long" in result.stderr
 
 
 def test_an_empty_folder_of_data(demo: Callable[..., Any], tmp_path: Path) -> None:
@@ -252,7 +258,8 @@ def test_a_forced_backend_that_cannot_run(
         (("--dropout", "p"), "argument --dropout: expected a number, got 'p'"),
         (("--seed", "-1"), "argument --seed: must be from 0 to below 2^63, got -1"),
         (("--seed", "1e3"), "argument --seed: expected a whole number, got '1e3'"),
-        (("--data", ""), "argument --data: expected a path, got ''"),
+        (("--data", ""), "argument --data: expected a name, got ''"),
+        (("--model", ""), "argument --model: expected a name, got ''"),
         (("--unknown",), "unrecognized arguments: --unknown"),
     ],
 )
