@@ -69,7 +69,7 @@ $(READY): pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10; do \
 	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue; \
 	    echo "making $(VENV) with $$($$python --version)"; \
-	    exec $$python -m venv --clear $(VENV); \
+	    exec $$python -m venv $(VENV); \
 	  done; \
 	  echo "no Python >= 3.10 found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
