@@ -41,6 +41,12 @@ def show_shard(owner: nn.Module) -> None:
     module.reshard()
 
 
+def shard(owner: nn.Module) -> Any:
+    """Return the weight of `owner` as this rank holds it, also while a gathered copy is shown."""
+    found = _manager(owner)
+    return owner._parameters.get("weight") if found is None else found[1].sharded_param
+
+
 _Manager = tuple[Any, Any]
 # The FSDP2 module that manages the weight of a module, and FSDP2's own record of that weight.
 _managers: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], ...]]" = (

@@ -232,7 +232,8 @@ class LoadedState:
             return
         weight, lora_A, lora_B = (state_dict[k] for k in keys)
         with torch.no_grad():
-            weight = weight.clone()
+            # torch adds nothing to 8 bits.
+            weight = weight.float() if weight.itemsize < 2 else weight.clone()
             functional.merge_(self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks())
         state_dict[keys[0]] = weight
 

@@ -194,11 +194,10 @@ class MergingLayer(SavedState, LoadedState, RestoresWeight):
 
     def _obstacle(self) -> str | None:
         """Say why the weight must not be written to, if so."""
-        owner: Any = self._weight_owner()
-        fsdp.show_shard(owner)
+        owner = self._weight_owner()
         why = readers.why_not_merge(self, owner) or fsdp.why_not_merge(owner)
         # The ranks that hold the shards of a weight decide together.
-        return sharded.agreed(owner._parameters.get("weight"), why)
+        return sharded.agreed(fsdp.shard(owner), why)
 
     def _merge(self) -> None:
         # Signals wait for the end of this: what a handler raises is no reason to stay unmerged.

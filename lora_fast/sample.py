@@ -77,10 +77,11 @@ def compared(
         large.
     """
     found = _found(sample, weight, lora_A, lora_B, blocks)
-    if not found:
+    if not found or not like.is_floating_point:
         return None
-    values, products = torch.tensor(found, dtype=torch.float64).unbind(1)
-    merged, base = torch.tensor([e[2:] for e in sample], dtype=torch.float64).unbind(1)
+    kind: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    values, products = torch.tensor(found, **kind).unbind(1)
+    merged, base = torch.tensor([element[2:] for element in sample], **kind).unbind(1)
     eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, like))
     room = 2 * eps * (merged.abs() + base.abs())
     is_off = (values - merged).abs() > room

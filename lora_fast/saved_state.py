@@ -117,7 +117,7 @@ class SavedState:
         record, weight = self._record, readers.stored_weight(self._weight_owner())
         if record is None or record.of_shard or weight is None or not _can_be_read(weight):
             return
-        if not self._other_factors(record):
+        if not self._other_factors(record, (nn.Parameter, Tensor)):
             return
         state_dict[prefix + self._weight_key()] = self._as_delta(self._base_of(weight, record))
         metadata["lora_merged"] = False
@@ -155,7 +155,8 @@ class SavedState:
             or self._one_scaling() != record.scaling
             or self._other_factors(record, (nn.Parameter, Tensor))  # computed ones, too
         )
-        self.__dict__["_merged_marks"] = marks
+        if not is_stale:
+            self.__dict__["_merged_marks"] = marks
         return is_stale
 
     def _factor_marks(self) -> tuple[tuple[Any, ...], Any] | None:

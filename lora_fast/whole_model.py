@@ -18,7 +18,8 @@ _BATCH = 2**26
 def merge(model: nn.Module, *, progress: bool = False) -> int:
     """Fold every adapter of `model` into its weight, whatever `merge_weights` says; all or nothing.
 
-    Layers that are merged already stay so. `unmerge` restores the weights bit for bit; so does
+    Layers that are merged already stay so, but for those whose adapter has changed since: these are
+    merged anew. `unmerge` restores the weights bit for bit; so does
     `train()` where `merge_weights` is set.
 
     Args:
@@ -38,7 +39,8 @@ def merge(model: nn.Module, *, progress: bool = False) -> int:
 
 
 def _merge(layers: Layers, progress: bool) -> int:
-    todo = {name: layer for name, layer in layers.items() if not layer.merged}
+    stale = [layer for layer in layers.values() if layer.merged and layer._is_stale()]
+    todo = {name: m for name, m in layers.items() if not m.merged or m in stale}
     if not layers:
         raise ValueError("merge: the model has no LoRA layer with r > 0")
     if not todo:
@@ -49,6 +51,9 @@ def _merge(layers: Layers, progress: bool) -> int:
     obstacles = [f"{name}: {why}" for name, layer in todo.items() if (why := layer._obstacle())]
     if obstacles:
         raise RuntimeError("merge: nothing was merged. " + "; ".join(obstacles))
+    with interrupts.held_back():
+        for layer in stale:
+            layer._unmerge()
     done: list[MergingLayer] = []
     try:
         for batch in _shown(todo, "merge", progress):

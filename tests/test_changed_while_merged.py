@@ -186,6 +186,40 @@ def test_a_state_of_changed_factors_has_their_scaling() -> None:
     assert layer.state_dict()._metadata[""]["lora_scaling"] == 5.0
 
 
+class Tripled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3.0 * x
+
+
+def test_a_state_of_a_computed_factor_that_changed_has_the_base() -> None:
+    from torch.nn.utils import parametrize
+
+    layers = [randomize_(lora.Linear(8, 12, r=2)) for _ in range(2)]
+    for layer in layers:
+        parametrize.register_parametrization(layer, "lora_A", Tripled())
+    base = base_of(layers[0])
+    layers[0].eval()
+    with torch.no_grad():
+        layers[0].parametrizations.lora_A.original.mul_(3.0)  # type: ignore[operator]
+    layers[1].load_state_dict(copy.deepcopy(layers[0].state_dict()))
+    assert torch.equal(layers[1].weight, base)
+
+
+def test_merging_a_model_merges_anew_what_has_changed() -> None:
+    model = nn.Sequential(randomize_(lora.Linear(8, 8, r=2)), randomize_(lora.Linear(8, 8, r=2)))
+    bases = [layer.weight.detach().clone() for layer in model]
+    model[0].eval()
+    with torch.no_grad():
+        model[0].lora_B.mul_(2.0)
+    expected = model[0].scaling * model[0].lora_B @ model[0].lora_A + bases[0]
+    assert lora.merge(model) == 2
+    torch.testing.assert_close(model[0].weight.detach(), expected.detach())
+    with pytest.raises(ValueError, match="all 2 LoRA layers of the model are merged already"):
+        lora.merge(model)
+    lora.unmerge(model)
+    assert all(torch.equal(layer.weight, base) for layer, base in zip(model, bases, strict=True))
+
+
 def test_the_base_in_another_dtype_is_no_merged_weight() -> None:
     """Also where the delta is so small that it is near both."""
     layer = lora.Linear(64, 64, r=4)

@@ -71,11 +71,12 @@ class History(RuleBasedStateMachine):
 
     @rule()
     def merge_model(self) -> None:
-        if self.layer.merged or self.layer.r == 0:
+        if self.layer.r == 0 or (self.layer.merged and not self.layer._is_stale()):
             with pytest.raises(ValueError, match="merge: "):
                 lora.merge(self.layer)
         else:
             assert lora.merge(self.layer) == 1
+            self.is_stale = False
 
     @rule()
     def unmerge_model(self) -> None:

@@ -114,6 +114,28 @@ def test_a_merged_state_that_was_changed_as_a_whole_is_still_one(change: str) ->
     torch.testing.assert_close(other.weight.detach()[:12, :8], base)
 
 
+def test_a_merged_state_is_loaded_under_a_default_device() -> None:
+    layer = randomize_(lora.Linear(8, 12, r=2))
+    base = layer.weight.detach().clone()
+    state = copy.deepcopy(layer.eval().state_dict())
+    with torch.device("meta"):
+        other = lora.Linear(8, 12, r=2)
+        other.load_state_dict(state, assign=True)
+    torch.testing.assert_close(other.weight.detach(), base)
+
+
+def test_a_merged_state_in_8_bits(name: str) -> None:
+    layer = randomize_(MAKERS[name]())
+    base = weight_of(layer).clone()
+    state = copy.deepcopy(layer.eval().state_dict())
+    key = "conv.weight" if hasattr(layer, "conv") else "weight"
+    state[key] = state[key].to(torch.float8_e4m3fn)
+    other = MAKERS[name]()
+    other.load_state_dict(state)
+    room = 0.07 * weight_of(layer).abs().max().item()
+    torch.testing.assert_close(weight_of(other), base, rtol=0.0, atol=room)
+
+
 def test_what_is_as_near_to_the_base_as_to_the_sum_is_not_the_base() -> None:
     weight, factors = torch.zeros(2, 2), (torch.zeros(1, 2), torch.zeros(2, 1))
     element = [[0.0, 0.0, 1.0 + 2**-9, 1.0]]  # one number in bf16

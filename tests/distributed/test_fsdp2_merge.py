@@ -351,8 +351,8 @@ def test_an_obstacle_on_one_rank_is_one_on_all() -> None:
     del other
 
 
-def test_a_gathered_weight_that_one_rank_holds_is_no_obstacle() -> None:
-    """The root's weights stay gathered after a forward; what is merged is the shard."""
+def test_an_obstacle_on_one_rank_while_the_weights_are_gathered() -> None:
+    """As those of the root are after a forward: the ranks agree all the same."""
     model = nn.Sequential(*(randomize_(lora.Linear(8, 8, r=2)) for _ in range(3)))
     x = torch.randn(3, 8)
     expected = model(x).detach()
@@ -363,8 +363,21 @@ def test_a_gathered_weight_that_one_rank_holds_is_no_obstacle() -> None:
     if dist.get_rank() == 0:
         other.weight = model[0].weight
     model.eval()
-    assert all(layer.merged for layer in model)
+    assert [layer.merged for layer in model] == [False, True, True]
     torch.testing.assert_close(outputs(model, x), expected)
     model.train()
     assert_same_bits(base_shards(model), base)
     del other
+
+
+def test_a_layer_that_stays_unmerged_has_its_backward_after_eval() -> None:
+    """A tied weight of the root, which FSDP2 keeps gathered from forward to backward."""
+    model = nn.Sequential(randomize_(lora.Linear(8, 8, r=2)), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    fully_shard(model)
+    loss = model(torch.randn(3, 8)).sum()
+    model[0].eval()
+    model[0].train()
+    assert not model[0].merged
+    loss.backward()
+    assert model[0].lora_A.grad is not None
