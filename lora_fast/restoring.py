@@ -46,6 +46,7 @@ class RestoresWeight:
         elif self._was_written(target, record):
             self._restore_changed(sharded.local(target), record)
             sharded.count_version(target)
+            record.spent = True  # for shallow copies of the layer, which share weight and record
         else:
             functional.unmerge_(target, record)
 

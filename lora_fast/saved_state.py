@@ -117,7 +117,7 @@ class SavedState:
         record, weight = self._record, readers.stored_weight(self._weight_owner())
         if record is None or record.of_shard or weight is None or not _can_be_read(weight):
             return
-        if not self._other_factors(record, (nn.Parameter, Tensor)):
+        if not self._other_factors(record):
             return
         state_dict[prefix + self._weight_key()] = self._as_delta(self._base_of(weight, record))
         metadata["lora_merged"] = False
@@ -125,14 +125,14 @@ class SavedState:
         if self._one_scaling() is not None:
             metadata["lora_scaling"] = self._one_scaling()
 
-    def _other_factors(
-        self, record: MergeRecord, kinds: tuple[type, ...] = (nn.Parameter,)
-    ) -> bool:
-        """Tell whether A or B, as far as they are of these kinds, have changed since the merge."""
+    def _other_factors(self, record: MergeRecord) -> bool:
+        """Tell whether A or B, which may be computed, have changed since the merge."""
         names = ("lora_A", "lora_B")
         pairs: list[Any] = [(getattr(self, name, None), getattr(record, name)) for name in names]
         return any(
-            type(mine) in kinds and not mine.is_meta and not are_equal(mine.detach(), merged)
+            type(mine) in (nn.Parameter, Tensor)
+            and not mine.is_meta
+            and not are_equal(mine.detach(), merged)
             for mine, merged in pairs
         )
 
@@ -153,7 +153,7 @@ class SavedState:
         is_stale = (
             not self._has_adapter()
             or self._one_scaling() != record.scaling
-            or self._other_factors(record, (nn.Parameter, Tensor))  # computed ones, too
+            or self._other_factors(record)
         )
         if not is_stale:
             self.__dict__["_merged_marks"] = marks

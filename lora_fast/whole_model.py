@@ -39,8 +39,8 @@ def merge(model: nn.Module, *, progress: bool = False) -> int:
 
 
 def _merge(layers: Layers, progress: bool) -> int:
-    stale = [layer for layer in layers.values() if layer.merged and layer._is_stale()]
-    todo = {name: m for name, m in layers.items() if not m.merged or m in stale}
+    stale = {name: layer for name, layer in layers.items() if layer.merged and layer._is_stale()}
+    todo = {name: m for name, m in layers.items() if not m.merged or name in stale}
     if not layers:
         raise ValueError("merge: the model has no LoRA layer with r > 0")
     if not todo:
@@ -52,7 +52,7 @@ def _merge(layers: Layers, progress: bool) -> int:
     if obstacles:
         raise RuntimeError("merge: nothing was merged. " + "; ".join(obstacles))
     with interrupts.held_back():
-        for layer in stale:
+        for layer in stale.values():
             layer._unmerge()
     done: list[MergingLayer] = []
     try:

@@ -347,3 +347,23 @@ def test_nothing_to_save(name: str, lora_only: bool, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bias must be one of none, all, lora_only, got 'some'"):
         lora.save(net(), tmp_path / name, bias="some")
     assert os.listdir(tmp_path) == []
+
+
+def test_the_state_of_a_merged_subclass() -> None:
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+    layer = randomize_(lora.Linear(8, 12, r=2))
+    weight = layer.weight.detach()
+    layer.weight = nn.Parameter(two_tensor(weight.clone(), weight.clone()), requires_grad=False)
+    assert layer.eval().merged
+    assert "weight" in layer.state_dict()
+
+
+def test_a_refused_state_lacks_no_key_that_it_has() -> None:
+    layer = lora.Conv2d(4, 6, 3, r=2)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="size mismatch for lora_A") as error:
+        layer.load_state_dict(lora.Conv2d(4, 6, 3, r=1).state_dict())
+    assert "Missing" not in str(error.value)
+    assert "Unexpected" not in str(error.value)
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key])

@@ -156,3 +156,21 @@ def test_b17_loralib_cannot_be_pickled(name: str) -> None:
     layer = getattr(loralib, name)(4, 6, *([1] if name == "Conv2d" else []), r=2)
     with pytest.raises(AttributeError, match="local object"):
         pickle.dumps(layer)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, copy.copy])
+def test_copies_of_a_compiled_layer_compute_with_their_own_weights(copier: Any) -> None:
+    layer, x = randomize_(lora.Linear(4, 5, r=2)), torch.randn(3, 4)
+    layer.compile(backend="eager")
+    layer(x)
+    copied = copier(layer)
+    copied.weight = nn.Parameter(torch.zeros(5, 4))
+    copied.bias = copied.lora_B = None
+    copied.r = 0
+    assert torch.equal(copied(x), torch.zeros(3, 5))
+
+
+def test_a_compiled_layer_is_pickled() -> None:
+    layer, x = randomize_(lora.Linear(4, 5, r=2)), torch.randn(3, 4)
+    layer.compile(backend="eager")
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))

@@ -1,0 +1,106 @@
+"""Weights that somebody writes to while an adapter is merged into them."""
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from each_layer import LAYERS, base_of, weight_of
+from torch import nn
+
+import lora_fast as lora
+from lora_fast import functional, restoring
+from lora_fast.testing import randomize_
+
+
+def test_a_base_that_is_put_back_while_merged_stays(layer: Any) -> None:
+    """As by averages of weights: store, copy to, evaluate, restore, and then train()."""
+    stored = [p.detach().clone() for p in layer.parameters()]
+    layer.eval()
+    with torch.no_grad():
+        for parameter, before in zip(layer.parameters(), stored, strict=True):
+            parameter.copy_(before)
+    layer.train()
+    for parameter, before in zip(layer.parameters(), stored, strict=True):
+        assert torch.equal(parameter, before)
+    expected = layer.effective_weight().detach()
+    torch.testing.assert_close(weight_of(layer.eval()), expected)
+
+
+def test_a_base_that_is_put_back_beside_a_list_in_another_order() -> None:
+    """Several threads write the list of what the code can't tell, in whichever order."""
+    layer = randomize_(lora.Linear(64, 64, r=2))
+    with torch.no_grad():
+        layer.weight[0, ::7] = 1e-30
+    base = base_of(layer)
+    layer.eval()
+    (code,) = layer._record.codes
+    assert len(code.overflow_index) > 1
+    for part in (code.overflow_index, code.overflow_value):
+        part.copy_(part.flip(0))
+    with torch.no_grad():
+        layer.weight.copy_(base)
+    assert torch.equal(layer.train().weight, base)
+
+
+def test_a_code_of_zeros_recognises_no_base() -> None:
+    """As of sums that are exact: every weight of whole numbers has it."""
+    weight = torch.arange(64.0).view(8, 8)
+    record = functional.merge_(weight, torch.ones(1, 8), torch.ones(8, 1), 1.0)
+    assert not any(code.code.any() for code in record.codes)
+    assert not restoring._is_base(torch.full((8, 8), 5.0), record)
+
+
+def test_another_write_while_merged_is_told(layer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    base = base_of(layer)
+    layer.eval()
+    with torch.no_grad():
+        weight_of(layer).add_(1.0)
+    with caplog.at_level(logging.WARNING, "lora_fast.merge"):
+        layer.train()
+    assert "was written to while the adapter was merged" in caplog.text
+    torch.testing.assert_close(weight_of(layer).detach(), base + 1.0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_write_that_torch_does_not_count_is_not_thrown_away(name: str) -> None:
+    """Where a copy is kept; the native merge's way back is for most weights a difference."""
+    layer = randomize_(LAYERS[name]())
+    base = base_of(layer)
+    with lora.use_backend("reference"):
+        layer.eval()
+        weight_of(layer).data.add_(1.0)
+        layer.train()
+    torch.testing.assert_close(weight_of(layer).detach(), base + 1.0)
+
+
+def test_another_layers_whole_state_while_merged(layer: Any) -> None:
+    """As by DistributedDataParallel, which broadcasts all parameters of rank 0."""
+    other = copy.deepcopy(layer)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter)
+    base = base_of(other)
+    layer.eval(), other.eval()
+    with torch.no_grad():
+        for mine, theirs in zip(layer.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+    torch.testing.assert_close(weight_of(layer.train()).detach(), base)
+
+
+def test_a_resized_weight_is_told_in_terms_of_the_layer() -> None:
+    layer = lora.Embedding(10, 4, r=2).eval()
+    layer.weight.data = torch.randn(12, 4)
+    with pytest.raises(RuntimeError, match=r"Embedding\(.* the shape \(4, 12\), by resizing or"):
+        layer.train()
+
+
+def test_a_write_is_undone_once_for_shallow_copies(layer: Any) -> None:
+    base = base_of(layer)
+    layer.eval()
+    copied = copy.copy(layer)
+    with torch.no_grad():
+        weight_of(layer).add_(1.0)
+    layer.train()
+    copied.train()
+    torch.testing.assert_close(weight_of(layer).detach(), base + 1.0)
