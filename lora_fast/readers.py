@@ -189,7 +189,8 @@ def take_own_memory(weight: Tensor, *, is_lent: bool) -> None:
 
     Args:
         weight: the parameter.
-        is_lent: whether it was loaded with `assign=True`, so that a state dict may still hold it.
+        is_lent: whether a state dict may hold its memory, of which it was loaded (`assign=True`) or
+            which shows what was merged before a conversion.
     """
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
         return
