@@ -264,20 +264,18 @@ void dispatch_fp32_sums(const Tensor& x, const Function& function) {
   }
 }
 
-// S, or a tensor of no dimension where nothing was done.
-Tensor lora_delta_fwd_cpu(
-    Tensor x, Tensor lora_a, Tensor lora_b, double scaling, std::vector<int64_t> edges, Tensor y) {
-  const std::array<int64_t, 2> sizes = {x.size(0), lora_a.size(0)};
-  const bool is_served = serves(y, {&lora_a, &lora_b, &x});
-  Tensor s = torch::stable::new_empty(x, {sizes.data(), is_served ? size_t{2} : size_t{0}});
-  if (!is_served) return s;
+// False where nothing was done.
+bool lora_delta_fwd_cpu(
+    Tensor x, Tensor lora_a, Tensor lora_b, double scaling, std::vector<int64_t> edges, Tensor y,
+    Tensor s) {
+  if (!serves(y, {&lora_a, &lora_b, &x, &s})) return false;
   dispatch_fp32_sums(x, [&](auto format) {
     const Delta<decltype(format)> delta(Sizes(y, lora_a, lora_b, edges), scaling);
     delta.forward(
         delta.like_x(x, "x"), delta.like_a(lora_a, "lora_A"), delta.like_b(lora_b, "lora_B"),
-        delta.tokens(y, "y", y.size(1)), delta.tokens(s, "s", s.size(1)));
+        delta.tokens(y, "y", y.size(1)), delta.tokens(s, "s", lora_a.size(0)));
   });
-  return s;
+  return true;
 }
 
 // False where nothing was done.

@@ -89,7 +89,9 @@ def set_backend(name: str) -> None:
     Args:
         name: `"auto"` (the fastest that can serve the call), `"triton"` (the fused kernels or an
             error) or `"reference"` (plain PyTorch). The environment variable `LORA_FAST_BACKEND`
-            sets the value that a process starts with.
+            sets the value that a process starts with. What has no fused kernel is served under
+            `"triton"` as under `"auto"`: merges and the dense matrices of `merged_delta` and of a
+            `merged_weight` with blocks.
 
     Raises:
         ValueError: `name` is none of these.
@@ -137,34 +139,56 @@ def choose(
     Raises:
         RuntimeError: the forced backend cannot serve the call.
     """
+    return decided(op, *_choice(op, tensors, drops, scaling))
+
+
+def _choice(
+    op: str, tensors: tuple[Tensor | None, ...], drops: bool = False, scaling: object = None
+) -> tuple[Backend, str]:
+    """What `choose` returns, and why."""
     if _selected == "reference":
-        return decided(op, Backend.REFERENCE, "chosen by set_backend")
+        return Backend.REFERENCE, "chosen by set_backend"
     x = tensors[0]
     on_gpu = x is not None and x.is_cuda
     eager = op == "lora_merged_linear" or (op == "lora_linear" and _eager_pays(x, drops))
     otherwise = Backend.EAGER if eager else Backend.REFERENCE
     if _selected == "auto" and not on_gpu and otherwise is Backend.REFERENCE:
-        return decided(op, otherwise, "not a CUDA tensor")
+        return otherwise, "not a CUDA tensor"
     special = _TENSOR_SCALING if isinstance(scaling, Tensor) else _needs_reference(op, tensors)
     if _selected == "triton":
         reason = special or _why_not_triton(op, tensors)
         if reason:
-            raise RuntimeError(
-                f"{op}: backend 'triton' was forced but cannot run: {reason}. "
-                "Use set_backend('auto') to let other implementations serve such calls."
-            )
-        return decided(op, Backend.TRITON, "chosen by set_backend")
+            raise _forced_in_vain(op, reason)
+        return Backend.TRITON, "chosen by set_backend"
     if special:
-        return decided(op, Backend.REFERENCE, special)
+        return Backend.REFERENCE, special
     reason = _why_not_triton(op, tensors) if on_gpu else "not a CUDA tensor"
     if reason is None and op == "lora_linear" and _launching_outlasts(tensors, drops):
-        return decided(op, Backend.EAGER_LORA_FIRST, _LAUNCHED_SOONER)
+        return Backend.EAGER_LORA_FIRST, _LAUNCHED_SOONER
     reason = reason or _why_torch_is_as_fast(op, tensors)
     if reason is None:
-        return decided(op, Backend.TRITON, "plain CUDA tensors")
+        return Backend.TRITON, "plain CUDA tensors"
     if x is not None and x.is_cuda and (torch.compiler.is_compiling() or autocasts(x)):
         otherwise = Backend.REFERENCE  # `_needs_reference` left these to the kernels
-    return decided(op, otherwise, reason)
+    return otherwise, reason
+
+
+def served_by_torch(op: str, reason: str) -> None:
+    """Log that plain torch serves a call that no kernel can.
+
+    Raises:
+        RuntimeError: the kernels were forced.
+    """
+    if _selected == "triton":
+        raise _forced_in_vain(op, reason)
+    decided(op, Backend.REFERENCE, "chosen by set_backend" if _selected == "reference" else reason)
+
+
+def _forced_in_vain(op: str, reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"{op}: backend 'triton' was forced but cannot run: {reason}. "
+        "Use set_backend('auto') to let other implementations serve such calls."
+    )
 
 
 def decided(op: str, backend: Backend, reason: str) -> Backend:
@@ -363,9 +387,7 @@ def _explain_op(op: str, device: str) -> tuple[str, str]:
         return merging.explain(device)
     x = torch.empty(0, device=device, dtype=torch.int64 if op == "lora_embedding" else None)
     try:
-        backend = choose(op, x)
+        chosen, reason = _choice(op, (x,))
     except RuntimeError as error:
         return "none", _why_not_triton(op, (x,)) or str(error)
-    if _selected == "reference":
-        return backend.value, "chosen by set_backend"
-    return backend.value, _why_not_triton(op, (x,)) or "plain tensors"
+    return chosen.value, reason

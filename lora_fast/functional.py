@@ -20,7 +20,7 @@ from lora_fast import (
     reference,
     shapes,
 )
-from lora_fast.backend import Backend, choose
+from lora_fast.backend import Backend, choose, decided
 from lora_fast.lora_first import lora_first
 from lora_fast.merging import merge_, unmerge_
 
@@ -307,6 +307,7 @@ def merged_delta(
     enable, widths = checks.blocks("merged_delta", enable_lora, out_splits)
     checks.scaling("merged_delta", scaling)
     shapes.factors(lora_A, lora_B, enable, widths)
+    decided("merged_delta", Backend.REFERENCE, "there is no kernel for it")
     return reference.merged_delta(lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths)
 
 
@@ -350,6 +351,7 @@ def merged_weight(
             return _merged_in_one_block(weight, lora_A, lora_B, scaling)
     else:
         checks.tensors("merged_weight", lora_A=lora_A)
+    decided("merged_weight", Backend.REFERENCE, "blocks, for which there is no kernel")
     return reference.merged_weight(
         weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
     )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fast import checks, functional, reference, scripting, shapes
+from lora_fast import backend, checks, functional, reference, scripting, shapes
 from lora_fast.blocks import Block, block_widths, output_blocks
 from lora_fast.conv import Conv1d, Conv2d, Conv3d, ConvLoRA
 from lora_fast.lora_layer import (
@@ -194,6 +194,15 @@ class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
             return None
         return dropout.p if dropout.training else 0.0
 
+    def _through_dropout(
+        self, op: str, x: Tensor, weight: Tensor, lora_A: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the frozen output and S = dropout(X) A^T, where the module must be called."""
+        backend.served_by_torch(op, "the dropout has hooks, works in place or is of another class")
+        y = F.linear(x, weight, bias)  # before a dropout that works in place
+        dropped = self.lora_dropout(x)
+        return y, F.linear(dropped, reference.like(lora_A, dropped))
+
 
 class Linear(_LinearBase):
     """`nn.Linear` with an adapter: Y = X W^T + lora_alpha / r * (dropout(X) A^T) B^T + bias.
@@ -241,11 +250,9 @@ class Linear(_LinearBase):
         weight, lora_A, lora_B, bias = self._look_up(x, *_OPERANDS)
         if self.fan_in_fan_out:
             weight = weight.t()
-        p = 0.0 if self.lora_dropout is identity else self._dropout_rate()
+        p = self._dropout_rate()
         if p is None:
-            y = F.linear(x, weight, bias)  # before a dropout that works in place
-            dropped = self.lora_dropout(x)
-            s = F.linear(dropped, reference.like(lora_A, dropped))
+            y, s = self._through_dropout("lora_linear", x, weight, lora_A, bias)
             return reference.lora_expand(y, s, lora_B, self.scaling)
         return functional.lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, p, p > 0.0)
 
@@ -326,6 +333,7 @@ class MergedLinear(_LinearBase):
     @lora_ind.setter
     def lora_ind(self, mask: Tensor) -> None:
         """Accept the mask that it is, on any device; it follows from the blocks."""
+        checks.tensors("MergedLinear", lora_ind=mask)
         if not torch.equal(mask.to(self.lora_ind.device), self.lora_ind):
             raise ValueError(
                 "lora_ind follows from enable_lora and out_splits and cannot be another mask; "
@@ -376,9 +384,7 @@ class MergedLinear(_LinearBase):
             weight = weight.t()
         p = self._dropout_rate()
         if p is None:
-            y = F.linear(x, weight, bias)  # before a dropout that works in place
-            dropped = self.lora_dropout(x)
-            s = F.linear(dropped, reference.like(lora_A, dropped))
+            y, s = self._through_dropout("lora_merged_linear", x, weight, lora_A, bias)
             return reference.grouped_expand(y, s, lora_B, self.scaling, **self._blocks())
         return functional.lora_merged_linear(
             x, weight, lora_A, lora_B, self.scaling, bias, p, p > 0.0, **self._blocks()

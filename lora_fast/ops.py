@@ -62,7 +62,8 @@ torch.library.define(
 
 torch.library.define(
     "lora_fast::lora_delta_fwd_",
-    "(Tensor x, Tensor lora_A, Tensor lora_B, float scaling, int[] edges, Tensor(a!) y) -> Tensor",
+    "(Tensor x, Tensor lora_A, Tensor lora_B, float scaling, int[] edges, Tensor(a!) y, "
+    "Tensor(b!) s) -> bool",
 )
 torch.library.define(
     "lora_fast::lora_delta_bwd_",
@@ -169,8 +170,8 @@ def _(x: Tensor, *args: Any) -> None:
 
 
 @torch.library.register_fake("lora_fast::lora_delta_fwd_")
-def _(x: Tensor, lora_A: Tensor, *args: Any) -> Tensor:
-    return x.new_empty((x.shape[0], lora_A.shape[0]))
+def _(x: Tensor, *args: Any) -> bool:
+    return False
 
 
 @torch.library.register_fake("lora_fast::lora_delta_bwd_")

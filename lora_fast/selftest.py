@@ -90,10 +90,15 @@ def _outcome(outcome: Outcome, dtype: torch.dtype) -> Outcome:
 
 @dataclass(frozen=True)
 class _Case:
-    """Arguments of an op: sizes of its floating-point tensors, and the rest."""
+    """Arguments of an op: sizes of its floating-point tensors, and the rest.
+
+    Attributes:
+        function: the one to call where it isn't named like the op.
+    """
 
     sizes: dict[str, tuple[int, ...]]
     others: dict[str, Any]
+    function: str | None = None
 
 
 def _linear(*rows: int, **others: Any) -> _Case:
@@ -120,16 +125,14 @@ _CASES = {
             {"input": torch.tensor([[0, 5, 5], [N - 1, 2, 7]])},
         ),
     ),
-    # A convolution is dispatched as a whole or by its weight.
     "merged_weight": (
         _Case({"weight": (N, K), "lora_A": (R, K), "lora_B": (N, R)}, {}),
         _Case({"weight": (8, 6, 3, 3), "lora_A": (R * 3, 18), "lora_B": (24, R * 3)}, {}),
-    ),
-    "lora_conv": (
-        _Case(
+        _Case(  # a convolution is dispatched by its weight
             {"x": (2, 6, 9, 9), "weight": (8, 6, 3, 3), "bias": (8,)}
             | {"lora_A": (R * 3, 6 * 3), "lora_B": (8 * 3, R * 3)},
             {"padding": 1},
+            "lora_conv",
         ),
     ),
 }
@@ -143,11 +146,12 @@ def _error(op: str, device: str, dtype: torch.dtype) -> float:
 def _case_error(op: str, case: _Case, device: str, dtype: torch.dtype) -> float:
     tensors = _drawn(case.sizes, device, dtype)
     others = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.others.items()}
-    found = _results(getattr(functional, op), tensors, others)
-    eager = _results(getattr(reference, op), tensors, others)
-    wide = {name: tensor.double() for name, tensor in tensors.items()}
-    oracle = _results(getattr(reference, op), wide, others)
-    return max(budget_used(found[name], eager[name], oracle[name]) for name in oracle)
+    name = case.function or op
+    found = _results(getattr(functional, name), tensors, others)
+    eager = _results(getattr(reference, name), tensors, others)
+    wide = {key: tensor.double() for key, tensor in tensors.items()}
+    oracle = _results(getattr(reference, name), wide, others)
+    return max(budget_used(found[key], eager[key], oracle[key]) for key in oracle)
 
 
 def _results(function: Callable[..., Tensor], tensors: Tensors, others: dict[str, Any]) -> Tensors:

@@ -251,6 +251,7 @@ def conv(weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) ->
     delta("lora_conv", weight, lora_A, lora_B, None, None)
     if bias is not None:
         tensors("lora_conv", bias)
+        _bias_shape("lora_conv", bias, weight.shape[0])
 
 
 def _covers(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:

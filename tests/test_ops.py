@@ -304,6 +304,23 @@ def test_the_native_dropout(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.dropout_, args, test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("rows_apart", [False, True])
+def test_the_native_delta(rows_apart: bool) -> None:
+    reason = ops.load_native("cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    x, a, b, y = (torch.randn(size) for size in ((5, 7), (4, 7), (6, 2), (5, 12)))
+    y = y[:, ::2] if rows_apart else y[:, :6].contiguous()  # which the op leaves to torch
+    s, edges = torch.zeros(5, 4), [0, 3, 3, 6]
+    arguments = (x, a, b, 0.75, edges, y, s)
+    assert ops.lora_delta_fwd_(*arguments) is not rows_apart
+    torch.library.opcheck(ops.lora_delta_fwd_, arguments, test_utils=CHECKS)
+    grads = (x.clone(), a.clone(), b.clone())
+    arguments = (y, x, a, b, s, None, 0.75, 1.0, edges, *grads)
+    assert ops.lora_delta_bwd_(*arguments) is not rows_apart
+    torch.library.opcheck(ops.lora_delta_bwd_, arguments, test_utils=CHECKS)
+
+
 # --------------------------------------------------------------------------------- the short way
 
 

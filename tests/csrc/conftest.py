@@ -27,5 +27,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     try:
         functional.merge_(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
     except RuntimeError as error:
+        if "LORA_FAST_CPU_ISA is" not in str(error):
+            raise
         pytest.skip(str(error).splitlines()[0])
     yield request.param

@@ -79,10 +79,13 @@ class Call:
         return zip(self.spans, columns, blocks.rows(b, self.spans), strict=True)
 
     def by_the_op(self) -> tuple[Tensor, Tensor]:
-        y = self.y.clone()
+        y, s = self.y.clone(), self.empty_s()
         edges = blocks.edges(self.spans)
-        s = ops.lora_delta_fwd_(self.x, self.lora_A, self.lora_B, self.scaling, edges, y)
+        assert ops.lora_delta_fwd_(self.x, self.lora_A, self.lora_B, self.scaling, edges, y, s)
         return y, s
+
+    def empty_s(self) -> Tensor:
+        return self.x.new_full((self.x.shape[0], self.lora_A.shape[0]), torch.nan)
 
     def gradients_by_the_op(self, s: Tensor, needs: str = "xAB") -> tuple[Tensor | None, ...]:
         made = {
@@ -219,10 +222,10 @@ def test_columns_that_lie_apart_are_left_to_torch(name: str) -> None:
     expected = delta.add_(call.y.clone(), call.x, call.lora_A, call.lora_B, 0.75, OUTER)
     setattr(call, name, getattr(call, name).t().contiguous().t())
     y = call.y.clone()
-    refused = ops.lora_delta_fwd_(
-        call.x, call.lora_A, call.lora_B, 0.75, [e for block in OUTER for e in block], y
+    edges = blocks.edges(OUTER)
+    assert not ops.lora_delta_fwd_(
+        call.x, call.lora_A, call.lora_B, 0.75, edges, y, call.empty_s()
     )
-    assert refused.dim() == 0
     assert torch.equal(y, call.y)
     s = delta.add_(y, call.x, call.lora_A, call.lora_B, 0.75, OUTER)
     torch.testing.assert_close(s, expected)
@@ -231,8 +234,9 @@ def test_columns_that_lie_apart_are_left_to_torch(name: str) -> None:
 
 def test_many_numbers_are_left_to_torch() -> None:
     call = Call(32, 4096, 64, ((0, N),), torch.float32)
-    s = ops.lora_delta_fwd_(call.x, call.lora_A, call.lora_B, 0.75, [0, N], call.y)
-    assert s.dim() == 0
+    assert not ops.lora_delta_fwd_(
+        call.x, call.lora_A, call.lora_B, 0.75, [0, N], call.y, call.empty_s()
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,6 +252,8 @@ def test_many_numbers_are_left_to_torch() -> None:
         ({"x": torch.zeros(7, 96)}, "must be"),
         ({"lora_A": torch.zeros(32, 96, dtype=torch.float64)}, "dtype"),
         ({"lora_B": torch.zeros(74, 15)}, "lora_A"),
+        ({"s": torch.zeros(8, 31)}, "s must be"),
+        ({"s": torch.zeros(8, 32, dtype=torch.bfloat16)}, "dtype"),
     ],
     ids=str,
 )
@@ -258,12 +264,13 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
         "lora_A": call.lora_A,
         "lora_B": call.lora_B,
         "scaling": 0.75,
-        "edges": [e for block in OUTER for e in block],
+        "edges": blocks.edges(OUTER),
+        "y": call.y.clone(),
+        "s": call.empty_s(),
     }
-    y = call.y.clone()
     with pytest.raises(RuntimeError, match=message):
-        ops.lora_delta_fwd_(*{**arguments, **change}.values(), y)
-    assert torch.equal(y, call.y)
+        ops.lora_delta_fwd_(*{**arguments, **change}.values())
+    assert torch.equal(arguments["y"], call.y)
 
 
 @pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "s", "keep", "dx", "dA", "dB"])
