@@ -27,6 +27,7 @@ WIDTH = 4096  # features in and out; the kernels see only what divides it
 EDGES = (0, 2064, 3072, 4096)  # of a merged layer's blocks; tiles cross one of them
 DEFAULT_ARCHS = ("sm_80", "sm_90")
 ONE_ARCH = "sm_90"  # for what changes the code by a few instructions, on every chip alike
+AUTOCAST = ((8192, 32), (8192, 48), (512, 64), (16, 128))  # rows and rank
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -70,6 +71,11 @@ class Sizes:
     edges: tuple[int, ...] | None = None
 
     @property
+    def wide_adapters(self) -> bool:
+        """Return whether A and B have more bytes an element than x."""
+        return (self.adapter_dtype or self.dtype).itemsize > self.dtype.itemsize
+
+    @property
     def ranks(self) -> int:
         """Return the rank of all blocks together."""
         return self.rank if self.edges is None else self.rank * len(self.edges) // 2
@@ -104,7 +110,9 @@ def linear_forward(
     x, weight, lora_a, lora_b = sizes.tensors()
     p, seed = (0.1, meta(1, dtype=torch.int64)) if dropout else (0.0, None)
     n, k = weight.shape
-    plan = plans.forward_plan(arch, sizes.rows, n, k, sizes.ranks, sizes.dtype, dropout)
+    plan = plans.forward_plan(
+        *(arch, sizes.rows, n, k, sizes.ranks, sizes.dtype, dropout), sizes.wide_adapters
+    )
     default = configs.gemm_config(arch, sizes.rows, sizes.dtype, one_pass=impl == "one_pass")
     bias = meta(n, dtype=sizes.dtype)
     lora_linear_fwd(
@@ -128,7 +136,9 @@ def linear_backward(
     n, k = weight.shape
     s = meta(sizes.rows, sizes.ranks, dtype=sizes.dtype)
     mask = meta(sizes.rows, -(-k // 8), dtype=torch.uint8) if dropout else None
-    plan = plans.backward_plan(arch, sizes.rows, n, k, sizes.rank, sizes.dtype)
+    plan = plans.backward_plan(
+        *(arch, sizes.rows, n, k, sizes.rank, sizes.dtype, dropout), sizes.wide_adapters
+    )
     plan = replace(plan, input_grad=input_grad, gemm=gemm or plan.gemm)
     trained = input_grad == "fused"
     needs = [True, trained, trained, True, True]  # x, weight, bias, A, B
@@ -149,6 +159,9 @@ def linear_sizes(arch: Architecture, everything: bool) -> list[Sizes]:
     found = [Sizes(dtype, rows, rank) for dtype, rank in ranks for rows in (16, 8192)]
     found += [Sizes(BF16, rows, rank, edges=EDGES) for rows in (16, 8192) for rank in (16, 64)]
     found.append(Sizes(FP32, 8192, 16, edges=EDGES))
+    # As under autocast. A rank of 32, 33 to 64, and one that is cut into blocks.
+    found += [Sizes(BF16, rows, rank, adapter_dtype=FP32) for rows, rank in AUTOCAST]
+    found.append(Sizes(BF16, 8192, 16, adapter_dtype=FP32, edges=EDGES))
     if arch.gemm.tma:
         found.append(Sizes(BF16, 8192, 16, width=4093))  # no descriptors, nothing divides
     if arch.name == ONE_ARCH:
@@ -232,7 +245,8 @@ def look_up(arch: Architecture, sizes: Sizes, by_freq: bool) -> None:
     lora_a = meta(sizes.rank, num, dtype=adapter)
     lora_b = meta(sizes.width, sizes.rank, dtype=adapter)
     what = (arch, sizes.rows, sizes.width, num, sizes.rank, dtype)
-    config, plan = plans.embedding_plan(*what), plans.embedding_backward_plan(*what)
+    config = plans.embedding_plan(*what)
+    plan = plans.embedding_backward_plan(*what, sizes.wide_adapters)
     dy = lora_embedding_fwd(index, weight, lora_a, lora_b, 1.0, config=config)
     lora_embedding_bwd(dy, index, lora_a, lora_b, 1.0, 0, by_freq, True, [True, True], plan=plan)
 

@@ -8,6 +8,7 @@ rows are in `decode_configs`. Those of embeddings and merged weights, the same o
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TypeVar
 
 import torch
 
@@ -275,6 +276,19 @@ def grad_sb_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradSBConf
     if R > WIDE_RANK:
         return replace(base, block_m=base.block_m // 2, block_n=base.block_n // 2)
     return base
+
+
+Tile = TypeVar("Tile", ShrinkConfig, GradSBConfig)
+
+
+def for_wide_adapters(arch: Architecture, tile: Tile) -> Tile:
+    """The tile for a call with A and B in fp32 and x in 16 bits, as under autocast.
+
+    A stage takes more memory then: chips with less than 100 KiB hold one fewer.
+    """
+    if arch.shared_memory > 100 * 1024:
+        return tile
+    return replace(tile, num_stages=max(2, tile.num_stages - 1))
 
 
 def grad_a_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradAConfig:

@@ -6,6 +6,7 @@ replayed on any stream beside anything, so each captured launch has counters of 
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -38,7 +39,7 @@ class Counters:
         counters = self.of_stream.get(stream)
         if counters is None or counters.numel() < count:
             size = max(FEWEST, next_power_of_2(count))
-            counters = self.of_stream[stream] = self.zeros(size)
+            counters = self.of_stream[stream] = self.kept(size)
         return counters
 
     def captured(self, count: int) -> Tensor:
@@ -53,10 +54,23 @@ class Counters:
     def refill(self) -> None:
         """Have a chunk at hand for the next capture."""
         with self.lock:
-            self.chunks.append(self.zeros(RESERVE))
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()  # graphs run on any stream
+            self.chunks.append(self.kept(RESERVE))
             self.used = 0
+
+    def kept(self, count: int) -> Tensor:
+        """New counters for good, cleared when this returns: graphs run on any stream.
+
+        Made by a thread of its own. torch.compile runs a function once before it captures it, with
+        all that the thread allocates from the graphs' pool, in which nothing may stay.
+        """
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(self._cleared, count).result()
+
+    def _cleared(self, count: int) -> Tensor:
+        found = self.zeros(count)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return found
 
     def zeros(self, count: int) -> Tensor:
         """New counters."""

@@ -48,7 +48,9 @@ def lora_embedding_bwd(
     if rows.stride(1) != 1:  # the gradient of a plain sum is one number with strides of zero
         rows = rows.contiguous()
     if plan is None:
-        plan = embedding_backward_plan(architecture(dy.device), M, D, num, R, dy.dtype)
+        plan = embedding_backward_plan(
+            *(architecture(dy.device), M, D, num, R, dy.dtype), lora_b.itemsize > dy.itemsize
+        )
     wanted = {"need_ds": need_a, "need_db": need_b, "dbias_dtype": None}
     with on_device_of(dy):
         s = gather_columns(index, lora_a, scaling, dy.dtype) if need_b else None

@@ -178,7 +178,10 @@ def lora_linear_bwd(
         dy_rows = dy_rows.contiguous()
     if plan is None:
         sizes = (M, N, K, lora_b.shape[1])
-        plan = backward_plan(architecture(dy.device), *sizes, dy.dtype, mask is not None)
+        plan = backward_plan(
+            *(architecture(dy.device), *sizes, dy.dtype, mask is not None),
+            lora_b.itemsize > dy.itemsize,
+        )
     rows = x.reshape(-1, K) if x is not None else None
     with on_device_of(dy):
         ds, db, dbias = rank_grads(

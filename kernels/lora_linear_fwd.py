@@ -235,7 +235,10 @@ def lora_linear_fwd(
     if bias is not None:
         bias = bias.contiguous()
     if plan is None:
-        plan = forward_plan(architecture(x.device), M, N, K, R, x.dtype, seed is not None)
+        plan = forward_plan(
+            *(architecture(x.device), M, N, K, R, x.dtype, seed is not None),
+            lora_a.itemsize > x.itemsize,
+        )
     with on_device_of(x):
         y, s, keep = run_plan(
             *(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed),

@@ -24,6 +24,7 @@ from lora_fast.kernels.configs import (
     ShrinkConfig,
     WeightConfig,
     architecture,
+    for_wide_adapters,
     gemm_config,
     grad_a_config,
     grad_sb_config,
@@ -125,18 +126,22 @@ def specialised_pays(arch: Architecture, M: int, N: int, K: int, dtype: torch.dt
 
 @lru_cache(maxsize=4096)
 def forward_plan(
-    arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool
-) -> ForwardPlan:
-    """How a forward call runs."""
-    return plan_for(arch, Call.of("lora_linear_fwd", M, N, K, R, dtype, dropout))
+    arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool,
+    wide_adapters: bool = False,
+) -> ForwardPlan:  # fmt: skip
+    """How a forward call runs. `wide_adapters`: A and B have more bytes an element than x."""
+    plan: ForwardPlan = plan_for(arch, Call.of("lora_linear_fwd", M, N, K, R, dtype, dropout))
+    return replace(plan, shrink=for_wide_adapters(arch, plan.shrink)) if wide_adapters else plan
 
 
 @lru_cache(maxsize=4096)
 def backward_plan(
-    arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool = False
-) -> BackwardPlan:
-    """How a backward call runs."""
-    return plan_for(arch, Call.of("lora_linear_bwd", M, N, K, R, dtype, dropout))
+    arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool = False,
+    wide_adapters: bool = False,
+) -> BackwardPlan:  # fmt: skip
+    """How a backward call runs. `wide_adapters`: A and B have more bytes an element than x."""
+    plan: BackwardPlan = plan_for(arch, Call.of("lora_linear_bwd", M, N, K, R, dtype, dropout))
+    return replace(plan, grad_sb=for_wide_adapters(arch, plan.grad_sb)) if wide_adapters else plan
 
 
 @lru_cache(maxsize=4096)
@@ -149,10 +154,13 @@ def embedding_plan(
 
 @lru_cache(maxsize=4096)
 def embedding_backward_plan(
-    arch: Architecture, M: int, D: int, num: int, R: int, dtype: torch.dtype
-) -> EmbeddingBackwardPlan:
-    """How the backward of a look-up runs."""
-    return plan_for(arch, Call.of("lora_embedding_bwd", M, D, num, R, dtype, False))
+    arch: Architecture, M: int, D: int, num: int, R: int, dtype: torch.dtype,
+    wide_adapters: bool = False,
+) -> EmbeddingBackwardPlan:  # fmt: skip
+    """How the backward of a look-up runs. `wide_adapters`: they have more bytes than the table."""
+    call = Call.of("lora_embedding_bwd", M, D, num, R, dtype, False)
+    plan: EmbeddingBackwardPlan = plan_for(arch, call)
+    return replace(plan, grad_sb=for_wide_adapters(arch, plan.grad_sb)) if wide_adapters else plan
 
 
 @lru_cache(maxsize=4096)

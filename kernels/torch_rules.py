@@ -1,6 +1,7 @@
 """What torch asks of an operator that launches kernels: precision, device, outputs of its own."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -8,8 +9,17 @@ from torch import Tensor
 
 def dot_precision(dtype: torch.dtype) -> str:
     """TF32 for fp32 operands only where torch's own matmul is allowed to use it."""
-    tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    if dtype is not torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32" if _has_tf32() else "ieee"
+
+
+@cache
+def _has_tf32() -> bool:
+    """Tell whether Triton knows TF32 here: of AMD's chips on MI300 alone."""
+    if torch.version.hip is None:
+        return True
+    return bool(torch.cuda.get_device_properties(0).gcnArchName.startswith("gfx942"))
 
 
 def as_own(y: Tensor, shape: tuple[int, ...]) -> Tensor:

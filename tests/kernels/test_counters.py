@@ -1,3 +1,4 @@
+import threading
 from itertools import pairwise
 
 import pytest
@@ -50,6 +51,36 @@ def test_the_reserve_is_refilled_outside_a_capture_only() -> None:
     later = found.captured(8)
     assert later.untyped_storage().data_ptr() == found.chunks[1].data_ptr()
     assert half.untyped_storage().data_ptr() == found.chunks[0].data_ptr()  # not freed
+
+
+def test_what_is_kept_is_allocated_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch.compile warms a graph up, this thread allocates from the graphs' pool."""
+    threads, zeros = [], Counters.zeros
+
+    def noted(self: Counters, count: int) -> torch.Tensor:
+        threads.append(threading.get_ident())
+        return zeros(self, count)
+
+    monkeypatch.setattr(Counters, "zeros", noted)
+    found = Counters(torch.device("cpu"))
+    found.eager(5, 1)  # its own, and the reserve
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
+    found.captured(RESERVE + 1)  # of the graph itself
+    assert threads[2:] == [threading.get_ident()]
+
+
+@pytest.mark.gpu
+def test_a_few_rows_in_a_compiled_graph_that_is_replayed() -> None:
+    import lora_fast as lora
+
+    layer = lora.Linear(256, 256, r=8, merge_weights=False).cuda().bfloat16().eval()
+    torch.nn.init.normal_(layer.lora_B)
+    compiled = torch.compile(layer, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(8, 256, device="cuda", dtype=torch.bfloat16)
+            torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_each_device_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from lora_fast import backend
 from lora_fast.kernels.configs import ARCHITECTURES
+from lora_fast.kernels.decode_configs import MAX_M
 from lora_fast.kernels.plans import (
     EmbeddingBackwardPlan,
     backward_plan,
@@ -106,6 +108,25 @@ def test_large_ranks_read_dy_twice_by_the_vendor(rank: int, library: bool) -> No
     assert plan.library_sb == library
     wide = backward_plan(ARCHITECTURES["sm_90"], 8192, 4096, 4096, rank, torch.float32)
     assert wide.library_sb == (rank > 32)
+
+
+def test_wide_adapters_take_a_stage_fewer_where_memory_is_scarce() -> None:
+    """Under autocast A and B are fp32 and x is not: 4 stages of a rank of 64 take 120 KiB."""
+    forward_of = {"sm_80": (4, 4), "sm_89": (4, 3), "sm_90": (4, 4), "gfx942": (2, 2)}
+    backward_of = {"sm_80": (3, 3), "sm_89": (3, 2), "sm_90": (3, 3), "gfx942": (2, 2)}
+    sizes = (8192, 4096, 4096, 32, torch.bfloat16, False)
+    for arch, stages in forward_of.items():
+        chip = ARCHITECTURES[arch]
+        found = [forward_plan(chip, *sizes, wide).shrink.num_stages for wide in (False, True)]
+        assert tuple(found) == stages
+        found = [backward_plan(chip, *sizes, wide).grad_sb.num_stages for wide in (False, True)]
+        assert tuple(found) == backward_of[arch]
+        plans = [embedding_backward_plan(chip, *sizes[:5], wide) for wide in (False, True)]
+        assert tuple(plan.grad_sb.num_stages for plan in plans) == backward_of[arch]
+
+
+def test_a_few_rows_of_the_kernel_are_those_of_the_dispatch() -> None:
+    assert backend._MOST_DECODE_ROWS == MAX_M
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

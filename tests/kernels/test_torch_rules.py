@@ -1,12 +1,14 @@
 """The one setting that may make fp32 products less exact."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from lora_fast.kernels import torch_rules
 from lora_fast.kernels.torch_rules import dot_precision
 
 
@@ -63,3 +65,21 @@ def test_tf32_where_torch_allows_it(allow: Callable[[], None], refuse: Callable[
 def test_tf32_is_off_by_default() -> None:
     set_everything("none")
     assert dot_precision(torch.float32) == "ieee"
+
+
+@pytest.mark.parametrize(
+    ("hip", "chip", "expected"),
+    [(None, "", "tf32"), ("6.4", "gfx942:sramecc+", "tf32"), ("6.4", "gfx950", "ieee")],
+)
+def test_what_has_no_tf32_is_exact(
+    hip: str | None, chip: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    gpu = SimpleNamespace(gcnArchName=chip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    set_matmul("tf32")
+    torch_rules._has_tf32.cache_clear()
+    try:
+        assert dot_precision(torch.float32) == expected
+    finally:
+        torch_rules._has_tf32.cache_clear()
