@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -51,6 +51,20 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         dimensions: for d = 2 loralib's shapes. The rank of the update is up to r k, not r.
     """
 
+    if TYPE_CHECKING:  # what `__getattr__` finds; TorchScript would look for it here
+        weight: nn.Parameter
+        bias: nn.Parameter | None
+        in_channels: int
+        out_channels: int
+        kernel_size: tuple[int, ...]
+        stride: tuple[int, ...]
+        padding: str | tuple[int, ...]
+        dilation: tuple[int, ...]
+        transposed: bool
+        output_padding: tuple[int, ...]
+        groups: int
+        padding_mode: str
+
     def __init__(
         self,
         conv_module: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d],
@@ -63,17 +77,8 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
-        has_adapter = checks.rank(r) > 0
+        has_adapter = checks.adapter(r, lora_alpha, lora_dropout) > 0
         k: Any = _square(kernel_size, conv_module) if has_adapter else kernel_size
-        super().__init__()
-        self.conv = conv_module(in_channels, out_channels, k, **kwargs)
-        LoRALayer.__init__(
-            self,
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            merge_weights=merge_weights,
-        )
         if lora_dropout > 0.0:
             warnings.warn(
                 f"{type(self).__name__}: lora_dropout={lora_dropout} has no effect on a "
@@ -81,12 +86,15 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
                 UserWarning,
                 stacklevel=3,
             )
+        super().__init__()
+        self.conv = conv_module(in_channels, out_channels, k, **kwargs)  # draws
+        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if self.r > 0:
             weight = self.conv.weight
             rows = out_channels // self.conv.groups * k ** (weight.dim() - 3)
             self.lora_A = nn.Parameter(weight.new_zeros((self.r * k, in_channels * k)))
             self.lora_B = nn.Parameter(weight.new_zeros((rows, self.r * k)))
-            self.scaling = self.lora_alpha / self.r
+            self.scaling = checks.scaling_of(self.lora_alpha, self.r)
             weight.requires_grad = False
         self.reset_parameters()
         self._register_hooks()
@@ -109,7 +117,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
     def _weight_key(self) -> str:
         return "conv.weight"
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _adapted_forward(self, x: Tensor) -> Tensor:
         """Convolve `x`, (batch, in_channels, *space) or without the batch."""
         if self.r > 0 and not self.merged:
             conv: Any = self.conv
@@ -171,32 +179,69 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
 class Conv2d(ConvLoRA):
     """`nn.Conv2d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(nn.Conv2d, *args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        own = (in_channels, out_channels, kernel_size, r, lora_alpha, lora_dropout, merge_weights)
+        super().__init__(nn.Conv2d, *own, **kwargs)
 
 
 class Conv1d(ConvLoRA):
     """`nn.Conv1d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(nn.Conv1d, *args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        own = (in_channels, out_channels, kernel_size, r, lora_alpha, lora_dropout, merge_weights)
+        super().__init__(nn.Conv1d, *own, **kwargs)
 
 
 class Conv3d(ConvLoRA):
     """`nn.Conv3d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(nn.Conv3d, *args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        own = (in_channels, out_channels, kernel_size, r, lora_alpha, lora_dropout, merge_weights)
+        super().__init__(nn.Conv3d, *own, **kwargs)
 
 
 def _square(kernel_size: int | Sequence[int], conv_module: Any) -> int:
-    sizes = list(kernel_size) if isinstance(kernel_size, (tuple, list)) else [kernel_size]
+    try:
+        given = list(kernel_size)  # type: ignore[arg-type]
+    except TypeError:  # one number
+        given = [kernel_size]
+    sizes = [None if isinstance(size, bool) else checks.integer(size) for size in given]
     k = sizes[0] if sizes else None
     classes = enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), start=1)
     is_class = isinstance(conv_module, type)
     dims = [d for d, cls in classes if is_class and issubclass(conv_module, cls)]
     fits = len(sizes) == 1 or not dims or len(sizes) == dims[0]
-    if not isinstance(k, int) or not fits or any(size != k for size in sizes):
+    if k is None or not fits or any(size != k for size in sizes):
         raise ValueError(
             "kernel_size must be one integer, or a tuple of equal ones, because the adapter's "
             f"factors are built for square kernels, got {kernel_size!r}"

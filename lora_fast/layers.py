@@ -68,8 +68,9 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
+        rank = checks.adapter(r, lora_alpha, 0.0)  # before anything is drawn
         given = kwargs.get("_weight")
-        if given is not None and checks.rank(r) > 0:
+        if given is not None and rank > 0:
             kwargs["_weight"] = given.clone()  # a merge must not write to the caller's tensor
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         LoRALayer.__init__(
@@ -78,7 +79,7 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
         if self.r > 0:
             self.lora_A = nn.Parameter(self.weight.new_zeros((self.r, num_embeddings)))
             self.lora_B = nn.Parameter(self.weight.new_zeros((embedding_dim, self.r)))
-            self.scaling = self.lora_alpha / self.r
+            self.scaling = checks.scaling_of(self.lora_alpha, self.r)
             self.weight.requires_grad = False
         if given is None:
             self.reset_parameters()
@@ -104,7 +105,7 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
     def _as_delta(self, weight: Tensor) -> Tensor:
         return weight.t()
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _adapted_forward(self, x: Tensor) -> Tensor:
         """Look up `x`, integer indices of any shape; returns (*x.shape, embedding_dim)."""
         if self.r > 0 and not self.merged:
             weight, lora_A, lora_B = self._look_up(x, "weight", "lora_A", "lora_B")
@@ -148,7 +149,7 @@ class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
     def _init_adapter(self, rows_A: int, rows_B: int) -> None:
         self.lora_A = nn.Parameter(self.weight.new_zeros((rows_A, self.in_features)))
         self.lora_B = nn.Parameter(self.weight.new_zeros((rows_B, self.r)))
-        self.scaling = self.lora_alpha / self.r
+        self.scaling = checks.scaling_of(self.lora_alpha, self.r)
         self.weight.requires_grad = False
 
     def _finish_init(self) -> None:
@@ -229,20 +230,15 @@ class Linear(_LinearBase):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
+        checks.adapter(r, lora_alpha, lora_dropout)  # before anything is drawn
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
-        LoRALayer.__init__(
-            self,
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            merge_weights=merge_weights,
-        )
+        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self.fan_in_fan_out = fan_in_fan_out
         if self.r > 0:
             self._init_adapter(self.r, out_features)
         self._finish_init()
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _adapted_forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features)."""
         if self.r <= 0 or self.merged:
             tell_no_gradient(self)
@@ -305,14 +301,9 @@ class MergedLinear(_LinearBase):
         enabled = checks.enabled("MergedLinear", enable_lora)
         given = None if out_splits is None else checks.widths("MergedLinear", out_splits)
         widths = shapes.splits("MergedLinear", out_features, enabled, given)
+        checks.adapter(r, lora_alpha, lora_dropout)  # before anything is drawn
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
-        LoRALayer.__init__(
-            self,
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            merge_weights=merge_weights,
-        )
+        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self.enable_lora = enabled
         self.out_splits = None if out_splits is None else widths
         self.fan_in_fan_out = fan_in_fan_out
@@ -374,7 +365,7 @@ class MergedLinear(_LinearBase):
         splits = "" if self.out_splits is None else f", out_splits={self.out_splits}"
         return f"{base}, enable_lora={self.enable_lora}{splits}" if self._has_adapter() else base
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _adapted_forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features)."""
         if self.merged or not self._has_adapter():
             tell_no_gradient(self)

@@ -46,6 +46,7 @@ class LoadedState:
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        was_merged = self.merged
         if self._has_adapter():
             errors = self._misfits(state_dict, prefix)
             if errors:  # all of a layer is loaded or nothing
@@ -65,6 +66,7 @@ class LoadedState:
         is_assigned = local_metadata.get("assign_to_params_buffers", False)
         if is_assigned and prefix + self._weight_key() in state_dict:
             self.__dict__["_is_lent"] = True
+        self.__dict__["_was_merged"] = was_merged
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict,
             prefix,

@@ -19,7 +19,9 @@ from lora_fast.saved_state import SavedState, remember_view
 
 _log = logging.getLogger("lora_fast.merge")
 # Attributes that hold until a layer is next merged or unmerged.
-_UNTIL_NEXT = frozenset(("_undid_merge", "_given_to_child", "_merged_nothing"))
+_UNTIL_NEXT = frozenset(
+    ("_undid_merge", "_given_to_child", "_merged_nothing", "_merged_by_loading", "_was_merged")
+)
 # Merging and unmerging is seldom and short: one lock for all layers keeps them picklable.
 merge_lock = interrupts.free_in_children(threading.RLock())
 
@@ -44,10 +46,7 @@ class LoRALayer:
     """
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
-        checks.rate("lora_dropout", lora_dropout)
-        self.r = checks.rank(r)
-        if self.r > 0:
-            checks.lora_alpha(lora_alpha)
+        self.r = checks.adapter(r, lora_alpha, lora_dropout)
         self.lora_alpha = lora_alpha
         self.lora_dropout = nn.Dropout(p=lora_dropout) if lora_dropout > 0.0 else identity
         self.merged = False
@@ -81,23 +80,32 @@ class MergingLayer(SavedState, LoadedState, RestoresWeight):
         """Set an attribute; three of them do what belongs to them.
 
         `merged = True` merges where loading has just undone a saved merge: users of loralib write
-        it after they have loaded a state that was saved merged. `training = True` unmerges, as
-        `train()` does, past which Lightning restores the mode after a validation. `r` that is set
-        where `eval()` found none leaves the layer unmerged.
+        it after they have loaded a state that was saved merged. `merged = False` folds the adapter
+        into the weight for good, or takes it out where loading has merged: by loralib's count such
+        a layer is not merged. `training = True` takes out what `eval()` has merged, as `train()`
+        does, past which Lightning restores the mode after a validation. `r` that is set where
+        `eval()` found none leaves the layer unmerged.
         """
-        if name == "merged" and value and self.__dict__.get("_undid_merge"):
+        own = self.__dict__
+        if name == "merged" and value and own.get("_undid_merge"):
             self._merge_now()
             return
+        if name == "merged" and not value and own.get("_merged_by_loading"):
+            self._unmerge()
         super().__setattr__(name, value)
-        if name == "r" and self.__dict__.get("_merged_nothing"):  # is switched on again
+        if name == "merged" and not value and self._record is not None:
             self._remember(False, None)
-        if name == "training" and value and self.__dict__.get("merged") and self.merge_weights:
+        if name == "r" and own.get("_merged_nothing"):  # is switched on again
+            self._remember(False, None)
+        is_ours = self._record is not None or "_merged_nothing" in own  # else a subclass merged
+        if name == "training" and value and own.get("merged") and self.merge_weights and is_ours:
             self._outside_of_graphs(self._unmerge)
 
     def _has_adapter(self) -> bool:
-        # The dictionary first: hasattr takes ten times as long, but finds a parametrized A too. As
+        # The dictionary first: getattr takes ten times as long, but finds a parametrized A too. As
         # in loralib, an `r` that is set to 0 switches the adapter off.
-        exists = "lora_A" in self.__dict__["_parameters"] or hasattr(self, "lora_A")
+        own = self.__dict__["_parameters"].get("lora_A")
+        exists = own is not None or getattr(self, "lora_A", None) is not None
         return exists and self.r > 0
 
     def _register_hooks(self) -> None:
@@ -129,21 +137,23 @@ class MergingLayer(SavedState, LoadedState, RestoresWeight):
         return {}
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Give each class a `forward` of its own: torch.compile counts recompilations by code."""
+        """Give each layer a `forward` of its own: torch.compile counts recompilations by code.
+
+        Subclasses elsewhere inherit it, as they do all else.
+        """
         super().__init_subclass__(**options)
-        shared = MergingLayer.forward
-        if cls.forward is shared or getattr(cls.forward, "__wrapped__", None) is shared:
-            cls.forward = _own_copy(shared)  # type: ignore[method-assign]
+        if cls.forward is MergingLayer.forward and cls.__module__.startswith("lora_fast."):
+            cls.forward = _own_copy(MergingLayer.forward)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer's output for `x`, as the layer it replaces, and add the adapter's."""
         # As torch.jit.is_scripting(), without the call: a script has no attributes of the class.
         if hasattr(self, "_in_python"):
-            return self._forward(x)
+            return self._adapted_forward(x)
         else:
             return self._forward_in_script(x)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _adapted_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _forward_in_script(self, x: Tensor) -> Tensor:
@@ -179,6 +189,7 @@ class MergingLayer(SavedState, LoadedState, RestoresWeight):
             The layer itself.
         """
         super().train(mode)  # type: ignore[misc]
+        self.__dict__.pop("_merged_by_loading", None)  # from now on by eval()
         if self.merge_weights:
             if self.merged == mode:
                 self._outside_of_graphs(self._unmerge if mode else self._merge)
@@ -243,18 +254,27 @@ class MergingLayer(SavedState, LoadedState, RestoresWeight):
             self._remember(True, None)
             self.__dict__["_merged_nothing"] = True
 
+    def _fold_again(self, record: MergeRecord) -> None:
+        """Merge what was merged, of an adapter that is no longer here, into a moved weight."""
+        weight = self._target_of_merge()
+        factors = (factor.to(weight) for factor in (record.lora_A, record.lora_B))
+        found = functional.merge_(weight, *factors, record.scaling, **record.blocks())
+        self._remember(True, found)
+
     def _merge_arguments(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        return self._target_of_merge(), self.lora_A, self.lora_B, self.scaling
+
+    def _target_of_merge(self) -> Tensor:
         owner = self._weight_owner()
         fsdp.show_shard(owner)
         weight: Any = owner.weight
         checks.not_faked("merge", weight)
         self._take_own_memory(weight)
-        target = self._as_delta(weight.detach())
-        return target, self.lora_A, self.lora_B, self.scaling
+        return self._as_delta(weight.detach())
 
     def _unmerge(self) -> None:
         with merge_lock, interrupts.held_back():
-            if not self.merged:
+            if not self.__dict__.get("merged"):
                 return
             is_back = self._record is not None and self._record.spent  # by a shallow copy
             by_hand = self._has_adapter() and "_merged_nothing" not in self.__dict__
@@ -295,19 +315,30 @@ class MergingLayer(SavedState, LoadedState, RestoresWeight):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or convert the original weight, not the merged one, and merge again."""
-        remerge = self.merged and self._record is not None
-        if remerge:
+        record = self._record if self.merged else None
+        if record is not None:
             self.__dict__["_is_lent"] = True  # the views of a state stay as they were saved
             self._unmerge()
         try:
             return super()._apply(fn, recurse)  # type: ignore[misc]
         finally:
-            if remerge:
+            if record is not None:
                 self.__dict__["_is_moving"] = True  # what is shared now, nobody else has yet
                 try:
-                    self._merge()
+                    self._merge_moved(record)
                 finally:
                     self.__dict__.pop("_is_moving", None)
+
+    def _merge_moved(self, record: MergeRecord) -> None:
+        """Merge after a conversion what was merged before it."""
+        if self._weight_owner().weight.is_meta:
+            # A frame for merged values, as torch.func.stack_module_state's recipe makes it.
+            self._remember(True, None)
+        elif self._has_adapter() or self.r <= 0:
+            self._merge()
+        else:  # the factors were deleted after the merge
+            with merge_lock, interrupts.held_back():
+                self._fold_again(record)
 
     def _described(self) -> str:
         """Return the layer in one line, whatever modules it holds."""
@@ -335,8 +366,12 @@ def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
     scaling = layer.__dict__.pop("_loaded_merged", None)
     if scaling is not None:  # its factors are parametrized, and there only now
         layer._subtract(layer._merged_target(), scaling)
-    if not layer.training and layer.merge_weights:  # type: ignore[attr-defined]
+    was_merged = layer.__dict__.pop("_was_merged", False)
+    # A subclass with a train() of its own merges itself, or never.
+    merges = was_merged or type(layer).train is MergingLayer.train
+    if not layer.training and layer.merge_weights and merges and not layer.merged:  # type: ignore[attr-defined]
         layer._merge()
+        layer.__dict__["_merged_by_loading"] = layer.merged
 
 
 def tell_no_gradient(layer: MergingLayer) -> None:

@@ -266,16 +266,31 @@ def _expose_effective_weight(attention: nn.Module, args: Any) -> None:
         return
     if not torch.compiler.is_compiling():
         _turn(layer).take()
-        vars(layer).pop("weight", None)
-    # An instance attribute is found before the parameter of the same name.
-    vars(layer)["weight"] = layer.effective_weight()
+        _take_back(layer)  # what an interrupted forward has left
+    effective = layer.effective_weight()
+    # An instance attribute is found before the parameter of the same name. A replica of
+    # nn.DataParallel and a pruned layer have their own weight there.
+    vars(layer)[_OWN_WEIGHT] = vars(layer).get("weight")
+    vars(layer)["weight"] = effective
+
+
+_OWN_WEIGHT = "_weight_behind_the_effective_one"
+
+
+def _take_back(layer: nn.Module) -> None:
+    if _OWN_WEIGHT not in vars(layer):
+        return
+    own = vars(layer).pop(_OWN_WEIGHT)
+    vars(layer).pop("weight", None)
+    if own is not None:
+        vars(layer)["weight"] = own
 
 
 def _hide_effective_weight(attention: nn.Module, args: Any, output: Any) -> None:
     layer: Any = attention.out_proj
     if not hasattr(type(layer), "effective_weight"):
         return
-    vars(layer).pop("weight", None)
+    _take_back(layer)
     if not torch.compiler.is_compiling():
         _turn(layer).give_back()
 

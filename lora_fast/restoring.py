@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fast import functional, sharded, sums
+from lora_fast import functional, shapes, sharded, sums
 from lora_fast.record import Code, MergeRecord
 
 _log = logging.getLogger("lora_fast.merge")
@@ -37,18 +37,42 @@ class RestoresWeight:
             self._restore(whole, record)
             target.copy_(sharded.like(whole, target))
         elif sharded.local(target).shape != record.shape:
-            raise RuntimeError(
-                f"{self._described()}: the weight was given the shape {tuple(target.shape)}, by "
-                "resizing or FSDP1, while the adapter was merged into one of "
-                f"{tuple(record.shape)}, and the base weight cannot be restored; call train() "
-                "first, and build a resized layer anew"
-            )
+            self._restore_resized(target, record)
         elif self._was_written(target, record):
             self._restore_changed(sharded.local(target), record)
             sharded.count_version(target)
             record.spent = True  # for shallow copies of the layer, which share weight and record
         else:
             functional.unmerge_(target, record)
+
+    def _restore_resized(self, target: Tensor, record: MergeRecord) -> None:
+        if not self._fits(target):
+            raise RuntimeError(
+                f"{self._described()}: the weight was given the shape {tuple(target.shape)}, by "
+                "resizing or FSDP1, while the adapter was merged into one of "
+                f"{tuple(record.shape)}, and the base weight cannot be restored; call train() "
+                "first, and build a resized layer anew"
+            )
+        _log.warning(
+            "%s: its weight and its adapter were resized while merged; the adapter is subtracted.",
+            self._described(),
+        )
+        self._subtract(target)
+
+    def _fits(self, target: Tensor) -> bool:
+        """Tell whether the present factors, pruned with the weight say, make a delta for it."""
+        factors = [getattr(self, name, None) for name in ("lora_A", "lora_B")]
+        if any(type(t) not in (nn.Parameter, Tensor) for t in (target, *factors)):
+            return False
+        blocks = self._blocks()
+        try:
+            shapes.delta(
+                *("unmerge_", target, *factors),
+                *(blocks.get("enable_lora"), blocks.get("out_splits")),
+            )
+        except ValueError:
+            return False
+        return True
 
     def _restore_changed(self, shard: Tensor, record: MergeRecord) -> None:
         if _is_base(shard, record):

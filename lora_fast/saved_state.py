@@ -150,11 +150,9 @@ class SavedState:
             and marks[0] == self._merged_marks[0]
         ):
             return False
-        is_stale = (
-            not self._has_adapter()
-            or self._one_scaling() != record.scaling
-            or self._other_factors(record)
-        )
+        if not self._has_adapter():  # switched off, or deleted to free their memory
+            return self.r <= 0
+        is_stale = self._one_scaling() != record.scaling or self._other_factors(record)
         if not is_stale:
             self.__dict__["_merged_marks"] = marks
         return is_stale

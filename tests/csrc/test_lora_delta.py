@@ -223,9 +223,7 @@ def test_columns_that_lie_apart_are_left_to_torch(name: str) -> None:
     setattr(call, name, getattr(call, name).t().contiguous().t())
     y = call.y.clone()
     edges = blocks.edges(OUTER)
-    assert not ops.lora_delta_fwd_(
-        call.x, call.lora_A, call.lora_B, 0.75, edges, y, call.empty_s()
-    )
+    assert not ops.lora_delta_fwd_(call.x, call.lora_A, call.lora_B, 0.75, edges, y, call.empty_s())
     assert torch.equal(y, call.y)
     s = delta.add_(y, call.x, call.lora_A, call.lora_B, 0.75, OUTER)
     torch.testing.assert_close(s, expected)
