@@ -26,6 +26,7 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 READY := $(VENV)/.lora_fast-installed
+MADE := $(VENV)/.lora_fast-made
 # Every test process computes on one thread, and Inductor compiles in it: the processes are the
 # parallelism.
 ONE_THREAD := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
@@ -60,7 +61,7 @@ lint: $(READY)
 	  | xargs $(BIN)/clang-format --dry-run -Werror
 
 wheel: $(READY)
-	$(BIN)/python -m build --no-isolation --outdir $(DIST) .
+	$(BIN)/python -m build --no-isolation --outdir "$(DIST)" .
 
 setup: $(READY)
 
@@ -69,6 +70,7 @@ $(READY): pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10; do \
 	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue; \
 	    echo "making $(VENV) with $$($$python --version)"; \
+	    test -e $(VENV) || { mkdir -p $(VENV) && touch $(MADE); }; \
 	    exec $$python -m venv $(VENV); \
 	  done; \
 	  echo "no Python >= 3.10 found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -84,6 +86,9 @@ $(READY): pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 	@$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,bench,demo,lint]"
 	@touch $@
 
+# Of environments only those that `make` made: another one is its owner's.
 clean:
-	rm -rf "$(VENV)" build dist lora_fast.egg-info
+	@if test -e "$(MADE)"; then rm -rf "$(VENV)"; \
+	elif test -e "$(VENV)"; then echo "keeping $(VENV), which make has not made"; fi
+	rm -rf build dist lora_fast.egg-info
 	find lora_fast kernels -name '*.so' -delete

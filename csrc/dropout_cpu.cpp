@@ -68,7 +68,7 @@ struct Twister {
   int used;
 };
 
-// drops[i] and to[i] for count <= kBlock elements.
+// keep[i] and to[i] for count <= kBlock elements.
 template <class F>
 LORA_FAST_INLINE void drop_block(
     Twister& twister, const typename F::Bits* __restrict x, int64_t count, uint64_t threshold,

@@ -1,4 +1,4 @@
-// The processor's rules for floating point, as every op of the CPU wants them.
+// The processor's rules for floating point, as sums of small numbers want them.
 #pragma once
 
 #include <cfenv>

@@ -8,9 +8,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
+#include <memory>
 #include <optional>
-#include <string>
 #include <utility>
 
 #include "large_pages.h"
@@ -49,7 +48,7 @@ struct Tile : Part {
   const Compute* right_pairs = nullptr;
 };
 
-// What the threads find out about one item, and how far each task got.
+// What the threads find out about one item.
 struct Outcome {
   std::atomic<int64_t> overflow{0};  // entries written to the item's list
   std::atomic<int64_t> verdict{0};   // 0 or why it can't be merged

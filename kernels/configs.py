@@ -291,7 +291,7 @@ def for_wide_adapters(arch: Architecture, tile: Tile) -> Tile:
     return replace(tile, num_stages=max(2, tile.num_stages - 1))
 
 
-def grad_a_config(arch: Architecture, R: int, dtype: torch.dtype) -> GradAConfig:
+def grad_a_config(arch: Architecture, dtype: torch.dtype) -> GradAConfig:
     """Tile of the backward pass over x."""
     if dtype is torch.float32:
         return replace(arch.grad_a, block_m=16, block_k=32, num_warps=8)

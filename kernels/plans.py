@@ -263,7 +263,7 @@ def backward_rule(arch: Architecture, call: Call) -> BackwardPlan:
         library_sb=R >= LIBRARY_RANK or (R > WIDE_RANK and dtype is torch.float32),
         gemm=gemm,
         grad_sb=grad_sb_config(arch, R, dtype),
-        grad_a=grad_a_config(arch, R, dtype),
+        grad_a=grad_a_config(arch, dtype),
     )
 
 

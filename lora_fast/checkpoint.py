@@ -6,6 +6,7 @@ A `.safetensors` file carries it in its header, any other file (`torch.save`) in
 
 import json
 import os
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lora_fast import sharded
+from lora_fast import checks, interrupts, marks, sharded
 from lora_fast.files import written_whole
 from lora_fast.lora_layer import MergingLayer
 from lora_fast.saved_state import without_wrappers
@@ -43,8 +44,11 @@ def save(
         FileNotFoundError: there is no such folder.
 
     Note:
-        Of a sharded model (FSDP2, tensor parallel) every rank calls this and writes the whole.
+        Of a sharded model (FSDP2, tensor parallel, FSDP1 with FULL_STATE_DICT) every rank calls
+        this and writes the whole. With FSDP1's `rank0_only` the other ranks, which get no values,
+        write nothing.
     """
+    checks.module("save", model, "state_dict")
     full = model.state_dict()
     every: dict[str, dict[str, Any]] = full._metadata  # type: ignore[attr-defined]
     adapted = {k: v for k, v in every.items() if "lora_merged" in v}
@@ -52,27 +56,75 @@ def save(
         raise ValueError("save: the model has no LoRA layer with r > 0; nothing was written")
     kept: dict[str, Any] = lora_state_dict(model, bias) if lora_only else dict(full)
     kept = {key: sharded.whole(value) for key, value in kept.items()}
+    _refuse_parts(full, kept)
+    if _has_another_rank_the_values(adapted, kept):
+        return
+    if lora_only and not _holders(kept):
+        raise ValueError(
+            "save: the model's state_dict() must hold its adapters, but has neither lora_A nor "
+            "lora_B; save before they are deleted, or with lora_only=False"
+        )
+    _refuse_what_is_not_here(kept)
+    metadata = adapted if lora_only else every
+    is_safetensors = _names_safetensors(Path(path))
+    write = _write_safetensors if is_safetensors else _write_torch
+    with written_whole(_target(Path(path))) as part:
+        write(kept, metadata, part)
+
+
+def _refuse_parts(full: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Refuse what FSDP1 keeps in parts, unless `state_dict()` is asked for the whole."""
+    parts = [key for key, value in kept.items() if sharded.is_sharded_tensor(value)]
+    flat = [key for key in full if _leaf(key) == "_flat_param"]
+    if flat and (_elsewhere(kept) or not _holders(kept)):
+        parts += flat
+    if parts:
+        raise ValueError(
+            f"save: {', '.join(dict.fromkeys(parts))} must be plain tensors or DTensors, but are "
+            "FSDP1's parts, as with SHARDED_STATE_DICT and LOCAL_STATE_DICT; save inside "
+            "FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT)"
+        )
+
+
+def _has_another_rank_the_values(adapted: dict[str, Any], kept: dict[str, Any]) -> bool:
+    """Tell whether this is a rank to which FSDP1's `rank0_only` gives no values, or not all."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    if torch.distributed.get_rank() == 0:
+        return False
+    holders = _holders(kept)
+    # What was merged and then deleted has no rank, and is nowhere.
+    here = (without_wrappers(name) in holders for name, v in adapted.items() if "lora_r" in v)
+    return not all(here)
+
+
+def _holders(kept: dict[str, Any]) -> set[str]:
+    """Return the names of the modules whose adapters, or what these are computed from, are here."""
+    prefixes = {key.rpartition("lora_")[0] for key in kept if "lora_" in key}
+    return {without_wrappers(p.removesuffix("parametrizations.")[:-1]) for p in prefixes}
+
+
+def _elsewhere(kept: dict[str, Any]) -> list[str]:
+    return [k for k, v in kept.items() if _leaf(k) in ("lora_A", "lora_B") and v.dim() != 2]
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _refuse_what_is_not_here(kept: dict[str, Any]) -> None:
     empty = [key for key, value in kept.items() if isinstance(value, Tensor) and value.is_meta]
     if empty:
         raise ValueError(
             f"save: {', '.join(empty)} hold no values, being on the meta device; load or "
             "initialize the model first"
         )
-    elsewhere = [
-        key
-        for key, value in kept.items()
-        if key.rpartition(".")[2] in ("lora_A", "lora_B") and value.dim() != 2
-    ]
+    elsewhere = _elsewhere(kept)
     if elsewhere:
         raise ValueError(
             f"save: {', '.join(elsewhere)} must have two dimensions, but hold a part at most, as "
             "under DeepSpeed's ZeRO 3; save inside deepspeed.zero.GatheredParameters"
         )
-    metadata = adapted if lora_only else every
-    is_safetensors = _names_safetensors(Path(path))
-    write = _write_safetensors if is_safetensors else _write_torch
-    with written_whole(_target(Path(path))) as part:
-        write(kept, metadata, part)
 
 
 def _names_safetensors(path: Path) -> bool:
@@ -120,6 +172,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
         ValueError: the file is damaged or of another kind; or a key is unknown or missing, a shape,
             rank or scaling differs. Every difference is named, and nothing was loaded.
     """
+    checks.module("load", model, "named_modules")
     state = _read(Path(path))
     problems = _problems(model, state, strict)
     if problems:
@@ -127,20 +180,31 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
     own = model.state_dict()
     for key, value in state.items():
         state[key] = sharded.like(value, own[_released_conv_key(model, key)])
-    marks = state._metadata  # type: ignore[attr-defined]
-    marks.update({name: _saved_of(state, name) for name, _ in model.named_modules()})
-    model.load_state_dict(state, strict=False)
+    every: dict[str, Any] = state._metadata  # type: ignore[attr-defined]
+    every.update({name: _saved_of(state, name) for name, _ in model.named_modules()})
+    with interrupts.held_back():
+        model.load_state_dict(state, strict=False)
 
 
 def _read(path: Path) -> "OrderedDict[str, Any]":
     is_safetensors = _names_safetensors(path)
+    with path.open("rb"):  # what the system refuses, safetensors and torch may call something else
+        pass
     try:
         loaded = _read_safetensors(path) if is_safetensors else _read_torch(path)
     except (FileNotFoundError, IsADirectoryError, PermissionError):  # clear enough
         raise
     except Exception as error:  # torch has many for a damaged file
         kind = "safetensors" if is_safetensors else "torch.save"
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise ValueError(
+                f"load: {path} must hold a state dict of tensors, as save or "
+                f"torch.save(model.state_dict(), path) writes it, but holds a {refused[1]}; "
+                "nothing was loaded"
+            ) from error
+        cause = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # torch's advice first
+        why = f"{type(error).__name__}: {cause}".splitlines()[0]
         raise ValueError(
             f"load: {path} is damaged or no {kind} file; nothing was loaded ({why})"
         ) from error
@@ -162,7 +226,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _is_extra(key: Any) -> bool:
-    return str(key).rpartition(".")[2] == "_extra_state"  # a module's own, of any type
+    return _leaf(str(key)) == "_extra_state"  # a module's own, of any type
 
 
 def _read_safetensors(path: Path) -> "OrderedDict[str, Tensor]":
@@ -189,15 +253,24 @@ def _problems(model: nn.Module, state: "OrderedDict[str, Any]", strict: bool) ->
     if strict:
         missing = set(lora_state_dict(model)) - set(names.values())
         problems += [f"{key}: not in the file" for key in own if key in missing]
-    for name, layer in model.named_modules():
-        saved = _saved_of(state, name)
-        if isinstance(layer, MergingLayer) and hasattr(layer, "lora_A"):
-            for mine, theirs in (("r", "lora_r"), ("scaling", "lora_scaling")):
-                if theirs in saved and saved[theirs] != getattr(layer, mine):
-                    problems.append(
-                        f"{name or 'the model'}: saved with {mine}={saved[theirs]}, the layer has "
-                        f"{getattr(layer, mine)}"
-                    )
+    layers = [
+        (name, layer, _saved_of(state, name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, MergingLayer) and hasattr(layer, "lora_A")
+    ]
+    for name, layer, saved in layers:
+        found = marks.misfits(layer, saved)
+        problems += [f"{name or 'the model'}: {problem}" for problem in found]
+    if problems:  # which may not be asked more
+        return problems
+    values = {names[key]: value for key, value in state.items()}
+    for name, layer, saved in layers:
+        key = f"{name}.{layer._weight_key()}".lstrip(".")
+        key = key if key in values else without_wrappers(key)
+        prefix = key.removesuffix(layer._weight_key())
+        problem = marks.why_not_unmerged(layer, values, prefix, saved)
+        if problem:
+            problems.append(f"{name or 'the model'}: {problem}")
     return problems
 
 

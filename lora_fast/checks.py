@@ -3,8 +3,10 @@
 Every refusal names the argument, what was expected and what came.
 """
 
+import numbers
 import operator
 from collections.abc import Collection, Iterable
+from decimal import Decimal
 from typing import Any, SupportsFloat
 
 import torch
@@ -25,6 +27,16 @@ def tensors(op: str, bias: Any = None, **named: Any) -> None:
             raise TypeError(
                 f"{op}: {name} must be a tensor, got {value!r:.60} of type {_kind(value)}"
             )
+
+
+def module(op: str, model: Any, method: str) -> None:
+    """Refuse a model that is no module, nor wraps one: it has no such method."""
+    if isinstance(model, type) or not callable(getattr(model, method, None)):
+        what = f"the class {model.__name__}" if isinstance(model, type) else _kind(model)
+        raise TypeError(
+            f"{op}: model must be a torch.nn.Module, got {what}; give the model itself, not its "
+            "state or its class"
+        )
 
 
 def _kind(value: Any) -> str:
@@ -64,15 +76,41 @@ def _is_number(value: Any) -> bool:
 def rank(r: Any) -> int:
     """`r` as an int; refuse what is no integer."""
     # loralib takes False for 0, which is what nn.Linear(4, 8, False) becomes here.
-    if r is True or not hasattr(r, "__index__"):
+    found = None if r is True else integer(r)
+    if found is None:
         raise TypeError(f"r must be an integer, got {r!r} of type {_kind(r)}")
-    return operator.index(r)
+    return found
+
+
+def integer(value: Any) -> int | None:
+    """An integer of any type, NumPy's say, as an int; None for what is none."""
+    try:
+        return operator.index(value)
+    except TypeError:  # from a tensor of fractions too, which has the method
+        return None
+
+
+def adapter(r: Any, alpha: Any, dropout: Any) -> int:
+    """The rank of an adapter; refuse settings that it cannot have."""
+    rate("lora_dropout", dropout)
+    found = rank(r)
+    if found > 0:
+        lora_alpha(alpha)
+    return found
 
 
 def lora_alpha(alpha: Any) -> None:
     """Refuse a scale of the update that is no number."""
     if not _is_number(alpha):
         raise TypeError(f"lora_alpha must be a number, got {alpha!r} of type {_kind(alpha)}")
+
+
+def scaling_of(alpha: Any, r: int) -> Any:
+    """`alpha / r`, a plain float if it is a number; what is trained or traced stays what it is."""
+    found = alpha / r
+    # No compiler takes NumPy's numbers, or fractions, for constants.
+    is_number = type(found) is not float and isinstance(found, (numbers.Real, Decimal))
+    return float(found) if is_number else found
 
 
 def scaling(op: str, value: Any) -> None:
@@ -106,13 +144,19 @@ def blocks(
     op: str, enable_lora: Any, out_splits: Any
 ) -> tuple[list[bool] | None, list[int] | None]:
     """`enable_lora` and `out_splits` as lists; None stays None."""
+    if enable_lora is None and out_splits is not None:
+        raise ValueError(
+            f"{op}: out_splits={out_splits!r} must come with enable_lora, which says for each of "
+            "these blocks whether it has an adapter, got enable_lora=None"
+        )
     enable = None if enable_lora is None else enabled(op, enable_lora)
     return enable, None if out_splits is None else widths(op, out_splits)
 
 
 def enabled(op: str, enable_lora: Any) -> list[bool]:
     """`enable_lora` as a list of bools, whatever its entries' truth values come from."""
-    if not isinstance(enable_lora, Iterable) or isinstance(enable_lora, str):
+    is_one = isinstance(enable_lora, (str, bytes)) or getattr(enable_lora, "ndim", 1) == 0
+    if is_one or not isinstance(enable_lora, Iterable):
         raise TypeError(
             f"{op}: enable_lora must have an entry for each block of the output, True where it "
             f"has an adapter, got {enable_lora!r}"
@@ -121,13 +165,17 @@ def enabled(op: str, enable_lora: Any) -> list[bool]:
 
 
 def widths(op: str, out_splits: Any) -> list[int]:
-    """`out_splits` as a list; refuse what are no integers."""
-    if not isinstance(out_splits, Collection) or not all(
-        type(width) is int or hasattr(width, "__index__")
-        for width in out_splits  # or a symbol
-    ):
+    """`out_splits` as a list of ints; refuse what are no integers."""
+    is_one = not isinstance(out_splits, Collection) or getattr(out_splits, "ndim", 1) == 0
+    found = [] if is_one else [_width(width) for width in out_splits]
+    if is_one or any(width is None for width in found):
         raise TypeError(
             f"{op}: out_splits must be None or a list of integers, one for each block, got "
             f"{out_splits!r}"
         )
-    return list(out_splits)
+    return found
+
+
+def _width(value: Any) -> Any:
+    is_symbol = isinstance(value, torch.SymInt)  # stays one, for sizes that a graph leaves open
+    return value if type(value) is int or is_symbol else integer(value)

@@ -232,7 +232,7 @@ class Conv3d(ConvLoRA):
 
 def _square(kernel_size: int | Sequence[int], conv_module: Any) -> int:
     try:
-        given = list(kernel_size)  # type: ignore[arg-type]
+        given: list[Any] = list(kernel_size)  # type: ignore[arg-type]
     except TypeError:  # one number
         given = [kernel_size]
     sizes = [None if isinstance(size, bool) else checks.integer(size) for size in given]

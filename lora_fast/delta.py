@@ -4,11 +4,13 @@ With few rows on a CPU a product of torch's takes longer to begin than to sum, a
 each block and each factor; the ops do all of a direction in one call.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fast import blocks, ops
+from lora_fast import blocks, ops, torch_internals
 from lora_fast.blocks import Spans
 
 _OP_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
@@ -97,6 +99,7 @@ def gradients_(
     # rule for the one nor for torch's alias.
     dA = dB = keep2 = None
     dropped, rank = x, lora_B.shape[1]
+    dy_blocks = [dy.narrow(1, lo, hi - lo) for lo, hi in spans]
     if keep is not None and (dx is not None or need_A or s is None):
         # As bytes, which torch converts in vectors; bool it converts one by one.
         keep2 = keep.view(torch.uint8).reshape(dy.shape[0], lora_A.shape[1]).to(dy.dtype)
@@ -105,14 +108,11 @@ def gradients_(
         if s is None:
             assert dropped is not None
             s = F.linear(dropped, lora_A).mul_(keep_scale)
-        pairs = zip(spans, blocks.columns(s, rank, spans), strict=True)
-        dB = _joined([dy.narrow(1, lo, hi - lo).t() @ s_b for (lo, hi), s_b in pairs], 0)
-        dB.mul_(scaling)
+        s_blocks = blocks.columns(s, rank, spans)
+        dB = _scaled_products([part.t() for part in dy_blocks], s_blocks, scaling, 0)
     if dx is None and not need_A:
         return dA, dB
-    factors = zip(spans, blocks.rows(lora_B, spans), strict=True)
-    ds = _joined([dy.narrow(1, lo, hi - lo) @ b for (lo, hi), b in factors], 1)
-    ds.mul_(scaling * keep_scale)
+    ds = _scaled_products(dy_blocks, blocks.rows(lora_B, spans), scaling * keep_scale, 1)
     if need_A:
         assert dropped is not None
         dA = ds.t() @ dropped
@@ -124,6 +124,22 @@ def gradients_(
         del dropped  # its memory serves the next product
         dx.addcmul_(ds @ lora_A, keep2)
     return dA, dB
+
+
+def _scaled_products(
+    left: Sequence[Tensor], right: Sequence[Tensor], scaling: float, dim: int
+) -> Tensor:
+    """The products `scaling * (a @ b)`, joined along `dim`.
+
+    In fp16 what is yet to be scaled may be too large or too small, so there the factor comes before
+    the rounding. In bf16 oneDNN takes longer to scale a product than another operation does.
+    """
+    pairs = zip(left, right, strict=True)
+    if left[0].dtype is not torch.float16 or torch_internals.functorch_level() is not None:
+        return _joined([a @ b for a, b in pairs], dim).mul_(scaling)
+    nothing = left[0].new_empty(())  # which beta=0 keeps from being read, but not under vmap
+    products = [torch.addmm(nothing, a, b, beta=0, alpha=scaling) for a, b in pairs]
+    return _joined(products, dim)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_fast import blocks, delta
 from lora_fast.blocks import Spans
 from lora_fast.dropout import dropout, keep_scale
-from lora_fast.reference import autocasts, no_autocast
+from lora_fast.reference import autocasts, no_autocast, scaled_factors
 
 
 def low_rank_linear(
@@ -143,7 +143,7 @@ def backward_through_reference(
     if x is None:
         inputs[0] = x = dy.new_zeros(ctx.in_shape, requires_grad=True)
     dropped = x if keep is None else x * keep.view(x.shape) * ctx.keep_scale
-    s = F.linear(dropped, lora_A) * ctx.scaling
+    s, lora_B = scaled_factors(F.linear(dropped, lora_A), lora_B, ctx.scaling)
     n = ctx.out_features
     y = x.new_zeros((*x.shape[:-1], n)) if weight is None else F.linear(x, weight)
     for (lo, hi), s_block, b_block in zip(

@@ -1,10 +1,10 @@
 """The weights of modules that FSDP manages: the shard to merge into, and the copies to leave alone.
 
-FSDP2 (`fully_shard`) registers either a rank's shard or, from the root's forward to its backward, a
-gathered copy. FSDP1 keeps the weights of several modules in one flat parameter.
+FSDP2 (`fully_shard`, and `replicate`, its DDP) registers either a rank's shard or, from the root's
+forward to its backward, a gathered copy. FSDP1 keeps the weights of several modules in one flat
+parameter.
 """
 
-import gc
 import sys
 import weakref
 from collections.abc import Iterator
@@ -19,6 +19,8 @@ def why_not_merge(owner: nn.Module) -> str | None:
     if "torch.distributed.fsdp" not in sys.modules:
         return None
     weight: Any = owner._parameters.get("weight")
+    if weight is None:  # with use_orig_params=False a view, under the same name
+        weight = vars(owner).get("weight")
     base = getattr(weight, "_base", None)
     if getattr(weight, "_fsdp_flattened", False) or getattr(base, "_fsdp_flattened", False):
         return "FSDP1 keeps the weight in a flat parameter; fully_shard (FSDP2) can merge"
@@ -31,7 +33,7 @@ def show_shard(owner: nn.Module) -> None:
     A backward through the copy, which FSDP2 would gather anew from the changed shard, gets
     autograd's own error instead of a wrong gradient.
     """
-    found = _manager(owner)
+    found = _managers.of(owner)
     if found is None:
         return
     module, parameter = found
@@ -43,44 +45,73 @@ def show_shard(owner: nn.Module) -> None:
 
 def shard(owner: nn.Module) -> Any:
     """Return the weight of `owner` as this rank holds it, also while a gathered copy is shown."""
-    found = _manager(owner)
+    found = _managers.of(owner)
     return owner._parameters.get("weight") if found is None else found[1].sharded_param
 
 
 _Manager = tuple[Any, Any]
-# The FSDP2 module that manages the weight of a module, and FSDP2's own record of that weight.
-_managers: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], ...]]" = (
-    weakref.WeakKeyDictionary()
-)
 
 
-def _manager(owner: nn.Module) -> _Manager | None:
-    # Not getattr, which looks through all that a module can hold before it gives up.
-    if not owner.__dict__.get("_is_fsdp_managed_module", False):
-        return None
-    if owner not in _managers:
-        _managers[owner] = ()  # a weight that FSDP2 was told to ignore
+class _Managers:
+    """The FSDP2 module that manages the weight of a module, and FSDP2's own record of that weight.
+
+    They are looked for again after FSDP2 has taken a module, or one of its modules is gone.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[weakref.ref[nn.Module]] = []
+        self.found: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], ...]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def of(self, owner: nn.Module) -> _Manager | None:
+        """Return the manager of the weight of `owner`; None where FSDP2 has nothing to do."""
+        if "torch.distributed.fsdp" not in sys.modules:
+            return None
+        modules = _states().keyrefs()
+        if modules != self.modules:
+            self.find()
+            self.modules = modules
+        module, parameter = (ref() for ref in self.found.get(owner, (_nothing, _nothing)))
+        return None if module is None or parameter is None else (module, parameter)
+
+    def find(self) -> None:
+        """Bring them up to date."""
+        self.found = weakref.WeakKeyDictionary()
         for module, parameter in _fsdp_parameters():
             info = parameter._module_info
-            for holder in (info.module, *info.shared_modules):
-                _managers[holder] = (weakref.ref(module), weakref.ref(parameter))
-    found = [ref() for ref in _managers[owner]]
-    return (found[0], found[1]) if found else None
+            shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+            for holder, name in [(info.module, info.param_name), *shared]:
+                if name == "weight":
+                    self.found[holder] = (weakref.ref(module), weakref.ref(parameter))
+
+
+def _nothing() -> None:
+    return None
+
+
+_managers = _Managers()
+
+
+def _states() -> Any:
+    """What torch's composable functions, FSDP2 among them, keep of the modules they were given.
+
+    No public function lists them, and a scan of all objects fails after `gc.freeze()`.
+    """
+    return sys.modules["torch.distributed._composable_state"]._module_state_mapping
 
 
 def _fsdp_parameters() -> Iterator[_Manager]:
-    """All weights that FSDP2 manages in this process; no public function lists them."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    for module in gc.get_objects():
-        if not issubclass(type(module), fsdp.FSDPModule):
+    """All weights that FSDP2 manages in this process."""
+    fsdp = sys.modules["torch.distributed.fsdp"]
+    for reference in _states().keyrefs():
+        module = reference()
+        if not isinstance(module, fsdp.FSDPModule):
             continue
-        state = module._get_fsdp_state()
+        state: Any = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)
         if groups is None:  # before torch 2.12
             groups = [state._fsdp_param_group]
         for group in groups:
             for parameter in group.fsdp_params if group is not None else ():
-                if parameter._module_info.param_name == "weight":
-                    yield module, parameter
+                yield module, parameter

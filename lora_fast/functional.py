@@ -5,7 +5,7 @@ floating-point dtype than x: they are used in x's, and their gradients come back
 Under autocast torch's rules choose the dtypes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ def lora_merged_linear(
     dropout_p: float = 0.0,
     training: bool = False,
     *,
-    enable_lora: Sequence[bool],
+    enable_lora: Iterable[object],
     out_splits: Sequence[int] | None = None,
 ) -> Tensor:
     """Y = X W^T + bias, and block g of Y += scaling (dropout(X) A_g^T) B_g^T where g is enabled.
@@ -286,7 +286,7 @@ def merged_delta(
     lora_B: Tensor,
     scaling: float,
     *,
-    enable_lora: Sequence[bool] | None = None,
+    enable_lora: Iterable[object] | None = None,
     out_splits: Sequence[int] | None = None,
 ) -> Tensor:
     """Delta = scaling B A, the dense (N, K) matrix that a merge adds to the weight.
@@ -317,7 +317,7 @@ def merged_weight(
     lora_B: Tensor,
     scaling: float,
     *,
-    enable_lora: Sequence[bool] | None = None,
+    enable_lora: Iterable[object] | None = None,
     out_splits: Sequence[int] | None = None,
 ) -> Tensor:
     """W + Delta.view(W), out of place and differentiable.

@@ -28,6 +28,10 @@ def free_in_children(lock: Lock) -> Lock:
     return lock
 
 
+# Merging and unmerging is seldom and short: one lock for all layers keeps them picklable.
+merge_lock = free_in_children(threading.RLock())
+
+
 class held_back:  # noqa: N801, it is used like a function
     """Deliver a signal that comes during the body of a `with` statement after it.
 

@@ -4,7 +4,7 @@ Where loralib is wrong the layers are right; docs/differences.md lists every dif
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, List, Optional  # noqa: UP035, loralib has them
 
 import torch
@@ -292,7 +292,7 @@ class MergedLinear(_LinearBase):
         r: int = 0,
         lora_alpha: float = 1,
         lora_dropout: float = 0.0,
-        enable_lora: Sequence[bool] = (False,),
+        enable_lora: Iterable[object] = (False,),
         fan_in_fan_out: bool = False,
         merge_weights: bool = True,
         out_splits: Sequence[int] | None = None,

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast import fsdp, functional, readers, sample, sharded, sums
+from lora_fast.record import MergeRecord
 from lora_fast.saved_state import are_equal, layer_of_view, shares_memory
-from lora_fast.torch_internals import storage_id
+from lora_fast.torch_internals import in_fake_mode, is_fake_tensor, storage_id
 
 # How far, relative to it, a merged weight may be from itself after a change of dtype, to fp8 too.
 _ROUNDED = 0.1
@@ -24,14 +25,17 @@ class LoadedState:
     r: int
     scaling: float
     merged: bool
+    _record: MergeRecord | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     _merged_version: tuple[int, ...] | None
     _has_adapter: Callable[[], bool]
+    _was_converted: Callable[[], bool]
     _weight_owner: Callable[[], nn.Module]
     _weight_key: Callable[[], str]
     _as_delta: Callable[[Tensor], Tensor]
     _blocks: Callable[[], dict[str, Any]]
+    _weight_version: Callable[[], tuple[int, ...] | None]
     _one_scaling: Callable[[], float | None]
     _unmerge: Callable[[], None]
     effective_weight: Callable[[], Tensor]
@@ -46,8 +50,15 @@ class LoadedState:
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        was_merged = self.merged
-        if self._has_adapter():
+        was_merged = self.merged and self._record is not None  # by eval()
+        # Before anything is judged, as they may rename or transpose; super() finds none left.
+        hooks = self.__dict__["_load_state_dict_pre_hooks"]
+        rest = (state_dict, prefix, local_metadata, strict)
+        for hook in tuple(hooks.values()):
+            hook(*rest, missing_keys, unexpected_keys, error_msgs)
+        if self._was_converted():
+            pass  # merged for good: it takes the like of what it is
+        elif self._has_adapter():
             errors = self._misfits(state_dict, prefix)
             if errors:  # all of a layer is loaded or nothing
                 error_msgs.extend(errors)
@@ -66,16 +77,21 @@ class LoadedState:
         is_assigned = local_metadata.get("assign_to_params_buffers", False)
         if is_assigned and prefix + self._weight_key() in state_dict:
             self.__dict__["_is_lent"] = True
+            self._own_parameters(state_dict, prefix)
         self.__dict__["_was_merged"] = was_merged
-        super()._load_from_state_dict(  # type: ignore[misc]
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+        self.__dict__["_load_state_dict_pre_hooks"] = type(hooks)()
+        try:
+            super()._load_from_state_dict(  # type: ignore[misc]
+                *rest, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            self.__dict__["_load_state_dict_pre_hooks"] = hooks
+
+    def _own_parameters(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Take the memory of a dict's parameters, not the parameters: a merge moves its own."""
+        for key, value in state_dict.items():
+            if key.startswith(prefix) and type(value) is nn.Parameter:
+                state_dict[key] = value.detach()
 
     def _misfits(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         errors = []
@@ -97,7 +113,10 @@ class LoadedState:
 
     def _keep_what_is_here(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Give the modules inside, which are loaded next, their own values; others have no use."""
-        mine: Any = self.state_dict(prefix=prefix)  # type: ignore[attr-defined]
+        module: Any = self
+        mine = {prefix + name: p.detach() for name, p in module.named_parameters()}
+        mine |= {prefix + name: buffer for name, buffer in module.named_buffers()}
+        self.__dict__["_kept_what_is_here"] = True
         for key in [k for k in state_dict if k.startswith(prefix)]:
             if key in mine:
                 state_dict[key] = mine[key]
@@ -106,27 +125,32 @@ class LoadedState:
 
     def _was_loaded_in_place(self, value: Any) -> bool:
         """Tell whether a merged weight was overwritten, as torch.distributed.checkpoint does."""
-        if not self.merged or not isinstance(value, Tensor):
+        if not self.merged:
             return False
         fsdp.show_shard(self._weight_owner())
         weight = readers.stored_weight(self._weight_owner())
         if weight is None:
             return False
-        if storage_id(sharded.local(value)) != storage_id(sharded.local(weight)):
-            return False
-        # Whether a shard was written to may differ between the ranks; they must agree.
-        return (
-            sharded.is_dtensor(weight)
-            or sharded.version(self._weight_owner().weight) != self._merged_version
+        is_mine = isinstance(value, Tensor) and (
+            storage_id(sharded.local(value)) == storage_id(sharded.local(weight))
         )
+        if not sharded.is_dtensor(weight):
+            return is_mine and self._weight_version() != self._merged_version
+        # torch does not count what is written to a shard through a state; and into an empty shard
+        # nothing is written at all.
+        is_kept = not is_mine or sharded.is_as_merged(
+            self._as_delta(weight.detach()), self.__dict__.get("_record")
+        )
+        return sharded.on_any_rank(weight, not is_kept)
 
     def _holds_what_is_here(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Tell whether a merged layer gets its own merged weight back, even without a mark."""
         weight: Any = self._weight_owner().weight
-        if not self.merged or sharded.is_dtensor(weight) or weight.is_meta:
+        value = state_dict.get(prefix + self._weight_key())
+        if not self.merged or not isinstance(value, Tensor) or weight.is_meta:
             return False
-        if prefix + self._weight_key() not in state_dict:
-            return False
+        if sharded.is_dtensor(weight):  # a view of it shows the base weight from now on
+            return storage_id(sharded.local(value)) == storage_id(sharded.local(weight))
         mine = {self._weight_key(): weight, "lora_A": self.lora_A, "lora_B": self.lora_B}
         return all(
             prefix + name not in state_dict or are_equal(state_dict[prefix + name], tensor)
@@ -178,11 +202,14 @@ class LoadedState:
         elements, scaling = metadata.get("lora_sample"), metadata.get("lora_scaling")
         names = (self._weight_key(), "lora_A", "lora_B")
         found: list[Any] = [state_dict.get(prefix + name) for name in names]
-        if not elements or scaling is None:
+        then: Any = metadata.get("lora_norms")
+        if not (elements or then) or scaling is None:
             return False
         if any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in found):
             return False
         value, lora_A, lora_B = (t.detach() for t in found)
+        if not elements:
+            return sample.are_other(then, lora_A, lora_B)
         dtype: Any = self._weight_owner().weight.dtype
         now = sample.compared(
             *(elements, self._as_delta(value), lora_A, lora_B, scaling, dtype), **self._blocks()
@@ -233,6 +260,8 @@ class LoadedState:
                 )
             return
         weight, lora_A, lora_B = (state_dict[k] for k in keys)
+        if in_fake_mode() or any(is_fake_tensor(state_dict[key]) for key in keys):
+            return  # there are no values to subtract from
         with torch.no_grad():
             # torch adds nothing to 8 bits.
             weight = weight.float() if weight.itemsize < 2 else weight.clone()

@@ -1,6 +1,6 @@
 """`lora_linear` on torch's own kernels in the order in which they take least: the update first.
 
-S = scaling dropout(X) A^T, then S B^T + bias, on which the large product goes on adding. Three
+S = dropout(X) A^T, then scaling S B^T + bias, on which the large product goes on adding. Three
 launches forward and five backward, which cost the host less than those of the fused kernels: on a
 GPU, what counts where they have little to do. Backward keeps x, S and a byte a mask element, and of
 these what the gradients that are asked for need.
@@ -62,9 +62,8 @@ class _LoraFirst(torch.autograd.Function):
             # Of x as it lies in memory, in whose order torch draws.
             dropped, keep = torch.native_dropout(x, dropout_p, True)
             dropped, keep = dropped.reshape(rows.shape), keep.reshape(rows.shape)
-        s = _scaled(dropped, lora_A.t(), scaling)
-        up = lora_B.t()
-        y = torch.mm(s, up) if bias is None else torch.addmm(bias, s, up)
+        s, up = torch.mm(dropped, lora_A.t()), lora_B.t()
+        y = _scaled(s, up, scaling) if bias is None else torch.addmm(bias, s, up, alpha=scaling)
         y.addmm_(rows, weight.t())
         need_x, need_weight, need_A, need_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
@@ -110,7 +109,7 @@ class _LoraFirst(torch.autograd.Function):
                 dx = delta + dy @ weight if _transformed() else delta.addmm_(dy, weight)
                 dx = dx if len(ctx.in_shape) == 2 else dx.view(ctx.in_shape)
         if need_B:
-            dB = dy.t() @ s
+            dB = _scaled(dy.t(), s, ctx.scaling)
         if need_weight:
             dW = dy.t() @ rows
         if need_bias:

@@ -2,28 +2,29 @@
 
 import functools
 import logging
-import threading
 import warnings
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_fast import checks, fsdp, functional, interrupts, readers, sharded
+from lora_fast.interrupts import merge_lock
 from lora_fast.loaded_state import LoadedState
+from lora_fast.moving import MovesWeight
 from lora_fast.record import MergeRecord
 from lora_fast.restoring import RestoresWeight
 from lora_fast.saved_state import SavedState, remember_view
+
+Layer = TypeVar("Layer", bound="MergingLayer")
 
 _log = logging.getLogger("lora_fast.merge")
 # Attributes that hold until a layer is next merged or unmerged.
 _UNTIL_NEXT = frozenset(
     ("_undid_merge", "_given_to_child", "_merged_nothing", "_merged_by_loading", "_was_merged")
 )
-# Merging and unmerging is seldom and short: one lock for all layers keeps them picklable.
-merge_lock = interrupts.free_in_children(threading.RLock())
 
 
 def identity(x: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class LoRALayer:
         self.merge_weights = merge_weights
 
 
-class MergingLayer(SavedState, LoadedState, RestoresWeight):
+class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
     """The part of a LoRA layer that `eval()` merges into the weight and `train()` takes out again.
 
     A layer tells through `_weight_owner`, `_as_delta` and `_blocks` where its weight is and how the
@@ -180,7 +181,7 @@ class MergingLayer(SavedState, LoadedState, RestoresWeight):
         if not value:
             self._unmerge()
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self: Layer, mode: bool = True) -> Layer:
         """Set the mode; merge the adapter into the weight in eval mode, take it out in train mode.
 
         `eval()` of a merged layer merges anew what has changed of A, B or the scaling.
@@ -206,7 +207,7 @@ class MergingLayer(SavedState, LoadedState, RestoresWeight):
     def _obstacle(self) -> str | None:
         """Say why the weight must not be written to, if so."""
         owner = self._weight_owner()
-        why = readers.why_not_merge(self, owner) or fsdp.why_not_merge(owner)
+        why = fsdp.why_not_merge(owner) or readers.why_not_merge(self, owner)
         # The ranks that hold the shards of a weight decide together.
         return sharded.agreed(fsdp.shard(owner), why)
 
@@ -254,20 +255,14 @@ class MergingLayer(SavedState, LoadedState, RestoresWeight):
             self._remember(True, None)
             self.__dict__["_merged_nothing"] = True
 
-    def _fold_again(self, record: MergeRecord) -> None:
-        """Merge what was merged, of an adapter that is no longer here, into a moved weight."""
-        weight = self._target_of_merge()
-        factors = (factor.to(weight) for factor in (record.lora_A, record.lora_B))
-        found = functional.merge_(weight, *factors, record.scaling, **record.blocks())
-        self._remember(True, found)
-
     def _merge_arguments(self) -> tuple[Tensor, Tensor, Tensor, float]:
         return self._target_of_merge(), self.lora_A, self.lora_B, self.scaling
 
     def _target_of_merge(self) -> Tensor:
         owner = self._weight_owner()
         fsdp.show_shard(owner)
-        weight: Any = owner.weight
+        # Not by the attribute, before which Ctrl-C may leave what attention was to read.
+        weight: Any = owner._parameters.get("weight", owner.weight)
         checks.not_faked("merge", weight)
         self._take_own_memory(weight)
         return self._as_delta(weight.detach())
@@ -292,9 +287,20 @@ class MergingLayer(SavedState, LoadedState, RestoresWeight):
                 "adapter was merged into it, and the base weight cannot be restored; call train() "
                 "first, then decompose it"
             )
+        if self._was_converted():
+            raise RuntimeError(
+                f"{self._described()}: the weight became a {type(weight.detach()).__name__} while "
+                "the adapter was merged into it, and the base weight cannot be restored; call "
+                "train() or lora_fast.unmerge(model) before quantizing, or leave it merged"
+            )
         checks.not_faked("unmerge", weight)
         self._take_own_memory(weight)
         return self._as_delta(weight.detach())
+
+    def _weight_version(self) -> tuple[int, ...] | None:
+        """Return what changes with every write to the weight that torch counts."""
+        weight = readers.stored_weight(self._weight_owner())
+        return None if weight is None else sharded.version(weight)
 
     def _take_own_memory(self, weight: Tensor) -> None:
         """Leave to others the memory that they have not lent for being written to."""
@@ -305,40 +311,13 @@ class MergingLayer(SavedState, LoadedState, RestoresWeight):
 
     def _remember(self, merged: bool, record: MergeRecord | None) -> None:
         """Set what belongs together, past `nn.Module.__setattr__`, which looks for parameters."""
-        version = None if record is None else sharded.version(self._weight_owner().weight)
+        version = None if record is None else self._weight_version()
         marks = None if record is None else self._factor_marks()
         self.__dict__.update(
             merged=merged, _record=record, _merged_version=version, _merged_marks=marks
         )
         for name in _UNTIL_NEXT & self.__dict__.keys():
             del self.__dict__[name]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move or convert the original weight, not the merged one, and merge again."""
-        record = self._record if self.merged else None
-        if record is not None:
-            self.__dict__["_is_lent"] = True  # the views of a state stay as they were saved
-            self._unmerge()
-        try:
-            return super()._apply(fn, recurse)  # type: ignore[misc]
-        finally:
-            if record is not None:
-                self.__dict__["_is_moving"] = True  # what is shared now, nobody else has yet
-                try:
-                    self._merge_moved(record)
-                finally:
-                    self.__dict__.pop("_is_moving", None)
-
-    def _merge_moved(self, record: MergeRecord) -> None:
-        """Merge after a conversion what was merged before it."""
-        if self._weight_owner().weight.is_meta:
-            # A frame for merged values, as torch.func.stack_module_state's recipe makes it.
-            self._remember(True, None)
-        elif self._has_adapter() or self.r <= 0:
-            self._merge()
-        else:  # the factors were deleted after the merge
-            with merge_lock, interrupts.held_back():
-                self._fold_again(record)
 
     def _described(self) -> str:
         """Return the layer in one line, whatever modules it holds."""
@@ -367,6 +346,8 @@ def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
     if scaling is not None:  # its factors are parametrized, and there only now
         layer._subtract(layer._merged_target(), scaling)
     was_merged = layer.__dict__.pop("_was_merged", False)
+    if layer.__dict__.pop("_kept_what_is_here", False) and layer.merged:
+        layer._remember(True, layer._record)  # what was written was what had been there
     # A subclass with a train() of its own merges itself, or never.
     merges = was_merged or type(layer).train is MergingLayer.train
     if not layer.training and layer.merge_weights and merges and not layer.merged:  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_fast import checks, native, ops, reference, shapes, sharded, versions
 from lora_fast.backend import Backend, decided, get_backend
 from lora_fast.native import Merge
-from lora_fast.record import MergeRecord
+from lora_fast.record import MergeRecord, some_of
 
 
 def merge_(
@@ -77,9 +77,12 @@ def _merge_checked(requests: Sequence[Merge]) -> list[MergeRecord | None]:
     records: list[MergeRecord | None] = [None] * len(requests)
     try:
         if served:
+            before = [some_of(requests[i].weight) for i in served]
             found = native.merge([requests[i] for i in served])
-            for i, record in zip(served, found, strict=True):
+            for i, record, elements in zip(served, found, before, strict=True):
                 records[i] = record
+                if record is not None and record.original is None:
+                    record.before, record.after = elements, some_of(requests[i].weight)
         for i in sorted(set(range(len(requests))) - set(served)):
             records[i] = _merge_alone(requests[i])
         for request, record, original in zip(requests, records, originals, strict=True):
@@ -100,6 +103,9 @@ def _checked(request: Merge) -> Merge:
         checks.scaling("merge_", scaling)
         # A number of its own, as a tensor may change before the merge is undone.
         request = request._replace(scaling=checks.number(scaling))
+    if enable_lora is not None:  # and lists of its own
+        splits = None if out_splits is None else list(out_splits)
+        request = request._replace(enable_lora=list(enable_lora), out_splits=splits)
     shapes.delta("merge_", weight, lora_A, lora_B, enable_lora, out_splits)
     checks.mergeable("merge_", weight, lora_A, lora_B)
     checks.not_faked("merge_", weight)

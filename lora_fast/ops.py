@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_fast import shapes, torch_internals
 from lora_fast.blocks import from_edges
@@ -200,9 +201,13 @@ def launcher(op: str, tensor: Tensor) -> Callable[..., Any]:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Tell that no tracer, mode, transform or subclass has a part in what is done to a tensor."""
+    """Tell that no tracer, mode, transform or subclass has a part in what is done to a tensor.
+
+    Nor forward-mode differentiation, which may begin between a forward and its backward.
+    """
     return (
         not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
         and type(tensor) in _PLAIN_TYPES
         and torch_internals.mode_count() == 0
         and torch_internals.dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.device.type)

@@ -278,12 +278,17 @@ _OWN_WEIGHT = "_weight_behind_the_effective_one"
 
 
 def _take_back(layer: nn.Module) -> None:
-    if _OWN_WEIGHT not in vars(layer):
+    without_exposed(vars(layer))
+
+
+def without_exposed(attributes: dict[str, Any]) -> None:
+    """Take an exposed weight out of a layer's attributes, or of a copy of them."""
+    if _OWN_WEIGHT not in attributes:
         return
-    own = vars(layer).pop(_OWN_WEIGHT)
-    vars(layer).pop("weight", None)
+    own = attributes.pop(_OWN_WEIGHT)
+    attributes.pop("weight", None)
     if own is not None:
-        vars(layer)["weight"] = own
+        attributes["weight"] = own
 
 
 def _hide_effective_weight(attention: nn.Module, args: Any, output: Any) -> None:

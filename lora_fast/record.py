@@ -45,6 +45,8 @@ class MergeRecord:
         spent: whether it has served.
         of_shard: whether all of this is of one rank's shard of a DTensor.
         versions: the weight's numbers for autograd, if the old one can be taken back.
+        before: where there is no copy, some elements of the original weight (see `some_of`).
+        after: the same elements of the merged one.
     """
 
     shape: torch.Size
@@ -59,6 +61,8 @@ class MergeRecord:
     spent: bool = False
     of_shard: bool = False
     versions: Versions | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
 
     def check(self, weight: Tensor) -> None:
         """Refuse a weight that this is not the record of, and a second use."""
@@ -84,3 +88,16 @@ class MergeRecord:
         copied = 0 if self.original is None else self.original.numel()
         size = 0 if self.original is None else self.original.element_size()
         return copied * size + sum(code.nbytes() for code in self.codes)
+
+
+_EACH_WAY = 8
+
+
+def some_of(weight: Tensor) -> Tensor:
+    """Return a copy of up to 8 x 8 elements (4 of the same in each further dimension).
+
+    By them a weight that was written to while merged shows whether it is the original again: the
+    codes alone do not tell, as the next weight's rounding is like this one's.
+    """
+    steps = [-(-n // _EACH_WAY) for n in weight.shape[:2]] + [-(-n // 2) for n in weight.shape[2:]]
+    return weight[tuple(slice(None, None, max(1, step)) for step in steps)].clone()

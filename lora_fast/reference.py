@@ -40,19 +40,41 @@ def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Y + scaling S B^T, out of place: what an adapter adds to the frozen layer's output."""
     if isinstance(scaling, Tensor):  # of one's own, perhaps trained; one for each feature, too
         return y + F.linear(s, like(lora_B, y)) * scaling
-    if (
-        type(y) is not Tensor
-        or y.dim() != 2
-        or not s.dtype is y.dtype is lora_B.dtype
-        or (y.dtype.itemsize == 2 and y.shape[0] < _TOO_FEW_FOR_ADDMM)
-        or torch.compiler.is_dynamo_compiling()  # it fuses them, and takes alpha for a constant
-        or autocasts(y)  # the product would round to its dtype, which y need not have
-    ):
-        update = F.linear(s * scaling, like(lora_B, y))
-        return y + (update if update.dtype is y.dtype else update.to(y.dtype))  # autocast's, say
-    if y.dtype.itemsize > 2:
+    in_one_product = (
+        type(y) is Tensor
+        and y.dim() == 2
+        and s.dtype is y.dtype is lora_B.dtype
+        and (y.dtype.itemsize > 2 or y.shape[0] >= _TOO_FEW_FOR_ADDMM)
+        and not torch.compiler.is_dynamo_compiling()  # it fuses them, and takes alpha as constant
+        and not autocasts(y)  # the product would round to its dtype, which y need not have
+    )
+    if in_one_product and y.dtype.itemsize > 2:
         return torch.addmm(y, s, lora_B.t(), alpha=scaling)
-    return torch.addmm(y, s * scaling, lora_B.t())
+    s, lora_B = scaled_factors(s, lora_B, scaling)
+    if in_one_product:
+        return torch.addmm(y, s, lora_B.t())
+    update = F.linear(s, like(lora_B, y))
+    return y + (update if update.dtype is y.dtype else update.to(y.dtype))  # autocast's, say
+
+
+def scaled_factors(s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """S and B, one of them times `scaling`: S, which has fewer elements, but in fp16 not always.
+
+    There S may be too large to be multiplied by more than 1, but B, a parameter, is small, and
+    dS = dY (scaling B) keeps a small dY from underflowing. A factor below 1 does belong to S: B
+    might underflow, and dB = dY^T (scaling S), a sum over all rows, overflow without it.
+    """
+    if _multiplies_in_fp16(s) and abs(scaling) > 1.0:
+        return s, lora_B * scaling
+    return s * scaling, lora_B
+
+
+def _multiplies_in_fp16(x: Tensor) -> bool:
+    if not isinstance(x, Tensor):  # an fx proxy, which has no dtype to ask for
+        return False
+    if x.dtype is torch.float16:
+        return True
+    return autocasts(x) and torch.get_autocast_dtype(x.device.type) is torch.float16
 
 
 def lora_merged_linear(
@@ -93,14 +115,17 @@ def grouped_expand(
     out_splits: list[int] | None = None,
 ) -> Tensor:
     """Y, and block g of it + scaling S_g B_g^T where g is enabled, out of place."""
-    s, lora_B = s * scaling, like(lora_B, s)
+    if not isinstance(scaling, Tensor):  # of one's own, perhaps trained
+        s, lora_B = scaled_factors(s, lora_B, scaling)
+    lora_B = like(lora_B, s)
     rank = lora_B.shape[1]
     updated = []
     for block in output_blocks(y.shape[-1], enable_lora, out_splits):
         part = y.narrow(-1, block.begin, block.width)
         if block.enabled:
             s_block = s.narrow(-1, block.adapter * rank, rank)
-            part = part + F.linear(s_block, lora_B.narrow(0, block.row, block.width))
+            update = F.linear(s_block, lora_B.narrow(0, block.row, block.width))
+            part = part + (update * scaling if isinstance(scaling, Tensor) else update)
         updated.append(part)
     return torch.cat(updated, dim=-1)
 

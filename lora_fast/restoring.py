@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fast import functional, shapes, sharded, sums
-from lora_fast.record import Code, MergeRecord
+from lora_fast import functional, readers, shapes, sharded, sums
+from lora_fast.record import Code, MergeRecord, some_of
+from lora_fast.torch_internals import is_fake_tensor
 
 _log = logging.getLogger("lora_fast.merge")
 
@@ -21,13 +22,28 @@ class RestoresWeight:
     """
 
     scaling: float
+    merged: bool
+    _record: MergeRecord | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     _merged_version: tuple[int, ...] | None
     _weight_owner: Callable[[], nn.Module]
     _blocks: Callable[[], dict[str, Any]]
+    _weight_version: Callable[[], tuple[int, ...] | None]
     _described: Callable[[], str]
     _other_factors: Callable[[MergeRecord], bool]
+
+    def _was_converted(self) -> bool:
+        """Tell whether the merged weight is of another class now, as torchao's quantization does.
+
+        Then the merge is for good: the layer is moved, copied and saved as it is.
+        """
+        record, weight = self._record, readers.stored_weight(self._weight_owner())
+        if not self.merged or record is None or weight is None or record.of_shard:
+            return False
+        before = Tensor if record.original is None else type(record.original)
+        now = type(weight.detach())
+        return now is not before and not sharded.is_dtensor(weight) and not is_fake_tensor(weight)
 
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
         if record is None:  # someone set `merged` by hand: do what loralib does
@@ -61,15 +77,13 @@ class RestoresWeight:
 
     def _fits(self, target: Tensor) -> bool:
         """Tell whether the present factors, pruned with the weight say, make a delta for it."""
-        factors = [getattr(self, name, None) for name in ("lora_A", "lora_B")]
+        factors: list[Any] = [getattr(self, name, None) for name in ("lora_A", "lora_B")]
         if any(type(t) not in (nn.Parameter, Tensor) for t in (target, *factors)):
             return False
-        blocks = self._blocks()
+        lora_A, lora_B = factors
+        blocks = [self._blocks().get(name) for name in ("enable_lora", "out_splits")]
         try:
-            shapes.delta(
-                *("unmerge_", target, *factors),
-                *(blocks.get("enable_lora"), blocks.get("out_splits")),
-            )
+            shapes.delta("unmerge_", target, lora_A, lora_B, blocks[0], blocks[1])
         except ValueError:
             return False
         return True
@@ -99,7 +113,7 @@ class RestoresWeight:
         """Tell whether somebody wrote to the weight since the merge, so that nothing is lost."""
         if self._merged_version is None:
             return False
-        is_counted = sharded.version(self._weight_owner().weight) != self._merged_version
+        is_counted = self._weight_version() != self._merged_version
         # A code undoes a write that torch did not count, a copy would throw it away. Of a shard the
         # record may hold the factors of the whole.
         if not is_counted and (record.original is None or record.of_shard):
@@ -112,6 +126,8 @@ class RestoresWeight:
         factors = (record.lora_A, record.lora_B, record.scaling)
         if not is_counted and record.original is not None:
             return not sums.is_sum(shard, record.original, *factors, **record.blocks())
+        if record.after is not None and not torch.equal(some_of(shard), record.after):
+            return True
         original = shard.clone()
         functional.unmerge_(original, replace(record))
         functional.merge_(original, *factors, **record.blocks())
@@ -125,22 +141,22 @@ class RestoresWeight:
 def _is_base(shard: Tensor, record: MergeRecord) -> bool:
     """Tell whether a weight is the base again, as averages put it back after a validation.
 
-    By the copy of it, or because merging it makes the code that the record holds: what the
-    additions lose to rounding is like a fingerprint. One of zeros alone tells nothing.
+    By the copy of it, or some of its elements, and because merging it makes the code that the
+    record holds.
     """
     if shard.dtype != record.dtype or shard.device != record.lora_A.device:
         return False
     if record.original is not None:
         return torch.equal(shard, record.original)
+    if record.before is None or not torch.equal(some_of(shard), record.before):
+        return False
     factors = (record.lora_A, record.lora_B, record.scaling)
     try:
         again = functional.merge_(shard.clone(), *factors, **record.blocks())
     except OverflowError:
         return False
     mine, its = ([t for code in r.codes for t in _ordered(code)] for r in (record, again))
-    if len(mine) != len(its) or not all(map(torch.equal, mine, its)):
-        return False
-    return any(bool(t.any()) for t in mine)
+    return len(mine) == len(its) and all(map(torch.equal, mine, its))
 
 
 def _ordered(code: Code) -> Code:

@@ -51,6 +51,18 @@ def taken(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, **bloc
 
 
 @torch.no_grad()
+def norms(lora_A: Tensor, lora_B: Tensor) -> list[float]:
+    """Return the norms of the factors, which tell what was merged where no element of it shows."""
+    return [float(torch.linalg.vector_norm(factor.double())) for factor in (lora_A, lora_B)]
+
+
+def are_other(then: list[float], lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Tell whether factors, perhaps in another dtype, are others than those with these norms."""
+    pairs = zip(then, norms(lora_A, lora_B), strict=True)
+    return any(abs(now - before) > 0.1 * before for before, now in pairs)
+
+
+@torch.no_grad()
 def compared(
     sample: Sample,
     weight: Tensor,

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lora_fast import checks, readers, sample, sharded
+from lora_fast import checks, interrupts, readers, sample, sharded
 from lora_fast.record import MergeRecord
 from lora_fast.torch_internals import mode_count, storage_id
 
-# The weights that `state_dict()` took from merged layers, and whose they are: they are views, and
-# show the original as soon as the layer is in train mode again, whatever the dict's mark says.
-_views_of_merged = WeakTensorKeyDictionary()
+# The weights that `state_dict()` took from layers, and whose they are: they are views, and show the
+# original as soon as the layer is in train mode again, whatever the dict's mark says.
+_views = WeakTensorKeyDictionary()
 # What wrappers of torch put into the names of modules, and take out of the keys of a state.
 _WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
@@ -37,10 +37,12 @@ class SavedState:
     _merged_version: tuple[int, ...] | None
     _merged_marks: tuple[Any, ...] | None
     _has_adapter: Callable[[], bool]
+    _was_converted: Callable[[], bool]
     _weight_owner: Callable[[], nn.Module]
     _weight_key: Callable[[], str]
     _as_delta: Callable[[Tensor], Tensor]
     _blocks: Callable[[], dict[str, Any]]
+    _weight_version: Callable[[], tuple[int, ...] | None]
     _restore: Callable[[Tensor, MergeRecord | None], None]
 
     def __copy__(self) -> Any:
@@ -58,12 +60,17 @@ class SavedState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled or copied: a copy of the base weight, which any machine reads."""
+        with interrupts.merge_lock:
+            return self._pickled()
+
+    def _pickled(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
         state.pop("_given_to_child", None)
+        readers.without_exposed(state)
         state["_merged_marks"] = None
         record = self._record
         weight = readers.stored_weight(self._weight_owner())
-        if not self.merged:  # by hand, perhaps: then the record is of no use
+        if not self.merged or self._was_converted():  # then the record is of no use
             state["_record"] = None
         elif record is not None and record.codes and weight is not None:
             mine = sharded.local(self._base_of(weight, record))
@@ -90,7 +97,7 @@ class SavedState:
         super().__setstate__(state)  # type: ignore[misc]
         readers.forget_holders()
         if self._merged_version is not None:
-            self._merged_version = sharded.version(self._weight_owner().weight)
+            self._merged_version = self._weight_version()
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -109,6 +116,8 @@ class SavedState:
                 metadata["lora_scaling"] = scaling
         if record is not None and not record.of_shard:
             metadata["lora_sample"] = self._sample(record)
+            if not metadata["lora_sample"]:  # the delta shows nowhere: then by the factors
+                metadata["lora_norms"] = sample.norms(record.lora_A, record.lora_B)
 
     def _save_base_of_other_factors(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
@@ -117,11 +126,14 @@ class SavedState:
         record, weight = self._record, readers.stored_weight(self._weight_owner())
         if record is None or record.of_shard or weight is None or not _can_be_read(weight):
             return
-        if not self._other_factors(record):
+        if self._was_converted() or (
+            not self._other_factors(record) and self._one_scaling() == record.scaling
+        ):
             return
         state_dict[prefix + self._weight_key()] = self._as_delta(self._base_of(weight, record))
         metadata["lora_merged"] = False
         metadata.pop("lora_sample", None)
+        metadata.pop("lora_norms", None)
         if self._one_scaling() is not None:
             metadata["lora_scaling"] = self._one_scaling()
 
@@ -143,6 +155,9 @@ class SavedState:
             return "_merged_nothing" in self.__dict__ and self._has_adapter()
         if record.of_shard:  # the ranks must agree
             return False
+        blocks = self._blocks()
+        if record.spent or (blocks and blocks != record.blocks()):
+            return True
         marks = self._factor_marks()
         if (
             marks is not None
@@ -210,8 +225,8 @@ def remember_view(
     layer._save_base_of_other_factors(state_dict, prefix, metadata)
     value = state_dict.get(prefix + layer._weight_key())
     is_view = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-    if is_view and metadata.get("lora_merged", layer.merged):
-        _views_of_merged[value] = weakref.ref(layer)
+    if is_view and (layer._record is None or metadata.get("lora_merged")):
+        _views[value] = weakref.ref(layer)
     _mark_unwrapped(state_dict, prefix, metadata)
 
 
@@ -230,8 +245,8 @@ def without_wrappers(name: str) -> str:
 
 
 def layer_of_view(value: Any) -> Any:
-    """Return the layer whose merged weight a value of a state is a view of, if it still is."""
-    source = _views_of_merged.get(value) if isinstance(value, Tensor) else None
+    """Return the layer whose weight a value of a state is a view of, if it still is."""
+    source = _views.get(value) if isinstance(value, Tensor) else None
     layer: Any = None if source is None else source()
     if layer is None or not shares_memory(value, layer._weight_owner().weight):
         return None  # gone, or its weight has moved on

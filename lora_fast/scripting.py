@@ -11,8 +11,8 @@ from torch import Tensor
 
 def linear_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Y + scaling (X A^T) B^T."""
-    s = F.linear(x, lora_A.to(x.dtype)) * scaling
-    return y + F.linear(s, lora_B.to(x.dtype))
+    s, b = _scaled_factors(F.linear(x, lora_A.to(x.dtype)), lora_B, scaling)
+    return y + F.linear(s, b.to(x.dtype))
 
 
 def grouped_update(
@@ -25,8 +25,8 @@ def grouped_update(
     widths: list[int],
 ) -> Tensor:
     """Y, and to block g of it scaling (X A_g^T) B_g^T added where g is enabled."""
-    s = F.linear(x, lora_A.to(x.dtype)) * scaling
-    b = lora_B.to(x.dtype)
+    s, b = _scaled_factors(F.linear(x, lora_A.to(x.dtype)), lora_B, scaling)
+    b = b.to(x.dtype)
     rank, row, column, group = b.size(1), 0, 0, 0
     for i in range(len(widths)):
         if enable_lora[i]:
@@ -37,6 +37,13 @@ def grouped_update(
             group += 1
         column += widths[i]
     return y
+
+
+def _scaled_factors(s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """S and B, one of them times `scaling`, as `lora_fast.reference.scaled_factors` chooses."""
+    if s.dtype == torch.float16 and abs(scaling) > 1.0:
+        return s, lora_B * scaling
+    return s * scaling, lora_B
 
 
 def merged_kernel(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

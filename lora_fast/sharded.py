@@ -1,6 +1,7 @@
 """Merging DTensor weights (FSDP2, tensor parallel): every rank merges the shard that it holds."""
 
 import sys
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lora_fast import reference, versions
 from lora_fast.blocks import output_blocks
-from lora_fast.record import MergeRecord
+from lora_fast.record import MergeRecord, some_of
 from lora_fast.torch_internals import storage_id
 
 
@@ -16,6 +17,12 @@ def is_dtensor(tensor: Tensor) -> bool:
     """Tell whether `tensor` is a DTensor, without importing torch.distributed for it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_sharded_tensor(value: Any) -> bool:
+    """Tell whether `value` is what FSDP1 gives for SHARDED_STATE_DICT, which is no DTensor."""
+    module = sys.modules.get("torch.distributed._shard.sharded_tensor")
+    return module is not None and isinstance(value, module.ShardedTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -85,6 +92,25 @@ def merge_(
     return record
 
 
+def is_as_merged(weight: Any, record: MergeRecord | None) -> bool:
+    """Tell by the values whether this rank's shard is as the merge with this record has left it."""
+    from lora_fast import merging
+
+    shard = local(weight)
+    if record is None or not record.of_shard or shard.is_meta:
+        return bool(shard.is_meta)
+    if record.after is not None and not torch.equal(some_of(shard), record.after):
+        return False
+    again = shard.clone()
+    try:
+        merging.unmerge_(again, replace(record))
+        factors = (record.lora_A, record.lora_B, record.scaling)
+        merging.merge_(again, *factors, **record.blocks())
+    except (ValueError, OverflowError):  # another shape or dtype, or values
+        return False
+    return torch.equal(again, shard)
+
+
 def count_version(weight: Tensor) -> None:
     """Let autograd see a write to the shard: it looks at the DTensor, not at what that holds."""
     if is_dtensor(weight):
@@ -105,10 +131,15 @@ def version(weight: Any) -> tuple[int, ...] | None:
 
 def agreed(weight: Any, reason: str | None) -> str | None:
     """Why not to merge: this rank's reason, or that another rank of a DTensor's has one."""
-    if weight is None or not is_dtensor(weight) or weight.is_meta:
-        return reason
-    (obstacles,) = _votes(weight, reason is not None)
-    return reason or ("another rank has an obstacle, and says which" if obstacles else None)
+    is_obstacle = on_any_rank(weight, reason is not None)
+    return reason or ("another rank has an obstacle, and says which" if is_obstacle else None)
+
+
+def on_any_rank(weight: Any, mine: bool) -> bool:
+    """Tell whether any rank of a DTensor says yes; every rank must ask. Others answer alone."""
+    if not is_dtensor(weight) or weight.is_meta:
+        return mine
+    return _votes(weight, mine)[0] > 0
 
 
 def _votes(weight: Any, *mine: bool) -> list[float]:

@@ -75,5 +75,6 @@ def _is_sum(weight: Tensor, base: Tensor, b: Tensor, a: Tensor, scaling: float) 
     products = abs(scaling) * (b.abs() @ a.abs())
     allowed = eps * (weight.abs() + 3 * delta.abs()) + step * (abs(scaling) + 2)
     allowed += (a.shape[0] + 3) * eps_of_sums * (base.abs() + products) + eps_of_factors * products
-    near = (weight - base - delta).abs() <= allowed
-    return bool((near | (weight == base) | (weight.isnan() & base.isnan())).all())
+    near = ((weight - base - delta).abs() <= allowed) & allowed.isfinite()
+    same = (weight == base) & weight.isinf() | weight.isnan() & base.isnan()
+    return bool((near | same).all())

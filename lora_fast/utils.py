@@ -6,6 +6,7 @@ from typing import Dict  # noqa: UP035, loralib has it
 import torch
 from torch import Tensor, nn
 
+from lora_fast import checks
 from lora_fast.lora_layer import LoRALayer
 
 # With what `from loralib.utils import *` brings along.
@@ -34,6 +35,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         parametrizes. Parameters that were frozen before stay frozen.
         Source: loralib/utils.py:13-31.
     """
+    checks.module("mark_only_lora_as_trainable", model, "named_parameters")
     _check_bias(bias)
     for name, parameter in model.named_parameters():
         if not _is_lora(name):
@@ -65,6 +67,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     Note:
         Rank and alpha are not in it; `lora_fast.save` keeps them. Source: loralib/utils.py:34-53.
     """
+    checks.module("lora_state_dict", model, "state_dict")
     _check_bias(bias)
     state = model.state_dict()
     if bias == "none":

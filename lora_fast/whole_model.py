@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fast import interrupts, merging, reference, sharded
-from lora_fast.lora_layer import MergingLayer, merge_lock
+from lora_fast import checks, interrupts, merging, reference, sharded
+from lora_fast.interrupts import merge_lock
+from lora_fast.lora_layer import MergingLayer
 from lora_fast.native import Merge
 from lora_fast.record import MergeRecord
 
@@ -34,6 +35,7 @@ def merge(model: nn.Module, *, progress: bool = False) -> int:
         RuntimeError: a layer can't be merged, because its weight is tied, say, or would overflow.
             The message names it; every layer is as it was. The same holds for any other exception.
     """
+    checks.module("merge", model, "named_modules")
     with merge_lock:  # what is to be merged must be so until it is
         return _merge(_adapted(model), progress)
 
@@ -51,11 +53,12 @@ def _merge(layers: Layers, progress: bool) -> int:
     obstacles = [f"{name}: {why}" for name, layer in todo.items() if (why := layer._obstacle())]
     if obstacles:
         raise RuntimeError("merge: nothing was merged. " + "; ".join(obstacles))
-    with interrupts.held_back():
-        for layer in stale.values():
-            layer._unmerge()
     done: list[MergingLayer] = []
+    records = {name: layer._record for name, layer in stale.items()}
     try:
+        with interrupts.held_back():
+            for layer in stale.values():
+                layer._unmerge()
         for batch in _shown(todo, "merge", progress):
             done += batch.values()
             _merge_batch(batch)
@@ -63,6 +66,10 @@ def _merge(layers: Layers, progress: bool) -> int:
         with interrupts.held_back():
             for layer in done:
                 layer._unmerge()
+            for name, layer in stale.items():
+                record = records[name]
+                if record is not None and not layer.merged:
+                    layer._fold_again(record)
         raise
     return len(done)
 
@@ -80,6 +87,7 @@ def unmerge(model: nn.Module, *, progress: bool = False) -> int:
     Raises:
         ValueError: there is nothing to unmerge: no LoRA layer is merged.
     """
+    checks.module("unmerge", model, "named_modules")
     with merge_lock:
         return _unmerge(_merged(model), progress)
 

@@ -270,6 +270,32 @@ def test_a_forced_backend_that_cannot_run_changes_nothing() -> None:
     assert layer(x).shape == (5, 6)
 
 
+@pytest.mark.parametrize("kind", ["Linear", "MergedLinear"])
+def test_a_dropout_that_no_kernel_does(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    layer = getattr(lora_fast, kind)(4, 6, r=2, lora_dropout=0.5)
+    if kind == "MergedLinear":
+        layer = lora_fast.MergedLinear(4, 6, r=2, lora_dropout=0.5, enable_lora=[True, False])
+    layer.lora_dropout.inplace = True
+    x = torch.randn(3, 4)
+    (said,) = decisions(caplog, lambda: layer(x.clone()))
+    assert "-> reference: the dropout has hooks, works in place" in said
+    with (
+        lora_fast.use_backend("triton"),
+        pytest.raises(RuntimeError, match="forced but cannot run: the dropout has hooks"),
+    ):
+        layer(x)
+
+
+def test_what_has_no_kernel_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    _, weight, a, b = factors()
+    (said,) = decisions(caplog, lambda: functional.merged_delta(a, b, 1.0))
+    assert said == "merged_delta -> reference: there is no kernel for it"
+    (said,) = decisions(
+        caplog, lambda: functional.merged_weight(weight, a, b, 1.0, enable_lora=[True])
+    )
+    assert said == "merged_weight -> reference: blocks, for which there is no kernel"
+
+
 # --------------------------------------------------------------------------- explain
 
 
@@ -292,9 +318,12 @@ def test_explain_prints_a_line_for_every_op(
 def test_explain_tells_what_a_call_would_run(caplog: pytest.LogCaptureFixture) -> None:
     lines = [line.split() for line in lora_fast.explain().splitlines()]
     told = {words[0]: words[3] for words in reversed(lines) if words[1] == "cpu"}
+    reasons = {words[0]: " ".join(words[4:]) for words in reversed(lines) if words[1] == "cpu"}
     for op, call in CALLS.items():
         (said,) = decisions(caplog, call)
         assert said.startswith(f"{op} -> {told[op]}:")
+        if backend.has_kernel(op):
+            assert said.partition(": ")[2] == reasons[op]
 
 
 def test_explain_of_a_forced_backend_says_why_it_cannot_run(no_interpreter: None) -> None:

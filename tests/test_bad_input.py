@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,16 @@ def test_merged_delta(
         functional.merged_delta(torch.randn(a), torch.randn(b), 1.0, **kwargs)
 
 
+@pytest.mark.parametrize("op", ["merge_", "merged_weight", "merged_delta"])
+def test_widths_of_blocks_of_which_none_is_enabled(op: str) -> None:
+    weight, a, b = (torch.randn(FACTORS[name]) for name in ("weight", "lora_A", "lora_B"))
+    before = weight.clone()
+    operands = (a, b) if op == "merged_delta" else (weight, a, b)
+    with pytest.raises(ValueError, match=rf"{op}: out_splits=\[2, 4\] must come with enable_lora"):
+        getattr(functional, op)(*operands, 1.0, out_splits=[2, 4])
+    assert torch.equal(weight, before)
+
+
 @pytest.mark.parametrize("op", ["merge_", "merged_weight"])
 @pytest.mark.parametrize(
     ("weight", "a", "b"),
@@ -248,10 +259,42 @@ def test_a_rank_of_a_wrong_type_with_a_given_table(r: Any) -> None:
         lora.Embedding(9, 4, r=r, _weight=table)
 
 
-@pytest.mark.parametrize("enable", [None, True, 1, "qv"])
+@pytest.mark.parametrize("enable", [None, True, 1, "qv", b"qv", torch.tensor(True), np.array(1)])
 def test_enable_lora_that_is_no_sequence_of_truth_values(enable: Any) -> None:
     with pytest.raises(TypeError, match="MergedLinear: enable_lora must have an entry for each"):
         lora.MergedLinear(4, 6, r=2, enable_lora=enable)
+
+
+SPLITS: dict[str, Any] = {
+    "numpy": np.array([1, 5]),
+    "numpy's ints": [np.int64(1), np.int64(5)],
+    "tensor": torch.tensor([1, 5]),
+    "bool": [True, 5],
+    "tuple": (1, 5),
+}
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_widths_become_plain_ints(kind: str) -> None:
+    layer = lora.MergedLinear(4, 6, r=2, enable_lora=[True, False], out_splits=SPLITS[kind])
+    assert layer.out_splits == [1, 5]
+    assert [type(width) for width in layer.out_splits] == [int, int]
+    randomize_(layer)
+    x = torch.randn(3, 4)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+    assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "splits", [3, "15", [1.0, 5.0], torch.tensor([1.0, 5.0]), torch.tensor(6), [None, 6]], ids=repr
+)
+def test_widths_that_are_no_integers(splits: Any) -> None:
+    state = torch.get_rng_state()
+    with pytest.raises(TypeError, match="MergedLinear: out_splits must be None or a list of int"):
+        lora.MergedLinear(4, 6, r=2, enable_lora=[True, False], out_splits=splits)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +306,24 @@ def test_kernels_with_other_dimensions_or_sides(kind: str, kernel: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"square kernels, got {kernel!r}")):
         getattr(lora, kind)(4, 6, kernel, r=2)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kernel", [3.0, "3", None, True, (), torch.tensor(3.0), (3, True)])
+def test_kernels_that_are_no_integers(kernel: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"square kernels, got {kernel!r}")):
+        lora.Conv2d(4, 6, kernel, r=2)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [np.int64(3), torch.tensor(3), (np.int64(3), 3), torch.Size((3, 3)), np.array([3, 3])],
+    ids=repr,
+)
+def test_integers_of_any_type_are_kernels(kernel: Any) -> None:
+    layer = lora.Conv2d(4, 6, kernel, r=2)
+    assert layer.kernel_size == (3, 3)
+    assert layer.lora_A.shape == (6, 12)
+    assert layer(torch.randn(1, 4, 5, 5)).shape == (1, 6, 3, 3)
 
 
 @pytest.mark.parametrize(("kind", "d"), [("Conv1d", 1), ("Conv2d", 2), ("Conv3d", 3)])

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import pytest
 
+import lora_fast
 from lora_fast.commands import (
     BadInputError,
     more_than_zero,
@@ -49,6 +50,22 @@ def test_one_line_says_why_it_ended(
 def test_a_bug_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         status_of("a", raising(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize("module", ["lora_fast", "lora_fast.cli"])
+def test_a_module_is_the_command(module: str) -> None:
+    for arguments, status, said in (
+        (["--version"], 0, f"lora_fast {lora_fast.__version__}"),
+        (["tune", "--shapes", "1"], 2, "lora-fast tune: --shapes: expected M,K,N,r"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout[: len(said)]) == (status, said)
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])

@@ -104,6 +104,17 @@ def test_the_settings_are_those_of_the_process(
     assert "your tables are in elsewhere" in found["measured tables"]
 
 
+def test_a_convolution_is_tested_with_its_weight(
+    no_kernels: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = functional.lora_conv
+    monkeypatch.setattr(functional, "lora_conv", lambda **arguments: 1.02 * right(**arguments))
+    status, text = report(capsys)
+    assert status == 1
+    failed = [line.split()[0] for line in text.splitlines() if "FAILED" in line]
+    assert set(failed) == {"merged_weight"}
+
+
 def test_it_does_not_tell_the_name_of_the_user(
     no_kernels: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import lora_fast as lora
 from lora_fast.testing import randomize_
@@ -47,3 +48,25 @@ def test_gradients_in_a_batch(name: str) -> None:
     for i, dy in enumerate(dys):
         alone = torch.autograd.grad(y, learns, dy, retain_graph=True)
         torch.testing.assert_close(tuple(grad[i] for grad in batch), alone)
+
+
+FEW: dict[str, Callable[[], nn.Module]] = {
+    "blocks": LAYERS["blocks"],
+    "bf16": lambda: lora.Linear(24, 36, r=3).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("name", FEW)
+def test_tangents_of_gradients(name: str, rows: int) -> None:
+    """Forward mode through a backward whose forward ran before it: gradients are linear in dY."""
+    layer = randomize_(FEW[name]())
+    x = torch.randn(rows, 24, dtype=layer.weight.dtype, requires_grad=True)
+    y, learns = layer(x), [x, layer.lora_A, layer.lora_B]
+    dy, tangent = torch.randn_like(y), torch.randn_like(y)
+    expected = torch.autograd.grad(y, learns, tangent, retain_graph=True)
+    with forward_ad.dual_level():
+        found = torch.autograd.grad(y, learns, forward_ad.make_dual(dy, tangent))
+        tangents = tuple(forward_ad.unpack_dual(grad).tangent for grad in found)
+    close = {"rtol": 0.05, "atol": 0.1} if name == "bf16" else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(tangents, expected, **close)

@@ -268,6 +268,66 @@ def test_second_make_sets_up_nothing(checkout):
     assert "pip install" in run(*make, cwd=checkout)
 
 
+# Stands for a Python: makes an environment with itself in it, and does anything else at once.
+PYTHON = """#!/bin/sh
+if [ "$1 $2" = "-m pip" ] && [ ! -e "$(dirname "$0")/activate" ]; then exit 1; fi
+if [ "$1 $2" = "-m venv" ]; then
+  mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/bin/activate"
+fi
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Run make, without a word about folders, beside a Makefile where nothing is built."""
+    tree = tmp_path / "tree"
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    for folder in ("lora_fast", "kernels"):
+        (tree / folder).mkdir()
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return lambda *args: run("make", "--no-print-directory", f"PYTHON={python}", *args, cwd=tree)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_clean_deletes_the_environment_that_make_made(make, tmp_path):
+    assert "making .venv with" in make("setup")
+    environment = tmp_path / "tree" / ".venv"
+    assert (environment / ".lora_fast-installed").is_file()
+    make("clean")
+    assert not environment.exists()
+    make("clean")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("is_set_up", [False, True])
+def test_clean_keeps_what_others_made(make, tmp_path, is_set_up):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "notes").write_text("")
+    if is_set_up:
+        make("setup", f"VENV={folder}")
+        assert (folder / ".lora_fast-installed").is_file()
+    assert f"keeping {folder}" in make("clean", f"VENV={folder}")
+    assert (folder / "notes").is_file()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("folder", [".", "../tree"])
+def test_clean_never_deletes_the_tree(make, tmp_path, folder):
+    make("setup", f"VENV={folder}")
+    make("clean", f"VENV={folder}")
+    assert (tmp_path / "tree" / "Makefile").is_file()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_wheel_may_go_to_a_folder_with_a_space(make):
+    assert "--outdir 'two words' ." in make("-n", "wheel", "DIST=two words").replace('"', "'")
+
+
 def test_tree_names_no_path_of_one_machine():
     folders = re.compile("|".join(re.escape(f"/{name}/") for name in ("work", "root", "opt")))
     skipped = {".git", ".venv", "build", "dist", "__pycache__"}

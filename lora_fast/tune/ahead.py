@@ -77,7 +77,7 @@ def _run_each(job: Job, changes: list[Change], device: str) -> int:
         return 0
     ran = 0
     for change in changes:
-        for way in _ways(job, change):
+        for way in _ways(change):
             try:
                 problem.run(replace(job.rule, **way, **change))
                 ran += 1
@@ -88,7 +88,7 @@ def _run_each(job: Job, changes: list[Change], device: str) -> int:
     return ran
 
 
-def _ways(job: Job, change: Change) -> Iterator[Change]:
+def _ways(change: Change) -> Iterator[Change]:
     """Combinations with what an earlier step may choose, where it decides about the same kernel."""
     if "shrink" in change:
         yield from ({"impl": impl} for impl in ("split", "lora_first"))

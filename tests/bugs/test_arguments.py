@@ -2,6 +2,8 @@
 
 import importlib.resources
 import inspect
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import loralib
@@ -27,6 +29,15 @@ def own_arguments(cls: type) -> list[str]:
 def test_b35_positional_arguments_come_in_loralibs_order(name: str) -> None:
     theirs = own_arguments(getattr(loralib, name))
     assert own_arguments(getattr(lora, name))[: len(theirs)] == theirs
+
+
+@pytest.mark.parametrize("name", ["Conv1d", "Conv2d", "Conv3d"])
+def test_b35_a_convolution_names_its_arguments(name: str) -> None:
+    conv_module, *rest = own_arguments(loralib.ConvLoRA)[1:]
+    assert conv_module == "conv_module"
+    assert own_arguments(getattr(lora, name)) == ["self", *rest]
+    with pytest.raises(TypeError, match="conv_module"):
+        getattr(lora, name)(4, 6, 3, conv_module=nn.Conv2d)
 
 
 @pytest.mark.parametrize("lib", [lora, loralib], ids=["lora_fast", "loralib"])
@@ -94,6 +105,33 @@ def test_b42_other_integers_are_ranks(r: Any) -> None:
     assert layer.scaling == 1.5
 
 
+@pytest.mark.parametrize(
+    "r", [torch.tensor(2.0), np.array([2]), np.float64(2), torch.ones(2).int()], ids=repr
+)
+@pytest.mark.parametrize("name", CLASSES)
+def test_b42_arrays_and_fractions_are_no_ranks(name: str, r: Any) -> None:
+    with pytest.raises(TypeError, match="r must be an integer, got"):
+        layer_of(name, r=r)
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "r": {"r": 2.0},
+    "lora_alpha": {"r": 2, "lora_alpha": "16"},
+    "lora_dropout": {"r": 2, "lora_dropout": 1.5},
+}
+
+
+@pytest.mark.parametrize("argument", WRONG)
+@pytest.mark.parametrize("name", CLASSES)
+def test_b42_nothing_is_drawn_before_a_refusal(name: str, argument: str) -> None:
+    if name == "Embedding" and argument == "lora_dropout":
+        pytest.skip("it has no dropout")
+    state = torch.get_rng_state()
+    with pytest.raises((TypeError, ValueError), match=argument):
+        layer_of(name, **WRONG[argument])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("p", [-1.0, -1e-9, 1.5, float("nan")])
 @pytest.mark.parametrize("name", [name for name in CLASSES if name != "Embedding"])
 def test_b42_a_dropout_rate_outside_its_range_is_refused(name: str, p: float) -> None:
@@ -115,6 +153,46 @@ def test_b43_scaling_is_there_with_an_adapter_only_and_is_set_once(name: str, li
     assert layer.scaling == 1.5
     layer.r, layer.lora_alpha = 4, 100
     assert layer.scaling == 1.5
+
+
+NUMBERS = [np.float64(3), np.float32(3.1), np.float16(3.1), np.int64(3), np.array(3.0), True]
+
+
+@pytest.mark.parametrize("alpha", [3, 3.3, -0.1, *NUMBERS], ids=repr)
+@pytest.mark.parametrize("name", CLASSES)
+def test_b43_scaling_is_a_plain_float_with_loralibs_value(name: str, alpha: Any) -> None:
+    layer = layer_of(name, r=3, lora_alpha=alpha)
+    assert type(layer.scaling) is float
+    assert layer.lora_alpha is alpha
+    assert layer.scaling == layer_of(name, loralib, r=3, lora_alpha=alpha).scaling
+
+
+@pytest.mark.parametrize("alpha", [Fraction(3), Decimal(3)], ids=repr)
+@pytest.mark.parametrize("name", CLASSES)
+def test_b43_fractions_scale_too(name: str, alpha: Any) -> None:
+    layer, x = layer_of(name, r=2, lora_alpha=alpha), input_of(name)
+    assert type(layer.scaling) is float
+    assert layer.scaling == 1.5
+    layer(x).sum().backward()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_b43_an_alpha_that_is_trained_stays_so(name: str) -> None:
+    alpha = nn.Parameter(torch.tensor(3.0))
+    scaling = layer_of(name, r=2, lora_alpha=alpha).scaling
+    assert scaling.requires_grad
+    assert scaling.item() == 1.5
+
+
+@pytest.mark.parametrize("alpha", [np.float64(16), np.float32(16), np.int64(16)], ids=repr)
+@pytest.mark.parametrize("name", CLASSES)
+def test_b43_a_number_of_numpy_is_as_good_for_compilers(name: str, alpha: Any) -> None:
+    layer, x = layer_of(name, r=2, lora_alpha=alpha), input_of(name)
+    torch._dynamo.reset()
+    y = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, layer(x))
+    assert torch.equal(torch.fx.symbolic_trace(layer)(x), layer(x))
+    torch.jit.script(layer)(x)
 
 
 def test_b43_no_enabled_block_no_scaling() -> None:

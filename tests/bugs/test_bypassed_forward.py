@@ -14,8 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import lora_fast as lora
+from lora_fast import readers
 from lora_fast.testing import randomize_
 
 # The encoder turns a padded batch into a nested tensor, and torch calls those a prototype.
@@ -260,3 +262,39 @@ def test_b13_linear_layers_take_nested_tensors(linear_case: Any, layout: torch.l
     torch.testing.assert_close(list(got), expected)
     torch.testing.assert_close(grads, (layer.lora_A.grad, layer.lora_B.grad))
     torch.testing.assert_close(list(layer.eval()(nested).unbind()), expected)
+
+
+@pytest.mark.parametrize("how", ["pruned", "normed", "replica"])
+def test_b12_a_projection_whose_weight_is_no_parameter(how: str) -> None:
+    """Pruning and weight norm leave a plain attribute in its place, as DataParallel's replicas."""
+    module, x = attention(), torch.randn(3, 5, 8)
+    layer: Any = module.out_proj
+    if how == "pruned":
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    elif how == "normed":
+        with pytest.warns(FutureWarning):
+            nn.utils.weight_norm(layer, "weight")
+    else:
+        weight = layer._parameters.pop("weight").detach()
+        vars(layer)["weight"] = weight
+    own = vars(layer)["weight"]
+    expected = attended(module, x, effective(layer))
+    for _ in range(2):
+        got, _ = module(x, x, x)
+        torch.testing.assert_close(got, expected)
+        assert vars(layer)["weight"] is own
+    got.sum().backward()
+    assert layer.lora_B.grad is not None
+
+
+def test_b12_what_an_interrupted_forward_exposed_is_not_merged() -> None:
+    module, x = attention(), torch.randn(3, 5, 8)
+    layer: Any = module.out_proj
+    base = layer.weight.detach().clone()
+    expected = attended(module, x, effective(layer))
+    readers._expose_effective_weight(module, ())  # and Ctrl-C, which no hook hears of
+    assert torch.equal(copy.deepcopy(layer).weight, base)
+    module.eval()
+    torch.testing.assert_close(module(x, x, x)[0], expected)
+    module.train()
+    assert torch.equal(layer.weight, base)

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_fast as lora
-from lora_fast import functional, lora_layer, native, ops, whole_model
+from lora_fast import functional, interrupts, native, ops, whole_model
 from lora_fast.testing import randomize_
 
 
@@ -87,7 +87,7 @@ def test_a_child_does_not_wait_for_a_thread_that_it_does_not_have() -> None:
     merging_now, told = threading.Event(), threading.Event()
 
     def merge_slowly() -> None:
-        with lora_layer.merge_lock:
+        with interrupts.merge_lock:
             merging_now.set()
             told.wait(1.0)
 

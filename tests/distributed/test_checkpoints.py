@@ -12,6 +12,7 @@ from spmd import (
     assert_same_parameters,
     base_shards,
     batch,
+    local,
     mine,
     network,
     shard,
@@ -26,9 +27,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lora_fast as lora
+from lora_fast.testing import randomize_
 
 FULL = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
@@ -63,6 +66,58 @@ def test_round_trip_through_files(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(target, tokens), expected)
     torch.testing.assert_close(outputs(target.eval(), tokens), expected)
     assert_same_bits(base_shards(target.train()), base)
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_adapters_of_a_full_state_dict_into_a_merged_model(broadcast: bool) -> None:
+    model = network()
+    tokens, _ = batch()
+    expected = outputs(model, tokens)
+    target = twin(model)
+    with torch.no_grad():
+        for parameter in lora.lora_state_dict(target).values():
+            parameter.add_(1.0)
+    shard(target)
+    base = base_shards(target)
+    target.eval()
+    state = lora.lora_state_dict(model)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast, strict=False)
+    set_model_state_dict(
+        target, state if not broadcast or dist.get_rank() == 0 else {}, options=options
+    )
+    assert all(layer.merged for layer in target.children())
+    torch.testing.assert_close(outputs(target, tokens), expected)
+    assert_same_bits(base_shards(target.train()), base)
+
+
+def test_what_one_rank_wrote_into_a_merged_shard_is_refused_by_all() -> None:
+    layer = randomize_(lora.Linear(4, 6, r=2))
+    fully_shard(layer)
+    layer.eval()
+    state = layer.state_dict()
+    if dist.get_rank() == 1:
+        local(state["weight"]).add_(1.0)
+    with pytest.raises(RuntimeError, match=r"weight: the values .* call train\(\) before"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_own_state_of_a_merged_model(again: bool) -> None:
+    model = network()
+    tokens, _ = batch()
+    expected = outputs(model, tokens)
+    shard(model)
+    base = base_shards(model)
+    model.eval()
+    state = model.state_dict()
+    if again:
+        outputs(model, tokens)
+        model.train()
+        model.eval()
+    for _ in range(2):
+        model.load_state_dict(state)
+        torch.testing.assert_close(outputs(model, tokens), expected)
+    assert_same_bits(base_shards(model.train()), base)
 
 
 @pytest.mark.parametrize("gathered", [False, True])

@@ -17,7 +17,6 @@ from torch.distributed.fsdp import (
 
 import lora_fast as lora
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = ["a.safetensors", "a.pt"]
 
 
@@ -48,11 +47,11 @@ def test_a_rank_without_values_writes_nothing(
         model.qkv = wrapped(model.qkv)
     else:
         model = wrapped(model)
-    file = tmp_path / name
+    file = tmp_path / f"{dist.get_rank()}-{name}"
     saved(model, FULL, file, lora_only=lora_only)
     assert file.exists() == (dist.get_rank() == 0)
     if file.exists():
-        fresh = network()
+        fresh = twin(single)
         for parameter in lora.lora_state_dict(fresh).values():
             parameter.add_(1.0)
         lora.load(fresh, file)
@@ -80,9 +79,38 @@ def test_dtensors_are_saved_whole(tmp_path: Path) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = wrapped(twin(single), device_mesh=mesh)
     for name in NAMES:
+        name = f"{dist.get_rank()}-{name}"
         saved(model, StateDictType.SHARDED_STATE_DICT, tmp_path / name)
-        fresh = network()
+        fresh = twin(single)
         for parameter in lora.lora_state_dict(fresh).values():
             parameter.zero_()
         lora.load(fresh, tmp_path / name)
         assert_same_parameters(fresh, single)
+
+
+class Said(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_the_log_says_why_nothing_is_merged(use_orig_params: bool) -> None:
+    model = network()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model = wrapped(model, use_orig_params=use_orig_params)
+    said, logger = Said(), logging.getLogger("lora_fast.merge")
+    logger.addHandler(said)
+    try:
+        for _ in range(2):
+            model.eval()
+            model(batch()[0])
+            model.train()
+    finally:
+        logger.removeHandler(said)
+    assert len(said.messages) == 4  # once a layer
+    assert all("FSDP1 keeps the weight" in message for message in said.messages)

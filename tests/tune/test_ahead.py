@@ -74,7 +74,7 @@ def test_a_tile_of_a_later_step_is_compiled_for_each_way_of_an_earlier_one(
     assert ahead._run_each(one, one.steps[1][:1], "cpu") == 2
     assert [plan.impl for plan in noting.plans] == ["split", "lora_first"]
     backward = job("lora_linear_bwd").steps[2][0]
-    assert [way["input_grad"] for way in ahead._ways(one, backward)] == ["fused", "lora_first"]
+    assert [way["input_grad"] for way in ahead._ways(backward)] == ["fused", "lora_first"]
 
 
 def test_a_call_that_cannot_be_made_is_left_to_the_measurement(

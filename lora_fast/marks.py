@@ -1,0 +1,85 @@
+"""What a file says of a layer beside its values; what cannot be so is refused before a load.
+
+The marks are those of `SavedState`: `lora_r`, `lora_scaling`, `lora_merged` and so on.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lora_fast import functional
+from lora_fast.lora_layer import MergingLayer
+
+
+def misfits(layer: MergingLayer, saved: dict[str, Any]) -> Iterator[str]:
+    """Yield what of a layer's marks is damaged, or is not so of this layer.
+
+    Args:
+        layer: a layer with an adapter.
+        saved: the marks that the file has for it, of any types.
+    """
+    here = {"lora_r": layer.r, "lora_scaling": layer._one_scaling()}
+    for mark, (expected, is_right) in _MARKS.items():
+        if mark not in saved:
+            continue
+        value, mine = saved[mark], here.get(mark)
+        if not is_right(value):
+            yield f"the file's {mark} must be {expected}, got {value!r:.60}"
+        elif mine is not None and value != mine:
+            name = mark.removeprefix("lora_")
+            yield f"saved with {name}={value}, the layer has {mine}"
+
+
+def why_not_unmerged(
+    layer: MergingLayer, state: dict[str, Any], prefix: str, saved: dict[str, Any]
+) -> str | None:
+    """Say why the adapter can't be taken out of a weight that was saved merged, if so.
+
+    Args:
+        layer: the layer that is to load it.
+        state: the file's values, under the names that the layer has for them.
+        prefix: of the layer's names there.
+        saved: the layer's marks, which do not misfit.
+    """
+    keys = [prefix + name for name in (layer._weight_key(), "lora_A", "lora_B")]
+    if not all(key in state for key in keys) or not layer._is_still_merged(state, prefix, saved):
+        return None
+    weight, lora_A, lora_B = (state[key].detach() for key in keys)
+    scaling = saved.get("lora_scaling", layer.scaling)
+    try:  # as the layer will
+        with torch.no_grad():
+            weight = weight.float() if weight.itemsize < 2 else weight.clone()
+            functional.merge_(layer._as_delta(weight), lora_A, lora_B, -scaling, **layer._blocks())
+    except (TypeError, ValueError, OverflowError) as error:
+        # The base weight may be here, and need not be computed.
+        is_here = isinstance(error, OverflowError) and (
+            layer._holds_what_is_here(state, prefix)
+            or layer._is_mine_merged(state, prefix, is_marked=True)
+        )
+        return None if is_here else f"its adapter can't be taken out of the saved weight: {error}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_sample(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        _are_numbers(element, 4) and all(0 <= place < 2**63 for place in element[:2])
+        for element in value
+    )
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(map(_is_number, value))
+
+
+_MARKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lora_r": ("an integer", lambda value: type(value) is int),
+    "lora_scaling": ("a number", _is_number),
+    "lora_merged": ("True or False", lambda value: type(value) is bool),
+    "lora_sample": ("a list of elements, four numbers each", _is_sample),
+    "lora_norms": ("a list of two numbers", lambda value: _are_numbers(value, 2)),
+}

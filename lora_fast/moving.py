@@ -1,0 +1,61 @@
+"""Moving and converting a merged layer: its original weight, into which the adapter goes again."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_fast import functional, interrupts
+from lora_fast.record import MergeRecord
+
+
+class MovesWeight:
+    """The part of a LoRA layer that `to()`, `half()` and their like go through.
+
+    `lora_fast.lora_layer.MergingLayer` has what is only declared here.
+    """
+
+    r: int
+    merged: bool
+    _record: MergeRecord | None
+    _has_adapter: Callable[[], bool]
+    _was_converted: Callable[[], bool]
+    _weight_owner: Callable[[], nn.Module]
+    _target_of_merge: Callable[[], Tensor]
+    _remember: Callable[[bool, MergeRecord | None], None]
+    _merge: Callable[[], None]
+    _unmerge: Callable[[], None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or convert the original weight, not the merged one, and merge again."""
+        record = self._record if self.merged and not self._was_converted() else None
+        if record is not None:
+            self.__dict__["_is_lent"] = True  # the views of a state stay as they were saved
+            self._unmerge()
+        try:
+            return super()._apply(fn, recurse)  # type: ignore[misc]
+        finally:
+            if record is not None:
+                self.__dict__["_is_moving"] = True  # what is shared now, nobody else has yet
+                try:
+                    self._merge_moved(record)
+                finally:
+                    self.__dict__.pop("_is_moving", None)
+
+    def _merge_moved(self, record: MergeRecord) -> None:
+        """Merge after a conversion what was merged before it."""
+        if self._weight_owner().weight.is_meta:
+            # A frame for merged values, as torch.func.stack_module_state's recipe makes it.
+            self._remember(True, None)
+        elif self._has_adapter() or self.r <= 0:
+            self._merge()
+        else:  # the factors were deleted after the merge
+            with interrupts.merge_lock, interrupts.held_back():
+                self._fold_again(record)
+
+    def _fold_again(self, record: MergeRecord) -> None:
+        """Merge what was merged, of an adapter that is no longer here, into a moved weight."""
+        weight = self._target_of_merge()
+        lora_A, lora_B = record.lora_A.to(weight), record.lora_B.to(weight)
+        found = functional.merge_(weight, lora_A, lora_B, record.scaling, **record.blocks())
+        self._remember(True, found)
