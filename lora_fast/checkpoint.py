@@ -41,7 +41,9 @@ def save(
         ValueError: the model has no LoRA layers to save, or adapters whose values are not here, or
             values that a safetensors file can't hold; or there is something other than a file at
             `path`. Nothing was written.
+        TypeError: `model` is no module.
         FileNotFoundError: there is no such folder.
+        OSError: the file can't be written: no permission, no space. What was there is as it was.
 
     Note:
         Of a sharded model (FSDP2, tensor parallel, FSDP1 with FULL_STATE_DICT) every rank calls
@@ -49,6 +51,11 @@ def save(
         write nothing.
     """
     checks.module("save", model, "state_dict")
+    with interrupts.merge_lock:  # no other thread's eval() between the marks and the values
+        _save(model, Path(path), lora_only, bias)
+
+
+def _save(model: nn.Module, path: Path, lora_only: bool, bias: str) -> None:
     full = model.state_dict()
     every: dict[str, dict[str, Any]] = full._metadata  # type: ignore[attr-defined]
     adapted = {k: v for k, v in every.items() if "lora_merged" in v}
@@ -66,9 +73,8 @@ def save(
         )
     _refuse_what_is_not_here(kept)
     metadata = adapted if lora_only else every
-    is_safetensors = _names_safetensors(Path(path))
-    write = _write_safetensors if is_safetensors else _write_torch
-    with written_whole(_target(Path(path))) as part:
+    write = _write_safetensors if _names_safetensors(path) else _write_torch
+    with written_whole(_target(path)) as part:
         write(kept, metadata, part)
 
 
@@ -170,7 +176,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or of another kind; or a key is unknown or missing, a shape,
-            rank or scaling differs. Every difference is named, and nothing was loaded.
+            rank or scaling differs, or a merge can't be taken out of the weight. Every difference
+            is named, and nothing was loaded.
+        TypeError: `model` is no module.
+        OSError: the file can't be read.
     """
     checks.module("load", model, "named_modules")
     state = _read(Path(path))

@@ -179,55 +179,70 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
 class Conv2d(ConvLoRA):
     """`nn.Conv2d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        r: int = 0,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        merge_weights: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        own = (in_channels, out_channels, kernel_size, r, lora_alpha, lora_dropout, merge_weights)
-        super().__init__(nn.Conv2d, *own, **kwargs)
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int | Sequence[int],
+            r: int = 0,
+            lora_alpha: float = 1,
+            lora_dropout: float = 0.0,
+            merge_weights: bool = True,
+            **kwargs: Any,
+        ) -> None: ...
+
+    else:  # the signature is loralib's, too
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(nn.Conv2d, *args, **kwargs)
 
 
 class Conv1d(ConvLoRA):
     """`nn.Conv1d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        r: int = 0,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        merge_weights: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        own = (in_channels, out_channels, kernel_size, r, lora_alpha, lora_dropout, merge_weights)
-        super().__init__(nn.Conv1d, *own, **kwargs)
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int | Sequence[int],
+            r: int = 0,
+            lora_alpha: float = 1,
+            lora_dropout: float = 0.0,
+            merge_weights: bool = True,
+            **kwargs: Any,
+        ) -> None: ...
+
+    else:  # the signature is loralib's, too
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(nn.Conv1d, *args, **kwargs)
 
 
 class Conv3d(ConvLoRA):
     """`nn.Conv3d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        r: int = 0,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        merge_weights: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        own = (in_channels, out_channels, kernel_size, r, lora_alpha, lora_dropout, merge_weights)
-        super().__init__(nn.Conv3d, *own, **kwargs)
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int | Sequence[int],
+            r: int = 0,
+            lora_alpha: float = 1,
+            lora_dropout: float = 0.0,
+            merge_weights: bool = True,
+            **kwargs: Any,
+        ) -> None: ...
+
+    else:  # the signature is loralib's, too
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(nn.Conv3d, *args, **kwargs)
 
 
 def _square(kernel_size: int | Sequence[int], conv_module: Any) -> int:

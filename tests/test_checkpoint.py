@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fast as lora
+from lora_fast import checkpoint
 from lora_fast.testing import randomize_
 
 NAMES = ["model.safetensors", "model.pt", "model.bin"]
@@ -262,3 +264,29 @@ def test_every_generation_of_convolution_keys(
         torch.save(state, tmp_path / name)
     lora.load(target, tmp_path / name)
     torch.testing.assert_close(target(X), source(X), rtol=1e-5, atol=1e-5)
+
+
+def test_no_other_thread_merges_while_a_model_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(randomize_(lora.Linear(4, 4, r=2)))
+    base = model[0].weight.detach().clone()
+    model.eval()
+    write, merged = checkpoint._write_torch, []
+
+    def write_slowly(*arguments: Any) -> None:
+        thread = threading.Thread(target=model.train)
+        thread.start()
+        thread.join(0.2)
+        merged.append(model[0].merged)
+        write(*arguments)
+        threads.append(thread)
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(checkpoint, "_write_torch", write_slowly)
+    lora.save(model, tmp_path / "model.pt", lora_only=False)
+    threads[0].join()
+    assert merged == [True]
+    fresh = nn.Sequential(lora.Linear(4, 4, r=2))
+    lora.load(fresh, tmp_path / "model.pt")
+    torch.testing.assert_close(fresh[0].weight.detach(), base)

@@ -82,7 +82,7 @@ def test_kernels_know_nothing_of_the_rest(name):
         ("native", {"ops", "record", "reference", "torch_internals"}),
         ("versions", {"torch_internals"}),
         ("eager", {"blocks", "delta", "dropout", "reference"}),
-        ("delta", {"blocks", "ops"}),
+        ("delta", {"blocks", "ops", "torch_internals"}),
         ("lora_first", {"checks", "dropout", "eager", "reference", "torch_internals"}),
         ("sums", {"reference"}),
         ("dropout", {"interrupts", "ops"}),

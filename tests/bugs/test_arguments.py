@@ -31,15 +31,6 @@ def test_b35_positional_arguments_come_in_loralibs_order(name: str) -> None:
     assert own_arguments(getattr(lora, name))[: len(theirs)] == theirs
 
 
-@pytest.mark.parametrize("name", ["Conv1d", "Conv2d", "Conv3d"])
-def test_b35_a_convolution_names_its_arguments(name: str) -> None:
-    conv_module, *rest = own_arguments(loralib.ConvLoRA)[1:]
-    assert conv_module == "conv_module"
-    assert own_arguments(getattr(lora, name)) == ["self", *rest]
-    with pytest.raises(TypeError, match="conv_module"):
-        getattr(lora, name)(4, 6, 3, conv_module=nn.Conv2d)
-
-
 @pytest.mark.parametrize("lib", [lora, loralib], ids=["lora_fast", "loralib"])
 def test_b35_positional_arguments_of_torch_mean_something_else(lib: Any) -> None:
     conv = lib.Conv2d(3, 8, 3, 1, 1)
