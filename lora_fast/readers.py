@@ -264,6 +264,15 @@ def _expose_effective_weight(attention: nn.Module, args: Any) -> None:
     layer: Any = attention.out_proj
     if not hasattr(type(layer), "effective_weight"):
         return
+    if parametrize.is_parametrized(layer, "weight"):  # by a property, which hides what is exposed
+        warnings.warn(
+            "MultiheadAttention.out_proj: attention reads the layer's weight directly, and a "
+            "parametrized one without the adapter; build the layer without it, or parametrize "
+            "another one",
+            UserWarning,
+            stacklevel=2,
+        )
+        return
     if not torch.compiler.is_compiling():
         _turn(layer).take()
         _take_back(layer)  # what an interrupted forward has left

@@ -115,9 +115,7 @@ class SavedState:
             if scaling is not None:
                 metadata["lora_scaling"] = scaling
         if record is not None and not record.of_shard:
-            metadata["lora_sample"] = self._sample(record)
-            if not metadata["lora_sample"]:  # the delta shows nowhere: then by the factors
-                metadata["lora_norms"] = sample.norms(record.lora_A, record.lora_B)
+            metadata.update(self._evidence(record))
 
     def _save_base_of_other_factors(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
@@ -195,17 +193,22 @@ class SavedState:
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return None
 
-    def _sample(self, record: MergeRecord) -> sample.Sample:
+    def _evidence(self, record: MergeRecord) -> dict[str, Any]:
+        """Return by what a state shows, in its metadata, whether its weight is still merged."""
+        nothing: dict[str, Any] = {"lora_sample": []}
         weight = readers.stored_weight(self._weight_owner())
         if weight is None or not _can_be_read(weight):
-            return []
+            return nothing
         factors = (record.lora_A, record.lora_B)
         if any(factor.device != weight.device for factor in factors) or weight.is_complex():
-            return []
+            return nothing
         if any(type(tensor.data) is not Tensor for tensor in (weight, *factors)):
-            return []  # of a subclass, which may hold anything
+            return nothing  # of a subclass, which may hold anything
         target = self._as_delta(weight.detach())
-        return sample.taken(target, *factors, record.scaling, **record.blocks())
+        found = sample.taken(target, *factors, record.scaling, **record.blocks())
+        if found:
+            return {"lora_sample": found}
+        return {**nothing, "lora_norms": sample.norms(*factors)}  # the delta shows nowhere
 
 
 def _copied_module(module: Any) -> Any:

@@ -298,3 +298,11 @@ def test_b12_what_an_interrupted_forward_exposed_is_not_merged() -> None:
     torch.testing.assert_close(module(x, x, x)[0], expected)
     module.train()
     assert torch.equal(layer.weight, base)
+
+
+def test_b12_a_parametrized_projection_warns() -> None:
+    module, x = attention(), torch.randn(3, 5, 8)
+    nn.utils.parametrizations.weight_norm(module.out_proj)
+    with pytest.warns(UserWarning, match="reads the layer's weight directly, and a parametrized"):
+        got, _ = module(x, x, x)
+    torch.testing.assert_close(got, attended(module, x, module.out_proj.weight))
