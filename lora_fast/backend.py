@@ -226,7 +226,9 @@ def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
         return "traced by torch.jit"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if torch_internals.mode_count() > 0:
+    # A counter alone is no reason: it may be on in one pass of a checkpoint and off in the other.
+    # Others are: they may keep what a product gave, to which `eager` goes on adding.
+    if torch_internals.mode_count() > 0 and (fusable or not torch_internals.only_counted()):
         return "inside a TorchDispatchMode"
     if x is not None and not fusable and autocasts(x):
         return "autocast"

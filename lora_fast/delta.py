@@ -57,7 +57,7 @@ def add_(
     Returns:
         S = X A^T, (M, R * len(spans)).
     """
-    if op_pays(x):
+    if op_pays(x) and torch_internals.mode_count() == 0:  # which would not see what the op does
         s = x.new_empty((x.shape[0], lora_A.shape[0]))
         if ops.lora_delta_fwd_(x, lora_A, lora_B, scaling, blocks.edges(spans), y, s):
             return s

@@ -1,14 +1,14 @@
 """What of a LoRA layer is loaded: the base weight, whether the state was saved merged or not."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_fast import fsdp, functional, readers, sample, sharded, sums
-from lora_fast.record import MergeRecord
+from lora_fast.layer_part import LayerPart
+from lora_fast.restoring import is_as_merged
 from lora_fast.saved_state import are_equal, layer_of_view, shares_memory
 from lora_fast.torch_internals import in_fake_mode, is_fake_tensor, storage_id
 
@@ -16,29 +16,8 @@ from lora_fast.torch_internals import in_fake_mode, is_fake_tensor, storage_id
 _ROUNDED = 0.1
 
 
-class LoadedState:
-    """The part of a LoRA layer that reads its state, without losing the base weight.
-
-    `lora_fast.lora_layer.MergingLayer` has what is only declared here.
-    """
-
-    r: int
-    scaling: float
-    merged: bool
-    _record: MergeRecord | None
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    _merged_version: tuple[int, ...] | None
-    _has_adapter: Callable[[], bool]
-    _was_converted: Callable[[], bool]
-    _weight_owner: Callable[[], nn.Module]
-    _weight_key: Callable[[], str]
-    _as_delta: Callable[[Tensor], Tensor]
-    _blocks: Callable[[], dict[str, Any]]
-    _weight_version: Callable[[], tuple[int, ...] | None]
-    _one_scaling: Callable[[], float | None]
-    _unmerge: Callable[[], None]
-    effective_weight: Callable[[], Tensor]
+class LoadedState(LayerPart):
+    """The part of a LoRA layer that reads its state, without losing the base weight."""
 
     def _load_from_state_dict(
         self,
@@ -138,10 +117,13 @@ class LoadedState:
             return is_mine and self._weight_version() != self._merged_version
         # torch does not count what is written to a shard through a state; and into an empty shard
         # nothing is written at all.
-        is_kept = not is_mine or sharded.is_as_merged(
-            self._as_delta(weight.detach()), self.__dict__.get("_record")
-        )
-        return sharded.on_any_rank(weight, not is_kept)
+        return sharded.on_any_rank(weight, is_mine and not self._is_shard_as_merged(weight))
+
+    def _is_shard_as_merged(self, weight: Tensor) -> bool:
+        shard, record = sharded.local(self._as_delta(weight.detach())), self._record
+        if shard.is_meta:
+            return True
+        return record is not None and record.of_shard and is_as_merged(shard, record)
 
     def _holds_what_is_here(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Tell whether a merged layer gets its own merged weight back, even without a mark."""
@@ -262,11 +244,16 @@ class LoadedState:
         weight, lora_A, lora_B = (state_dict[k] for k in keys)
         if in_fake_mode() or any(is_fake_tensor(state_dict[key]) for key in keys):
             return  # there are no values to subtract from
-        with torch.no_grad():
-            # torch adds nothing to 8 bits.
-            weight = weight.float() if weight.itemsize < 2 else weight.clone()
-            functional.merge_(self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks())
-        state_dict[keys[0]] = weight
+        state_dict[keys[0]] = self._without_delta(weight, lora_A, lora_B, scaling)
+
+    @torch.no_grad()
+    def _without_delta(
+        self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> Tensor:
+        """Return a copy of a merged weight from which the delta of these factors is taken."""
+        weight = weight.float() if weight.itemsize < 2 else weight.clone()  # 8 bits add nothing
+        functional.merge_(self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks())
+        return weight
 
     def _warn_of_another_scaling(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]

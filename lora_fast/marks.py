@@ -6,9 +6,6 @@ The marks are those of `SavedState`: `lora_r`, `lora_scaling`, `lora_merged` and
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
-from lora_fast import functional
 from lora_fast.lora_layer import MergingLayer
 
 
@@ -47,10 +44,8 @@ def why_not_unmerged(
         return None
     weight, lora_A, lora_B = (state[key].detach() for key in keys)
     scaling = saved.get("lora_scaling", layer.scaling)
-    try:  # as the layer will
-        with torch.no_grad():
-            weight = weight.float() if weight.itemsize < 2 else weight.clone()
-            functional.merge_(layer._as_delta(weight), lora_A, lora_B, -scaling, **layer._blocks())
+    try:
+        layer._without_delta(weight, lora_A, lora_B, scaling)
     except (TypeError, ValueError, OverflowError) as error:
         # The base weight may be here, and need not be computed.
         is_here = isinstance(error, OverflowError) and (

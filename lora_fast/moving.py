@@ -3,28 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_fast import functional, interrupts
+from lora_fast.layer_part import LayerPart
 from lora_fast.record import MergeRecord
 
 
-class MovesWeight:
-    """The part of a LoRA layer that `to()`, `half()` and their like go through.
-
-    `lora_fast.lora_layer.MergingLayer` has what is only declared here.
-    """
-
-    r: int
-    merged: bool
-    _record: MergeRecord | None
-    _has_adapter: Callable[[], bool]
-    _was_converted: Callable[[], bool]
-    _weight_owner: Callable[[], nn.Module]
-    _target_of_merge: Callable[[], Tensor]
-    _remember: Callable[[bool, MergeRecord | None], None]
-    _merge: Callable[[], None]
-    _unmerge: Callable[[], None]
+class MovesWeight(LayerPart):
+    """The part of a LoRA layer that `to()`, `half()` and their like go through."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or convert the original weight, not the merged one, and merge again."""

@@ -1,7 +1,6 @@
 """Taking a merge out of a weight again, also where somebody wrote to the weight meanwhile."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,29 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast import functional, readers, shapes, sharded, sums
+from lora_fast.layer_part import LayerPart
 from lora_fast.record import Code, MergeRecord, some_of
 from lora_fast.torch_internals import is_fake_tensor
 
 _log = logging.getLogger("lora_fast.merge")
 
 
-class RestoresWeight:
-    """The part of a LoRA layer that restores its weight, bit for bit where nobody wrote to it.
-
-    `lora_fast.lora_layer.MergingLayer` has what is only declared here.
-    """
-
-    scaling: float
-    merged: bool
-    _record: MergeRecord | None
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    _merged_version: tuple[int, ...] | None
-    _weight_owner: Callable[[], nn.Module]
-    _blocks: Callable[[], dict[str, Any]]
-    _weight_version: Callable[[], tuple[int, ...] | None]
-    _described: Callable[[], str]
-    _other_factors: Callable[[MergeRecord], bool]
+class RestoresWeight(LayerPart):
+    """The part of a LoRA layer that restores its weight, bit for bit where nobody wrote to it."""
 
     def _was_converted(self) -> bool:
         """Tell whether the merged weight is of another class now, as torchao's quantization does.
@@ -126,16 +111,25 @@ class RestoresWeight:
         factors = (record.lora_A, record.lora_B, record.scaling)
         if not is_counted and record.original is not None:
             return not sums.is_sum(shard, record.original, *factors, **record.blocks())
-        if record.after is not None and not torch.equal(some_of(shard), record.after):
-            return True
-        original = shard.clone()
-        functional.unmerge_(original, replace(record))
-        functional.merge_(original, *factors, **record.blocks())
-        if not torch.equal(original, shard):
+        if not is_as_merged(shard, record):
             return True
         # Every weight is the sum of itself and nothing: then only the factors can tell.
         adds_nothing = not record.of_shard and not (record.lora_A.any() and record.lora_B.any())
         return adds_nothing and self._other_factors(record)
+
+
+def is_as_merged(shard: Tensor, record: MergeRecord) -> bool:
+    """Tell by its values whether a weight is as the merge with this record has left it."""
+    if record.after is not None and not torch.equal(some_of(shard), record.after):
+        return False
+    again = shard.clone()
+    try:
+        functional.unmerge_(again, replace(record))
+        factors = (record.lora_A, record.lora_B, record.scaling)
+        functional.merge_(again, *factors, **record.blocks())
+    except (ValueError, OverflowError):  # of another shape or dtype, or of other values
+        return False
+    return torch.equal(again, shard)
 
 
 def _is_base(shard: Tensor, record: MergeRecord) -> bool:

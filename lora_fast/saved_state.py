@@ -1,7 +1,6 @@
 """What of a LoRA layer is pickled, copied and saved, merged or not."""
 
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_fast import checks, interrupts, readers, sample, sharded
+from lora_fast.layer_part import LayerPart
 from lora_fast.record import MergeRecord
 from lora_fast.torch_internals import mode_count, storage_id
 
@@ -21,29 +21,12 @@ _views = WeakTensorKeyDictionary()
 _WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
-class SavedState:
+class SavedState(LayerPart):
     """The part of a LoRA layer that writes its state, without losing the base weight.
 
     A merged layer is pickled with a copy of the base weight, and its `state_dict` says that it is
-    merged. `lora_fast.lora_layer.MergingLayer` has what is only declared here.
+    merged.
     """
-
-    r: int
-    scaling: float
-    merged: bool
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    _record: MergeRecord | None
-    _merged_version: tuple[int, ...] | None
-    _merged_marks: tuple[Any, ...] | None
-    _has_adapter: Callable[[], bool]
-    _was_converted: Callable[[], bool]
-    _weight_owner: Callable[[], nn.Module]
-    _weight_key: Callable[[], str]
-    _as_delta: Callable[[Tensor], Tensor]
-    _blocks: Callable[[], dict[str, Any]]
-    _weight_version: Callable[[], tuple[int, ...] | None]
-    _restore: Callable[[Tensor, MergeRecord | None], None]
 
     def __copy__(self) -> Any:
         """Return a shallow copy: a layer of its own on the same tensors.

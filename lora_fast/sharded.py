@@ -1,7 +1,6 @@
 """Merging DTensor weights (FSDP2, tensor parallel): every rank merges the shard that it holds."""
 
 import sys
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from lora_fast import reference, versions
 from lora_fast.blocks import output_blocks
-from lora_fast.record import MergeRecord, some_of
+from lora_fast.record import MergeRecord
 from lora_fast.torch_internals import storage_id
 
 
@@ -90,25 +89,6 @@ def merge_(
     count_version(weight)
     record.of_shard = True
     return record
-
-
-def is_as_merged(weight: Any, record: MergeRecord | None) -> bool:
-    """Tell by the values whether this rank's shard is as the merge with this record has left it."""
-    from lora_fast import merging
-
-    shard = local(weight)
-    if record is None or not record.of_shard or shard.is_meta:
-        return bool(shard.is_meta)
-    if record.after is not None and not torch.equal(some_of(shard), record.after):
-        return False
-    again = shard.clone()
-    try:
-        merging.unmerge_(again, replace(record))
-        factors = (record.lora_A, record.lora_B, record.scaling)
-        merging.merge_(again, *factors, **record.blocks())
-    except (ValueError, OverflowError):  # another shape or dtype, or values
-        return False
-    return torch.equal(again, shard)
 
 
 def count_version(weight: Tensor) -> None:

@@ -13,6 +13,15 @@ from torch import Tensor
 mode_count: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """How many TorchDispatchModes are active (FakeTensorMode, make_fx's, ...)."""
 
+
+def only_counted() -> bool:
+    """Tell whether no TorchDispatchMode is active but FlopCounterMode, which reads shapes alone."""
+    module = sys.modules.get("torch.utils.flop_counter")
+    counter = getattr(module, "_FlopCounterMode", None)
+    stack = range(mode_count())
+    return all(type(torch._C._get_dispatch_stack_at(i)) is counter for i in stack)
+
+
 functorch_level = torch._C._functorch.peek_interpreter_stack
 """The innermost transform of torch.func that is active, or None."""
 

@@ -1,11 +1,20 @@
 """torch.utils.checkpoint around the layers: the same gradients as without it, dropout included."""
 
 import copy
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError, checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    CheckpointError,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fast as lora
 from lora_fast.testing import randomize_
@@ -84,3 +93,42 @@ def test_a_merge_between_forward_and_backward_raises() -> None:
     model.eval()
     with pytest.raises(CheckpointError, match="different number of tensors"):
         y.square().mean().backward()
+
+
+COUNTED: dict[str, Callable[[], nn.Module]] = {
+    "blocks": lambda: lora.MergedLinear(8, 24, r=2, enable_lora=[True, False, True]),
+    "bf16": lambda: lora.Linear(8, 24, r=2).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("counted", ["forward", "backward"])
+@pytest.mark.parametrize("name", COUNTED)
+def test_operations_counted_in_one_pass(name: str, counted: str, rows: int) -> None:
+    """The second forward, of backward, saves what the first one did."""
+    layer = randomize_(COUNTED[name]())
+    x = torch.randn(rows, 8, dtype=layer.weight.dtype, requires_grad=True)
+    layer(x).sum().backward()
+    expected = [t.grad for t in (x, layer.lora_A, layer.lora_B)]
+    x.grad = layer.lora_A.grad = layer.lora_B.grad = None
+    counter = FlopCounterMode(display=False)
+    with counter if counted == "forward" else nullcontext():
+        y = checkpoint(layer, x, use_reentrant=False)
+    with counter if counted == "backward" else nullcontext():
+        y.sum().backward()
+    assert counter.get_total_flops() > 0
+    close = {"rtol": 0.05, "atol": 0.1} if name == "bf16" else {"rtol": 1e-4, "atol": 1e-4}
+    for t, grad in zip((x, layer.lora_A, layer.lora_B), expected, strict=True):
+        torch.testing.assert_close(t.grad, grad, **close)
+
+
+def test_products_that_are_kept() -> None:
+    """Selective checkpointing refuses writes to what it keeps."""
+    layer = randomize_(COUNTED["blocks"]())
+    kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    x = torch.randn(40, 8, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).sum(), [x, layer.lora_A, layer.lora_B])
+    y = checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+    found = torch.autograd.grad(y.sum(), [x, layer.lora_A, layer.lora_B])
+    torch.testing.assert_close(found, expected)

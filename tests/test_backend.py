@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fast
@@ -171,8 +172,13 @@ def _dual() -> Tensor:
         return functional.lora_merged_linear(x, *others, 1.0, enable_lora=[True])
 
 
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 def _under_a_mode() -> Tensor:
-    with FlopCounterMode(display=False):
+    with FlopCounterMode(display=False), _Mode():
         return call_merged()
 
 
@@ -190,6 +196,12 @@ def test_what_only_torchs_own_code_serves(
     call: Callable[[], Tensor], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert decisions(caplog, call) == [f"lora_merged_linear -> reference: {reason}"]
+
+
+def test_a_count_of_operations_changes_no_choice(caplog: pytest.LogCaptureFixture) -> None:
+    with FlopCounterMode(display=False):
+        said = decisions(caplog, call_merged)
+    assert said == ["lora_merged_linear -> eager: not a CUDA tensor"]
 
 
 # --------------------------------------------------------------------------- forced and impossible

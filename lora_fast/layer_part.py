@@ -1,0 +1,40 @@
+"""What the parts of a LoRA layer have of one another, declared once."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_fast.record import MergeRecord
+
+
+class LayerPart:
+    """A part of `lora_fast.lora_layer.MergingLayer`, which has all that is only declared here."""
+
+    r: int
+    scaling: float
+    merged: bool
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    _record: MergeRecord | None
+    _merged_version: tuple[int, ...] | None
+    _merged_marks: tuple[Any, ...] | None
+    # Of the layer: where its weight is, and how the delta lies in it.
+    _has_adapter: Callable[[], bool]
+    _weight_owner: Callable[[], nn.Module]
+    _weight_key: Callable[[], str]
+    _as_delta: Callable[[Tensor], Tensor]
+    _blocks: Callable[[], dict[str, Any]]
+    _described: Callable[[], str]
+    effective_weight: Callable[[], Tensor]
+    # Of the merge.
+    _merge: Callable[[], None]
+    _unmerge: Callable[[], None]
+    _target_of_merge: Callable[[], Tensor]
+    _remember: Callable[[bool, MergeRecord | None], None]
+    _weight_version: Callable[[], tuple[int, ...] | None]
+    # Of the other parts.
+    _restore: Callable[[Tensor, MergeRecord | None], None]
+    _was_converted: Callable[[], bool]
+    _other_factors: Callable[[MergeRecord], bool]
+    _one_scaling: Callable[[], float | None]
