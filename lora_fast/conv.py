@@ -176,8 +176,10 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class Conv2d(ConvLoRA):
-    """`nn.Conv2d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
+class _OfOneKind(ConvLoRA):
+    """A convolution whose module is that of its class."""
+
+    _conv_module: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]
 
     if TYPE_CHECKING:
 
@@ -196,53 +198,25 @@ class Conv2d(ConvLoRA):
     else:  # the signature is loralib's, too
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(nn.Conv2d, *args, **kwargs)
+            super().__init__(self._conv_module, *args, **kwargs)
 
 
-class Conv1d(ConvLoRA):
+class Conv1d(_OfOneKind):
     """`nn.Conv1d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
 
-    if TYPE_CHECKING:
-
-        def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: int | Sequence[int],
-            r: int = 0,
-            lora_alpha: float = 1,
-            lora_dropout: float = 0.0,
-            merge_weights: bool = True,
-            **kwargs: Any,
-        ) -> None: ...
-
-    else:  # the signature is loralib's, too
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(nn.Conv1d, *args, **kwargs)
+    _conv_module = nn.Conv1d
 
 
-class Conv3d(ConvLoRA):
+class Conv2d(_OfOneKind):
+    """`nn.Conv2d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
+
+    _conv_module = nn.Conv2d
+
+
+class Conv3d(_OfOneKind):
     """`nn.Conv3d` with an adapter; arguments as for `ConvLoRA` without `conv_module`."""
 
-    if TYPE_CHECKING:
-
-        def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: int | Sequence[int],
-            r: int = 0,
-            lora_alpha: float = 1,
-            lora_dropout: float = 0.0,
-            merge_weights: bool = True,
-            **kwargs: Any,
-        ) -> None: ...
-
-    else:  # the signature is loralib's, too
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(nn.Conv3d, *args, **kwargs)
+    _conv_module = nn.Conv3d
 
 
 def _square(kernel_size: int | Sequence[int], conv_module: Any) -> int:
