@@ -291,7 +291,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
             )
         if self._was_converted():
             raise RuntimeError(
-                f"{self._described()}: the weight became a {type(weight.detach()).__name__} while "
+                f"{self._described()}: the weight became a {type(weight).__name__} while "
                 "the adapter was merged into it, and the base weight cannot be restored; call "
                 "train() or lora_fast.unmerge(model) before quantizing, or leave it merged"
             )

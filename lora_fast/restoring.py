@@ -27,7 +27,7 @@ class RestoresWeight(LayerPart):
         if not self.merged or record is None or weight is None or record.of_shard:
             return False
         before = Tensor if record.original is None else type(record.original)
-        now = type(weight.detach())
+        now = Tensor if type(weight) is nn.Parameter else type(weight)
         return now is not before and not sharded.is_dtensor(weight) and not is_fake_tensor(weight)
 
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
