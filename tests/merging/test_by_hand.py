@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from each_layer import LAYERS, base_of, weight_of
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, stack_module_state, vmap
 
 import lora_fast as lora
@@ -353,6 +354,17 @@ def test_a_diverged_checkpoint_is_loaded(backend: str) -> None:
     state |= {"lora_A": layer.lora_A.detach().clone(), "lora_B": layer.lora_B.detach().clone()}
     layer.load_state_dict(state)
     assert torch.equal(layer.weight, state["weight"])
+
+
+def test_a_state_that_was_saved_merged_loads_under_fake_tensors(layer: Any) -> None:
+    """As what plans a model's memory loads it."""
+    fresh = copy.deepcopy(layer)
+    state = layer.eval().state_dict()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        faked = type(state)((key, mode.from_tensor(value)) for key, value in state.items())
+        faked._metadata = state._metadata
+        fresh.load_state_dict(faked)
+    assert not fresh.merged
 
 
 def _first(y: Any) -> Tensor:
