@@ -152,6 +152,8 @@ def lora_embedding(
     if isinstance(input, Tensor) and input.is_nested:  # no proxy of a tracer
         table = table.contiguous()  # as torch asks there
     a = F.embedding(input, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    if not isinstance(scaling, Tensor) and _multiplies_in_fp16(a):
+        a, scaling = a * scaling, 1.0  # rows of A, which are small
     return lora_expand(y, a, lora_B, scaling)
 
 
