@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -135,6 +135,32 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     assert actual.keys() == expected.keys() and actual
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name
+
+
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def reshard(model: nn.Module) -> None:
+    """Show the shards again in the place of what a forward has gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def assert_merges(
+    model: nn.Module, tokens: Tensor, expected: Tensor, base: dict[str, Tensor]
+) -> None:
+    """All of a model's layers merge, compute the same, and get the bits of `base` back."""
+    model.eval()
+    assert all(layer.merged for layer in model.children())
+    torch.testing.assert_close(outputs(model, tokens), expected)
+    reshard(model)
+    torch.testing.assert_close(outputs(model, tokens), expected)
+    model.train()  # perhaps while a gathered copy is shown
+    reshard(model)
+    assert_same_bits(base_shards(model), base)
 
 
 def twin(model: nn.Module) -> nn.Module:

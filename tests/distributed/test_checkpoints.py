@@ -15,11 +15,12 @@ from spmd import (
     local,
     mine,
     network,
+    outputs,
     shard,
     twin,
     whole,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -34,11 +35,6 @@ import lora_fast as lora
 from lora_fast.testing import randomize_
 
 FULL = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-
-
-def outputs(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(tokens)
 
 
 def another(model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from spmd import (
     Trainer,
+    assert_merges,
     assert_same_bits,
     assert_same_gradients,
     base_shards,
@@ -13,11 +14,12 @@ from spmd import (
     local,
     mine,
     network,
+    outputs,
     shard,
     twin,
     whole,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -25,11 +27,6 @@ from torch.distributed.tensor import Shard
 import lora_fast as lora
 from lora_fast import ops
 from lora_fast.testing import assert_within_budget, randomize_
-
-
-def outputs(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(tokens)
 
 
 @pytest.mark.parametrize("each_layer", [True, False])
@@ -49,12 +46,7 @@ def test_cycles(settings: dict, each_layer: bool) -> None:
         ours.train(mine(tokens), mine(target))
         theirs.train(tokens, target)
         expected = outputs(single, tokens)
-        model.eval()
-        assert all(layer.merged for layer in model.children())
-        for _ in range(2):
-            torch.testing.assert_close(outputs(model, tokens), expected)
-        model.train()
-        assert_same_bits(base_shards(model), base)
+        assert_merges(model, tokens, expected, base)
         torch.testing.assert_close(outputs(model, tokens), expected)
 
 
@@ -87,10 +79,7 @@ def test_eval_before_the_first_forward(unshard: bool) -> None:
     base = base_shards(model)
     if unshard:
         model.unshard()
-    model.eval()
-    torch.testing.assert_close(outputs(model, tokens), expected)
-    model.train()
-    assert_same_bits(base_shards(model), base)
+    assert_merges(model, tokens, expected, base)
 
 
 @pytest.mark.parametrize("reshard_after_forward", [None, True, False])
@@ -307,9 +296,7 @@ def test_replicas_of_shards() -> None:
     for _ in range(2):
         ours.train(mine(tokens), mine(target))
         theirs.train(tokens, target)
-        torch.testing.assert_close(outputs(model.eval(), tokens), outputs(single, tokens))
-        model.train()
-        assert_same_bits(base_shards(model), base)
+        assert_merges(model, tokens, outputs(single, tokens), base)
 
 
 @pytest.mark.parametrize("changed", [False, True])

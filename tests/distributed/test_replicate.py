@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from spmd import (
     Trainer,
+    assert_merges,
     assert_same_bits,
     assert_same_parameters,
     base_shards,
@@ -14,21 +15,18 @@ from spmd import (
     local,
     mine,
     network,
+    outputs,
+    reshard,
     shard,
     twin,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lora_fast as lora
 from lora_fast.testing import assert_within_budget, randomize_
-
-
-def outputs(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(tokens)
 
 
 def replicated(model: nn.Module, *, each_layer: bool, **settings: object) -> nn.Module:
@@ -36,12 +34,6 @@ def replicated(model: nn.Module, *, each_layer: bool, **settings: object) -> nn.
     for layer in list(model.children())[:-1] if each_layer else ():
         replicate(layer, mesh=mesh, **settings)
     return replicate(model, mesh=mesh, **settings)
-
-
-def reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 @pytest.mark.parametrize("gathered", [True, False])
@@ -59,14 +51,7 @@ def test_cycles(each_layer: bool, gathered: bool) -> None:
         expected = outputs(single, tokens)
         if gathered:
             outputs(model, tokens)
-        model.eval()
-        assert all(layer.merged for layer in model.children())
-        torch.testing.assert_close(outputs(model, tokens), expected)
-        reshard(model)
-        torch.testing.assert_close(outputs(model, tokens), expected)
-        model.train()
-        reshard(model)
-        assert_same_bits(base_shards(model), base)
+        assert_merges(model, tokens, expected, base)
     assert_same_parameters(model, single)
 
 
@@ -93,11 +78,7 @@ def test_a_replicated_layer_in_a_sharded_model() -> None:
     fully_shard(model, mesh=mesh)
     base = base_shards(model)
     for _ in range(2):
-        model.eval()
-        torch.testing.assert_close(outputs(model, tokens), expected)
-        model.train()
-        reshard(model)
-        assert_same_bits(base_shards(model), base)
+        assert_merges(model, tokens, expected, base)
 
 
 def test_modules_that_gc_does_not_show() -> None:
@@ -113,11 +94,7 @@ def test_modules_that_gc_does_not_show() -> None:
     finally:
         gc.unfreeze()
     model(tokens)
-    model.eval()
-    reshard(model)
-    torch.testing.assert_close(outputs(model, tokens), expected)
-    model.train()
-    assert_same_bits(base_shards(model), base)
+    assert_merges(model, tokens, expected, base)
 
 
 def test_sharded_after_it_was_asked_for() -> None:
@@ -130,11 +107,7 @@ def test_sharded_after_it_was_asked_for() -> None:
         fully_shard(part)
     base = base_shards(model)
     model(tokens)
-    model.eval()
-    reshard(model)
-    torch.testing.assert_close(outputs(model, tokens), expected)
-    model.train()
-    assert_same_bits(base_shards(model), base)
+    assert_merges(model, tokens, expected, base)
 
 
 def test_a_layer_that_outlives_its_root() -> None:

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from spmd import (
+    assert_merges,
     assert_same_bits,
     assert_same_gradients,
     assert_same_parameters,
     base_shards,
+    outputs,
     parallelize,
     shard,
     twin,
@@ -41,11 +43,6 @@ def mlp(dtype: torch.dtype = torch.float64) -> MLP:
     model = randomize_(MLP()).to(dtype)
     lora.mark_only_lora_as_trainable(model, bias="lora_only")
     return model
-
-
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x)
 
 
 def test_training_equals_that_of_one_process() -> None:
@@ -177,10 +174,6 @@ def test_together_with_fsdp2(shape: tuple[int, int]) -> None:
     expected = outputs(single, tokens)
     torch.testing.assert_close(outputs(model, tokens), expected)
     for _ in range(2):
-        model.eval()
-        assert all(layer.merged for layer in model.children())
-        torch.testing.assert_close(outputs(model, tokens), expected)
-        model.train()
-        assert_same_bits(base_shards(model), base)
+        assert_merges(model, tokens, expected, base)
         torch.testing.assert_close(outputs(model, tokens), expected)
     assert_same_parameters(model, single)
