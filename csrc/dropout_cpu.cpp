@@ -138,11 +138,15 @@ void dropout_cpu(
   STD_TORCH_CHECK(
       dropped.scalar_type() == x.scalar_type() && keep.scalar_type() == ScalarType::Bool &&
           state.scalar_type() == ScalarType::Byte,
-      "dropout_: dropped must have x's dtype, keep must be bool, state uint8");
+      "dropout_: dropped must have x's dtype, keep must be bool, state uint8, got ",
+      described(dropped), " for ", described(x), ", ", described(keep), " and ", described(state));
   STD_TORCH_CHECK(
       dropped.numel() == x.numel() && keep.numel() == x.numel(),
-      "dropout_: dropped and keep must have the size of x");
-  STD_TORCH_CHECK(keep_rate >= 0.0 && keep_rate <= 1.0, "dropout_: keep_rate must be in [0, 1]");
+      "dropout_: dropped and keep must have the size of x, got ", described(dropped), " and ",
+      described(keep), " for ", described(x));
+  STD_TORCH_CHECK(
+      keep_rate >= 0.0 && keep_rate <= 1.0, "dropout_: keep_rate must be in [0, 1], got ",
+      keep_rate);
   STD_TORCH_CHECK(
       state.numel() >= static_cast<int64_t>(sizeof(State)), "dropout_: state is no generator's");
   State saved;

@@ -260,7 +260,9 @@ void dispatch_fp32_sums(const Tensor& x, const Function& function) {
     case ScalarType::Float: return function(Fp32{});
     case ScalarType::Half: return function(Fp16{});
     case ScalarType::BFloat16: return function(Bf16{});
-    default: STD_TORCH_CHECK(false, "lora_delta: x must be float32, float16 or bfloat16");
+    default:
+      STD_TORCH_CHECK(
+          false, "lora_delta: x must be float32, float16 or bfloat16, got ", described(x));
   }
 }
 

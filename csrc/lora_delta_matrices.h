@@ -27,7 +27,8 @@ struct Rows {
     STD_TORCH_CHECK(
         tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols &&
             (tensor.stride(1) == 1 || cols <= 1),
-        name, " must be ", rows, " x ", cols, ", with its columns side by side");
+        name, " must be ", rows, " x ", cols, ", with its columns side by side, got ",
+        described(tensor));
   }
 
   typename F::Bits* at(int64_t i, int64_t c) const { return data + i * row + c; }
@@ -85,12 +86,14 @@ struct Sizes {
       const Tensor& y, const Tensor& lora_a, const Tensor& lora_b,
       const std::vector<int64_t>& edges)
       : tokens(y.size(0)), in(lora_a.size(1)), out(y.size(1)), rank(lora_b.size(1)) {
-    STD_TORCH_CHECK(edges.size() % 2 == 0, "edges must hold pairs of columns");
+    STD_TORCH_CHECK(
+        edges.size() % 2 == 0, "edges must hold pairs of columns, got ", edges.size(), " numbers");
     int64_t last = 0;
     for (size_t i = 0; i < edges.size(); i += 2) {
       STD_TORCH_CHECK(
           last <= edges[i] && edges[i] <= edges[i + 1] && edges[i + 1] <= out,
-          "edges must ascend within the output");
+          "edges must ascend within the output of ", out, " columns, got ", edges[i], " to ",
+          edges[i + 1]);
       last = edges[i + 1];
       blocks.push_back({edges[i], last, adapted});
       adapted += last - edges[i];

@@ -75,7 +75,8 @@ inline Item make_item(
     const Tensor& code, const Tensor& overflow_index, const Tensor& overflow_value) {
   STD_TORCH_CHECK(
       lora_a.dim() == 2 && lora_b.dim() == 2 && lora_a.size(0) == lora_b.size(1),
-      "lora_A (R, K) and lora_B (N, R) do not agree in R");
+      "lora_A (R, K) and lora_B (N, R) must agree in R, got ", described(lora_a), " and ",
+      described(lora_b));
   for (const Tensor* other : {&lora_a, &lora_b, &code, &overflow_index, &overflow_value}) {
     STD_TORCH_CHECK(other->device() == weight.device(), "all tensors must be on weight's device");
   }
@@ -111,14 +112,15 @@ inline Item make_item(
 
   STD_TORCH_CHECK(
       same_sizes(code, weight) && code.scalar_type() == ScalarType::Char,
-      "code must be int8 with the sizes of weight");
+      "code must be int8 with the sizes of weight, ", described(weight), ", got ", described(code));
   STD_TORCH_CHECK(
       overflow_index.scalar_type() == ScalarType::Int && overflow_index.is_contiguous() &&
           overflow_value.scalar_type() == weight.scalar_type() && overflow_value.is_contiguous() &&
           overflow_index.numel() == overflow_value.numel() &&
           overflow_index.numel() <= weight.numel(),
       "overflow_index (int32) and overflow_value (weight's dtype) must be contiguous and as long as "
-      "each other, and no longer than weight");
+      "each other, and no longer than weight, ",
+      described(weight), ", got ", described(overflow_index), " and ", described(overflow_value));
   item.code = static_cast<int8_t*>(write_to(code, "code"));
   item.code_view = view_of(code, item.transposed);
   item.overflow_index = static_cast<int32_t*>(write_to(overflow_index, "overflow_index"));
@@ -135,7 +137,7 @@ inline std::vector<Item> make_items(
   STD_TORCH_CHECK(
       lora_a.size() == count && lora_b.size() == count && scaling.size() == count &&
           code.size() == count && overflow_index.size() == count && overflow_value.size() == count,
-      "the lists must be as long as each other");
+      "the lists must be as long as that of the weights, ", count);
   std::vector<Item> items;
   items.reserve(count);
   for (size_t i = 0; i < count; ++i) {

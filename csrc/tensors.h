@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <string>
 #include <vector>
 
 #include "formats.h"
@@ -16,13 +17,24 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
+// For messages: "Float [3, 4]".
+inline std::string described(const Tensor& tensor) {
+  std::string sizes;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    sizes += (d == 0 ? "" : ", ") + std::to_string(tensor.size(d));
+  }
+  return std::string(torch::headeronly::toString(tensor.scalar_type())) + " [" + sizes + "]";
+}
+
 inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Double: return Dtype::kFp64;
     case ScalarType::Float: return Dtype::kFp32;
     case ScalarType::Half: return Dtype::kFp16;
     case ScalarType::BFloat16: return Dtype::kBf16;
-    default: STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16");
+    default:
+      STD_TORCH_CHECK(
+          false, name, " must be float64, float32, float16 or bfloat16, got ", described(tensor));
   }
 }
 
