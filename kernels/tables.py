@@ -22,7 +22,6 @@ import logging
 import os
 import re
 import typing
-import uuid
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -168,22 +167,15 @@ def read(path: Path) -> Table:
     return Table(machine, rows, *versions, path)
 
 
-def write(table: Table, path: Path) -> Table:
-    """Write a table so that the file is there whole or not at all; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def to_json(table: Table) -> str:
+    """Return a table as `read` wants it in a file."""
     rows = [
         {**row.call._asdict(), "plan": row.plan, "us": row.us, "rule_us": row.rule_us}
         for row in table.rows
     ]
     head = {"format": FORMAT, **asdict(table.machine)}
     data = {**head, "lora_fast": table.lora_fast, "date": table.date, "rows": rows}
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return replace(table, path=path)
+    return json.dumps(data, indent=1) + "\n"
 
 
 @cache

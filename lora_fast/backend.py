@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_fast import delta, torch_internals
+from lora_fast import delta, ops, torch_internals
 from lora_fast.reference import autocasts
 
 _log = logging.getLogger("lora_fast.dispatch")
@@ -154,7 +154,7 @@ def _choice(
     otherwise = Backend.EAGER if eager else Backend.REFERENCE
     if _selected == "auto" and not on_gpu and otherwise is Backend.REFERENCE:
         return otherwise, "not a CUDA tensor"
-    special = _TENSOR_SCALING if isinstance(scaling, Tensor) else _needs_reference(op, tensors)
+    special = _TENSOR_SCALING if isinstance(scaling, Tensor) else _needs_reference(tensors)
     if _selected == "triton":
         reason = special or _why_not_triton(op, tensors)
         if reason:
@@ -199,7 +199,7 @@ def decided(op: str, backend: Backend, reason: str) -> Backend:
     return backend
 
 
-def _needs_reference(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+def _needs_reference(tensors: tuple[Tensor | None, ...]) -> str | None:
     """Say why only ordinary differentiable torch code can serve the call, if so."""
     x = tensors[0]
     # The fused operators trace as one node each and cast by themselves under autocast.
@@ -244,7 +244,7 @@ def _in_functorch_transform(tensors: tuple[Tensor | None, ...]) -> bool:
 def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     x = tensors[0]
     assert x is not None
-    if not x.is_cuda and not (x.device.type == "cpu" and _interpreted()):
+    if not x.is_cuda and not (x.device.type == "cpu" and ops.interpreted()):
         return f"the input is on {x.device}, the kernels need CUDA (or TRITON_INTERPRET=1)"
     if x.is_cuda and _is_too_old(x.device):
         return "the kernels need a GPU of compute capability 8.0 or later"
@@ -323,10 +323,6 @@ def _why_torch_is_as_fast(op: str, tensors: tuple[Tensor | None, ...]) -> str | 
     return None if merged_weight_pays(weight, *factors) else "a small weight, torch is as fast"
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
 class Decision(NamedTuple):
     """What serves an op on a device, "none" where nothing can, and why."""
 
@@ -348,7 +344,7 @@ def what_runs() -> list[Decision]:
     plain = ("lora_linear", "cpu", Backend.REFERENCE.value)
     if _selected == "auto" and any(decision[:3] == plain for decision in found):
         found.append(Decision(*plain[:2], Backend.EAGER.value, _EAGER_ON_A_CPU))
-    return found
+    return sorted(found, key=lambda it: (devices.index(it.device), _OPS.index(it.op)))
 
 
 def has_triton() -> bool:

@@ -1,13 +1,12 @@
 """Convolutions with an adapter on the kernel: conv(X, W + lora_alpha / r * (B A).view(W), bias)."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from lora_fast import checks, functional, readers, scripting
+from lora_fast import caller, checks, functional, readers, scripting
 from lora_fast.lora_layer import LoRALayer, MergingLayer, tell_no_gradient
 
 # What a caller finds on a plain nn.Conv*d and may read here too.
@@ -80,11 +79,10 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         has_adapter = checks.adapter(r, lora_alpha, lora_dropout) > 0
         k: Any = _square(kernel_size, conv_module) if has_adapter else kernel_size
         if lora_dropout > 0.0:
-            warnings.warn(
+            caller.warn(
                 f"{type(self).__name__}: lora_dropout={lora_dropout} has no effect on a "
                 "convolution, as in loralib; leave it out",
                 UserWarning,
-                stacklevel=3,
             )
         super().__init__()
         self.conv = conv_module(in_channels, out_channels, k, **kwargs)  # draws

@@ -1,12 +1,11 @@
 """What of a LoRA layer is loaded: the base weight, whether the state was saved merged or not."""
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fast import fsdp, functional, readers, sample, sharded, sums
+from lora_fast import caller, fsdp, functional, readers, sample, sharded, sums
 from lora_fast.layer_part import LayerPart
 from lora_fast.restoring import is_as_merged
 from lora_fast.saved_state import are_equal, layer_of_view, shares_memory
@@ -234,11 +233,10 @@ class LoadedState(LayerPart):
             if any(key.startswith(computed) for key in state_dict):
                 self.__dict__["_loaded_merged"] = scaling  # until the factors can be computed
             elif keys[0] in state_dict:
-                warnings.warn(
+                caller.warn(
                     f"{keys[0]}: it was saved merged, and without the lora_A and lora_B that would "
                     "take the adapter out of it again; it is loaded as it is",
                     UserWarning,
-                    stacklevel=2,
                 )
             return
         weight, lora_A, lora_B = (state_dict[k] for k in keys)
@@ -261,9 +259,8 @@ class LoadedState(LayerPart):
         mine = self._one_scaling()
         scaling = metadata.get("lora_scaling", mine)
         if scaling is not None and scaling != mine and prefix + "lora_A" in state_dict:
-            warnings.warn(
+            caller.warn(
                 f"{prefix or 'the layer'}: the adapter was saved with scaling {scaling}, the layer "
                 f"has {mine}; build the layer with the same r and lora_alpha",
                 UserWarning,
-                stacklevel=2,
             )

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import warnings
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_fast import checks, fsdp, functional, interrupts, readers, sharded
+from lora_fast import caller, checks, fsdp, functional, interrupts, readers, sharded
 from lora_fast.interrupts import merge_lock
 from lora_fast.loaded_state import LoadedState
 from lora_fast.moving import MovesWeight
@@ -163,7 +162,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         raise NotImplementedError
 
     def effective_weight(self) -> Tensor:
-        """Return W + scaling B A, (differentiable), or the weight itself where it is merged."""
+        """Return W + scaling B A (differentiable), or the weight itself where it is merged."""
         weight: Tensor = self._weight_owner().weight  # type: ignore[assignment]
         if self.merged or not self._has_adapter():
             return weight
@@ -225,11 +224,10 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
             try:
                 self._fold()
             except Exception as error:  # whatever it was: unmerged, the layer is right
-                warnings.warn(
+                caller.warn(
                     f"{self._described()} was not merged: {error}. It goes on unmerged, with "
                     "the same results; merge_weights=False avoids the attempt.",
                     RuntimeWarning,
-                    stacklevel=3,
                 )
 
     def _tell_obstacle(self, obstacle: str) -> None:

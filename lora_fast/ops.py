@@ -229,12 +229,17 @@ def _plain_keys(device_type: str) -> frozenset[int]:
     return frozenset(found)
 
 
+def interpreted() -> bool:
+    """Tell whether Triton interprets its kernels, so that they run on a CPU, by its own rule."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
 def _register_kernel(op: str) -> None:
     def launch(*args: Any) -> Any:
         return _kernel(op)(*args)
 
     def interpret(*args: Any) -> Any:
-        if os.environ.get("TRITON_INTERPRET", "0") != "1":
+        if not interpreted():
             raise RuntimeError(
                 f"lora_fast::{op} got CPU tensors, which its kernels serve only with "
                 "TRITON_INTERPRET=1 set before Triton is imported; use CUDA tensors, or "

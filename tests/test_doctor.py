@@ -1,5 +1,6 @@
 """`lora-fast doctor`: the report is whole, and an op that is wrong makes it fail."""
 
+import logging
 import os
 import platform
 import re
@@ -290,9 +291,22 @@ def test_what_ran_once_is_not_run_again(
 ) -> None:
     decision = backend.Decision("lora_linear", kernel_device.type, "triton", "plain tensors")
     monkeypatch.setattr(backend, "what_runs", lambda: [decision])
-    monkeypatch.setattr(selftest, "_error", lambda *arguments: 0.5)
+    monkeypatch.setattr(selftest, "_case_error", lambda *arguments: 0.5)
     found = [(outcome.dtype, outcome.used) for outcome in outcomes()]
     assert len(found) == len(set(found)) == len(selftest._DTYPES[kernel_device.type])
+
+
+def test_every_implementation_that_is_told_of_ran(no_kernels: None) -> None:
+    ran = {(o.op, o.device, o.implementation) for o in outcomes() if o.skipped is None}
+    assert ran == {decision[:3] for decision in backend.what_runs()}
+
+
+def test_the_log_is_as_before(no_kernels: None, caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("lora_fast.dispatch")
+    before = (log.level, log.propagate, list(log.handlers))
+    list(outcomes())
+    assert (log.level, log.propagate, list(log.handlers)) == before
+    assert not caplog.records
 
 
 def test_every_op_has_a_case() -> None:

@@ -1,7 +1,6 @@
 """`lora-fast tune` from its arguments to its exit status."""
 
 import argparse
-import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import date
@@ -12,8 +11,9 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 import lora_fast
-from lora_fast import backend
+from lora_fast import backend, ops
 from lora_fast.commands import BadInputError, device_named, writable_folder
+from lora_fast.files import written_whole
 from lora_fast.tune import ahead, search, shapes, show
 from lora_fast.tune.problems import Job
 
@@ -108,7 +108,7 @@ def _device(arguments: argparse.Namespace) -> torch.device:
             f"{arguments.device!r}"
         )
     device = device_named(arguments.device)
-    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = device.type == "cpu" and ops.interpreted()
     if device.type != "cuda" and not interpreted:
         raise BadInputError(f"--device: the kernels need a CUDA device, got {arguments.device!r}")
     if interpreted and arguments.out is None:
@@ -172,7 +172,9 @@ class _Target:
             return "nothing to write: the defaults stay"
         today = date.today().isoformat()
         table = tables.Table(self.machine, rows, lora_fast.__version__, today)
-        tables.write(table, self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(self.path) as part:
+            part.write_text(tables.to_json(table), encoding="utf-8")
         plans.reload_tables()
         return f"written: {self.path}, {len(rows)} rows"
 

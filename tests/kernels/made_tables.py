@@ -26,11 +26,16 @@ def table(plan: Any, call: Call = CALL, **machine: str) -> Table:
     return Table(here, (Row(call, plan, 10.0, 12.5),), "0.1.0", "2026-11-24")
 
 
+def write(found: Table, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(tables.to_json(found))
+
+
 def put(found: Table, *, shipped: str | None = None) -> Path:
     """Write a table where the package looks for it; return the file."""
     here = tables.this_machine(GPU, "sm_90")
     path = tables.SHIPPED / shipped if shipped else tables.user_path(here)
-    tables.write(found, path)
+    write(found, path)
     plans.reload_tables()
     return path
 

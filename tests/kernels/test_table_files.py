@@ -28,21 +28,6 @@ def test_what_is_written_is_read_again() -> None:
     assert tables.user_tables() == [path]
 
 
-def test_a_write_that_fails_leaves_the_old_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = put(table({"impl": OTHER}))
-    before = path.read_bytes()
-
-    def full_disk(self: Path, *args: Any, **kwargs: Any) -> None:
-        self.write_bytes(b'{"format"')
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        tables.write(table({"impl": "one_pass"}), path)
-    assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
-
-
 def test_the_folder_is_the_variables_or_the_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_FAST_CACHE", "~/somewhere")
     assert tables.user_folder() == Path.home() / "somewhere"

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from made_tables import ARCH, CALL, OTHER, RULE, SIZES, TILE, plan, put, table
+from made_tables import ARCH, CALL, OTHER, RULE, SIZES, TILE, plan, put, table, write
 
 from lora_fast.kernels import configs, plans, tables
 from lora_fast.kernels.tables import Call
@@ -48,7 +48,7 @@ def test_a_shipped_table_serves_other_versions_the_users_does_not(
     put(table({"impl": OTHER}, torch="1.0", triton="1.0"), shipped="sm_90.json")
     assert plan().impl == OTHER
     other = table({"impl": "one_pass"}, triton="1.0")
-    tables.write(other, tables.user_path(other.machine))
+    write(other, tables.user_path(other.machine))
     plans.reload_tables()
     assert plan().impl == OTHER
     assert not caplog.records  # a table of another version is in a file of its own, and stays
