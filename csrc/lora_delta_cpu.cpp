@@ -6,8 +6,8 @@
 //              dB_g = scaling dY[:, g]^T S_g         dA = scale T^T (X * keep)
 //
 // X holds what dropout left in forward, and what it was given in backward; there only dA reads it,
-// and only dB reads S. With few rows a product
-// of torch's takes longer to begin than to sum, and there is one for each block and each factor.
+// and only dB reads S. With few rows a product of torch's takes longer to begin than to sum, and
+// there is one for each block and each factor.
 #include <torch/csrc/stable/library.h>
 
 #include <array>

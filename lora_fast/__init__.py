@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fast import layers, utils
+from lora_fast import functional, layers, reference, testing, utils
 from lora_fast.backend import explain, get_backend, set_backend, use_backend
 from lora_fast.checkpoint import load, save
 from lora_fast.layers import (
@@ -41,6 +41,7 @@ __all__ = [
     "MergedLinear",
     "Optional",
     "explain",
+    "functional",
     "get_backend",
     "layers",
     "load",
@@ -50,8 +51,10 @@ __all__ = [
     "merge",
     "name",
     "nn",
+    "reference",
     "save",
     "set_backend",
+    "testing",
     "torch",
     "unmerge",
     "use_backend",

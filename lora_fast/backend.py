@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ class Backend(Enum):
     """`lora_fast.reference`: plain differentiable torch."""
 
 
-_CHOICES = ("auto", Backend.TRITON.value, Backend.REFERENCE.value)
+BackendName = Literal["auto", "triton", "reference"]
+_CHOICES: tuple[BackendName, ...] = get_args(BackendName)
 _OPS = (
     *("lora_linear", "lora_merged_linear", "lora_embedding"),
     *("merged_weight", "merge_", "unmerge_"),
@@ -74,7 +75,7 @@ def _find_triton() -> bool:
 _TRITON_FOUND = _find_triton()
 
 
-def _checked(name: str, source: str) -> str:
+def _checked(name: str, source: str) -> BackendName:
     if name not in _CHOICES:
         raise ValueError(f"{source} must be one of {', '.join(_CHOICES)}, got {name!r}")
     return name
@@ -83,7 +84,7 @@ def _checked(name: str, source: str) -> str:
 _selected = _checked(os.environ.get("LORA_FAST_BACKEND") or "auto", "LORA_FAST_BACKEND")
 
 
-def set_backend(name: str) -> None:
+def set_backend(name: BackendName) -> None:
     """Choose the implementation of every op in this process.
 
     Args:
@@ -100,13 +101,13 @@ def set_backend(name: str) -> None:
     _selected = _checked(name, "backend")
 
 
-def get_backend() -> str:
+def get_backend() -> BackendName:
     """Return the chosen backend: `"auto"`, `"triton"` or `"reference"`."""
     return _selected
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: BackendName) -> Iterator[None]:
     """Choose the backend for the body of a `with` statement, then go back.
 
     The choice is the process's, not the thread's: backward runs in threads of its own.

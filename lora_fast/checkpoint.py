@@ -20,13 +20,17 @@ from lora_fast import checks, interrupts, marks, sharded
 from lora_fast.files import written_whole
 from lora_fast.lora_layer import MergingLayer
 from lora_fast.saved_state import without_wrappers
-from lora_fast.utils import lora_state_dict
+from lora_fast.utils import BiasMode, lora_state_dict
 
 _HEADER = "lora_fast"
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], *, lora_only: bool = True, bias: str = "none"
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    lora_only: bool = True,
+    bias: BiasMode = "none",
 ) -> None:
     """Write the adapters of `model`, or all of it, to `path`.
 
@@ -55,7 +59,7 @@ def save(
         _save(model, Path(path), lora_only, bias)
 
 
-def _save(model: nn.Module, path: Path, lora_only: bool, bias: str) -> None:
+def _save(model: nn.Module, path: Path, lora_only: bool, bias: BiasMode) -> None:
     full = model.state_dict()
     every: dict[str, dict[str, Any]] = full._metadata  # type: ignore[attr-defined]
     adapted = {k: v for k, v in every.items() if "lora_merged" in v}

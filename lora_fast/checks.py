@@ -116,7 +116,9 @@ def scaling_of(alpha: Any, r: int) -> Any:
 def scaling(op: str, value: Any) -> None:
     """Refuse a factor of the update that is neither a number nor a tensor."""
     if not hasattr(type(value), "__torch_function__") and not _is_number(value):
-        raise TypeError(f"{op}: scaling must be a number, got {value!r:.60} of type {_kind(value)}")
+        raise TypeError(
+            f"{op}: scaling must be a number or a tensor, got {value!r:.60} of type {_kind(value)}"
+        )
 
 
 def number(scaling: Any) -> float:

@@ -63,6 +63,7 @@ def lora_linear(
 
     Raises:
         ValueError: a shape or the dropout rate does not fit; the message names both sides.
+        TypeError: an argument is no tensor, or no number, where it must be one.
         RuntimeError: a forced backend cannot serve the call.
 
     Note:
@@ -70,7 +71,7 @@ def lora_linear(
         too small for a GPU's kernels to pay, dropout draws what `torch.nn.functional.dropout`
         draws; the fused kernels draw one seed per call from torch's generator and drop with the
         multiple of 2^-16 nearest to `dropout_p`.
-        Source: loralib/layers.py:147-152.
+        Source: loralib/layers.py:143-151.
     """
     if not isinstance(x, Tensor):  # an fx proxy, which has no shape to check
         checks.tensors("lora_linear", x=x)
@@ -138,10 +139,11 @@ def lora_merged_linear(
 
     Raises:
         ValueError: shapes, blocks or the dropout rate do not fit; the message names both sides.
+        TypeError: an argument is no tensor, no number or no list, where it must be one.
         RuntimeError: a forced backend cannot serve the call.
 
     Note:
-        The dense delta is never formed. Source: loralib/layers.py:245-252.
+        The dense delta is formed for nested tensors alone. Source: loralib/layers.py:234-243.
     """
     enable = checks.enabled("lora_merged_linear", enable_lora)
     widths = None if out_splits is None else checks.widths("lora_merged_linear", out_splits)
@@ -195,12 +197,12 @@ def lora_embedding(
 
     Raises:
         ValueError: the factors or `padding_idx` do not fit the weight.
-        TypeError: `input` does not hold integers.
-        IndexError: an index is out of range.
+        TypeError: `input` does not hold integers, or `padding_idx` is none.
+        IndexError: an index is out of range; on a GPU the kernel's assertion fails instead.
         RuntimeError: a forced backend cannot serve the call.
 
     Note:
-        Source: loralib/layers.py:84-95.
+        Source: loralib/layers.py:77-87.
     """
     factors = (lora_A, lora_B, scaling)
     options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
@@ -264,10 +266,11 @@ def lora_conv(
 
     Raises:
         ValueError: the factors do not fit the weight.
+        TypeError: an argument is no tensor, or no number, where it must be one.
         RuntimeError: a forced backend cannot serve the call.
 
     Note:
-        Source: loralib/layers.py:301-308.
+        Source: loralib/layers.py:287-294.
     """
     if isinstance(x, Tensor):
         if type(scaling) is not float:
@@ -303,6 +306,7 @@ def merged_delta(
 
     Raises:
         ValueError: the factors do not fit each other or the blocks.
+        TypeError: an argument is no tensor, no number or no list, where it must be one.
     """
     enable, widths = checks.blocks("merged_delta", enable_lora, out_splits)
     checks.scaling("merged_delta", scaling)
@@ -335,6 +339,7 @@ def merged_weight(
 
     Raises:
         ValueError: the factors do not fit the weight.
+        TypeError: an argument is no tensor, or no number, where it must be one.
         RuntimeError: a forced backend cannot serve the call.
 
     Note:

@@ -54,6 +54,9 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
         merge_weights: whether `eval()` folds the adapter into the table.
         kwargs: as for `nn.Embedding`.
 
+    Raises:
+        TypeError: `r` or `lora_alpha` is no number.
+
     Note:
         A (r, num_embeddings) starts at zero and B (embedding_dim, r) random, the reverse of the
         other layers, as in loralib. A layer with `max_norm` is never merged.
@@ -217,6 +220,10 @@ class Linear(_LinearBase):
         fan_in_fan_out: whether the weight is stored (K, N), as GPT-2's Conv1D stores it.
         merge_weights: whether `eval()` folds the adapter into the weight.
         kwargs: `bias`, `device`, `dtype` as for `nn.Linear`.
+
+    Raises:
+        TypeError: `r`, `lora_alpha` or `lora_dropout` is no number.
+        ValueError: `lora_dropout` is outside [0, 1].
     """
 
     def __init__(
@@ -276,8 +283,8 @@ class MergedLinear(_LinearBase):
         kwargs: `bias`, `device`, `dtype` as for `nn.Linear`.
 
     Raises:
-        TypeError: `enable_lora` is not a sequence.
-        ValueError: the blocks do not make up `out_features`.
+        TypeError: `enable_lora` is not a sequence; `r`, `lora_alpha` or `lora_dropout` no number.
+        ValueError: the blocks do not make up `out_features`; `lora_dropout` is outside [0, 1].
 
     Note:
         A is (r * enabled blocks, K), B (sum of the enabled blocks' widths, r).

@@ -45,6 +45,10 @@ class LoRALayer:
         ValueError: `lora_dropout` is outside [0, 1].
     """
 
+    scaling: float
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
         self.r = checks.adapter(r, lora_alpha, lora_dropout)
         self.lora_alpha = lora_alpha

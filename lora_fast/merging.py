@@ -1,6 +1,6 @@
 """The merge of `eval()` and `train()` as functions, and which implementation runs it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def merge_(
     lora_B: Tensor,
     scaling: float,
     *,
-    enable_lora: Sequence[bool] | None = None,
+    enable_lora: Iterable[object] | None = None,
     out_splits: Sequence[int] | None = None,
 ) -> MergeRecord:
     """W <- round(W + Delta) in place.
@@ -36,11 +36,12 @@ def merge_(
 
     Raises:
         ValueError: the factors do not fit the weight.
+        TypeError: an argument is no tensor, no number or no list, where it must be one.
         OverflowError: a finite element would become infinite or NaN. The weight is as it was.
 
     Note:
         Accumulates in fp32 (fp64 for fp64) whatever autocast says, and rounds once. Infinities and
-        NaN that the weight held before stay. Source: loralib/layers.py:131-140.
+        NaN that the weight held before stay. Source: loralib/layers.py:126-141.
     """
     enable, widths = checks.blocks("merge_", enable_lora, out_splits)
     (record,) = merge_many([Merge(weight, lora_A, lora_B, scaling, enable, widths)])
@@ -154,6 +155,7 @@ def unmerge_(weight: Tensor, record: MergeRecord) -> None:
         TypeError: `record` is something else.
         ValueError: the record was used before, or is not of a weight of this shape, dtype and
             device. The weight is as it was.
+        RuntimeError: csrc merged it, and was not built here.
     """
     unmerge_many([weight], [record])
 

@@ -24,7 +24,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """Y = X W^T + scaling (dropout(X) A^T) B^T + bias. Source: loralib/layers.py:147-152."""
+    """Y = X W^T + scaling (dropout(X) A^T) B^T + bias. Source: loralib/layers.py:143-151."""
     y = F.linear(x, weight, bias)
     if training and dropout_p > 0.0:  # `dropout` below, without its call
         x = F.dropout(x, dropout_p)
@@ -92,7 +92,7 @@ def lora_merged_linear(
 ) -> Tensor:
     """Y = X W^T + bias, and block g of Y += scaling (dropout(X) A_g^T) B_g^T where g is enabled.
 
-    Source: loralib/layers.py:245-252, which forms the dense delta; this is the factored form.
+    Source: loralib/layers.py:234-243, which forms the dense delta; this is the factored form.
     """
     if not any(enable_lora):  # nor is anything drawn
         return F.linear(x, weight, bias)
@@ -142,7 +142,7 @@ def lora_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Y = W[input] + scaling A^T[input] B^T. Source: loralib/layers.py:84-95.
+    """Y = W[input] + scaling A^T[input] B^T. Source: loralib/layers.py:77-87.
 
     `max_norm` limits the rows of W alone; A is never renormalised. A's gradient is dense here,
     also for `sparse`: torch has no sparse gradient for a transposed view.
@@ -169,7 +169,7 @@ def lora_conv(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Y = conv(X, W + scaling (B A).view(W), bias). Source: loralib/layers.py:301-308."""
+    """Y = conv(X, W + scaling (B A).view(W), bias). Source: loralib/layers.py:287-294."""
     w = merged_weight(weight, lora_A, lora_B, scaling)
     return convolution(x, w, bias, stride, padding, dilation, groups)
 

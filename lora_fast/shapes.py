@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_fast.blocks import Spans, spans
-from lora_fast.checks import tensors
+from lora_fast.checks import integer, tensors
 
 
 class InputError(ValueError, RuntimeError):
@@ -174,6 +174,8 @@ def padding_idx(op: str, index: int | None, weight: Tensor) -> None:
     """Refuse a padding index that is no row of the table; it may count from the end."""
     if index is None:
         return
+    if type(index) is not int and integer(index) is None:
+        raise TypeError(f"{op}: padding_idx must be an integer or None, got {index!r:.60}")
     num = weight.size(0)
     if isinstance(num, Tensor):  # traced by torch.jit
         return

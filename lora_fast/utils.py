@@ -1,7 +1,7 @@
 """Which parameters are trained and which are saved."""
 
 from collections.abc import Iterator
-from typing import Dict  # noqa: UP035, loralib has it
+from typing import Dict, Literal, get_args  # noqa: UP035, loralib has it
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,15 @@ from lora_fast.lora_layer import LoRALayer
 # With what `from loralib.utils import *` brings along.
 __all__ = ["Dict", "LoRALayer", "lora_state_dict", "mark_only_lora_as_trainable", "nn", "torch"]
 
-_BIAS_MODES = ("none", "all", "lora_only")
+BiasMode = Literal["none", "all", "lora_only"]
+_BIAS_MODES = get_args(BiasMode)
 
 
 class UnknownBiasError(ValueError, NotImplementedError):
     """`bias` is not a mode; a NotImplementedError too, which is what loralib raises."""
 
 
-def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+def mark_only_lora_as_trainable(model: nn.Module, bias: BiasMode = "none") -> None:
     """Freeze every parameter of `model` that belongs to no adapter.
 
     Args:
@@ -33,7 +34,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     Note:
         A parameter belongs to an adapter when its own name begins with `lora_`, or that of what it
         parametrizes. Parameters that were frozen before stay frozen.
-        Source: loralib/utils.py:13-31.
+        Source: loralib/utils.py:13-30.
     """
     checks.module("mark_only_lora_as_trainable", model, "named_parameters")
     _check_bias(bias)
@@ -51,7 +52,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
                 own.requires_grad = True
 
 
-def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tensor]:
     """Return the adapters of `model`, and the biases that `bias` names.
 
     Args:
@@ -65,7 +66,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         UnknownBiasError: `bias` is not a mode.
 
     Note:
-        Rank and alpha are not in it; `lora_fast.save` keeps them. Source: loralib/utils.py:34-53.
+        Rank and alpha are not in it; `lora_fast.save` keeps them. Source: loralib/utils.py:33-49.
     """
     checks.module("lora_state_dict", model, "state_dict")
     _check_bias(bias)

@@ -20,8 +20,8 @@ def merge(model: nn.Module, *, progress: bool = False) -> int:
     """Fold every adapter of `model` into its weight, whatever `merge_weights` says; all or nothing.
 
     Layers that are merged already stay so, but for those whose adapter has changed since: these are
-    merged anew. `unmerge` restores the weights bit for bit; so does
-    `train()` where `merge_weights` is set.
+    merged anew. `unmerge` restores the weights bit for bit; so does `train()` where `merge_weights`
+    is set.
 
     Args:
         model: any module with LoRA layers.
@@ -32,6 +32,7 @@ def merge(model: nn.Module, *, progress: bool = False) -> int:
 
     Raises:
         ValueError: there is nothing to merge: no LoRA layer has an adapter, or all are merged.
+        TypeError: `model` is no module.
         RuntimeError: a layer can't be merged, because its weight is tied, say, or would overflow.
             The message names it; every layer is as it was. The same holds for any other exception.
     """
@@ -86,6 +87,7 @@ def unmerge(model: nn.Module, *, progress: bool = False) -> int:
 
     Raises:
         ValueError: there is nothing to unmerge: no LoRA layer is merged.
+        TypeError: `model` is no module.
     """
     checks.module("unmerge", model, "named_modules")
     with merge_lock:
