@@ -169,7 +169,8 @@ class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
         if self.weight.shape[0] == self.out_features:
             nn.Linear.reset_parameters(self)
         else:  # stored (in, out): the fan is that of the transpose
-            nn.init.kaiming_uniform_(self.weight.t(), a=math.sqrt(5))
+            # The parameter itself: transformers marks those that are loaded, and keeps them.
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), mode="fan_out")
             if self.bias is not None:
                 bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
                 nn.init.uniform_(self.bias, -bound, bound)

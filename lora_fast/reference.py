@@ -65,7 +65,9 @@ def scaled_factors(s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, T
     might underflow, and dB = dY^T (scaling S), a sum over all rows, overflow without it.
     """
     if _multiplies_in_fp16(s) and abs(scaling) > 1.0:
-        return s, lora_B * scaling
+        # A bf16 product would be rounded twice, the first time to 8 bits.
+        wide = lora_B.float() if lora_B.dtype is torch.bfloat16 else lora_B
+        return s, wide * scaling
     return s * scaling, lora_B
 
 

@@ -137,6 +137,22 @@ def test_a_large_scaling_keeps_the_digits_of_small_gradients(
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp16", "autocast"])
+@pytest.mark.parametrize("layer", ["linear", "merged"])
+def test_a_large_scaling_of_a_bf16_factor_is_rounded_once(layer: str, autocast: bool) -> None:
+    t = drawn(layer, MANY, 8, torch.randn(MANY, K), 0.5)
+    t |= {key: t[key].bfloat16() for key in ("lora_A", "lora_B")}
+    t["weight"].zero_()
+    exact = _as_loralib({key: tensor.double() for key, tensor in t.items()}, 8 / 3)
+    eager = _as_loralib({key: tensor.half() for key, tensor in t.items()}, 8 / 3)
+    if autocast:
+        t |= {key: t[key].float() for key in ("x", "weight")}
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        y = FUNCTIONS[layer](t, 8 / 3)
+    error, its = ((found.double() - exact).norm() for found in (y, eager))
+    assert error <= 2 * its
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp16", "autocast"])
 def test_a_large_scaling_that_is_a_tensor(autocast: bool) -> None:
     for name, rows in (("linear", MANY), ("merged", MANY), ("merged", FEW)):
         t = drawn(name, rows, 4, torch.rand(rows, K) * 400, 1e-3)

@@ -7,7 +7,7 @@ import loralib
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lora_fast as lora
@@ -232,6 +232,18 @@ def test_b40_a_transposed_weight_is_redrawn_with_its_own_fan(kind: str) -> None:
     assert 0.4 < layer.weight.abs().max() <= 0.5
     assert layer.lora_A.abs().max() > 0
     assert layer.lora_B.abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", ["Linear", "MergedLinear"])
+def test_b40_redrawing_goes_by_the_parameter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers marks parameters that were loaded, and its `nn.init` leaves those alone."""
+    kwargs = {"enable_lora": [True]} if kind == "MergedLinear" else {}
+    layer = getattr(lora, kind)(4, 12, r=2, fan_in_fan_out=True, **kwargs)
+    drawn: list[Tensor] = []
+    for name in ("kaiming_uniform_", "uniform_", "zeros_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: drawn.append(tensor))
+    layer.reset_parameters()
+    assert {id(t) for t in drawn} == {id(p) for p in layer.parameters()}
 
 
 def test_b40_reset_parameters_of_a_merged_layer(case: Any) -> None:
