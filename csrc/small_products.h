@@ -83,12 +83,13 @@ LORA_FAST_INLINE float total(const Floats<kLanes>& sums) {
   }
 }
 
-// out[i, c] = sum over t of left[i, t] * right[t, c], c < kVectors * kLanes.
+// out[i, c] (+)= sum over t of left[i, t] * right[t, c], c < kVectors * kLanes.
 template <class R, int kRows, int kVectors, int kLanes>
-LORA_FAST_INLINE void multiply_block(
-    const Strided& left, const Stored<R>& right, int64_t steps, float* out, int64_t out_row) {
+LORA_FAST_INLINE void multiply_steps(
+    const Strided& left, const Stored<R>& right, int64_t begin, int64_t end, float* out,
+    int64_t out_row) {
   Floats<kLanes> sum[kRows][kVectors] = {};
-  for (int64_t t = 0; t < steps; ++t) {
+  for (int64_t t = begin; t < end; ++t) {
     Floats<kLanes> value[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v)
@@ -104,9 +105,28 @@ LORA_FAST_INLINE void multiply_block(
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      memcpy(out + i * out_row + v * kLanes, &sum[i][v], sizeof(sum[i][v]));
+      float* to = out + i * out_row + v * kLanes;
+      if (begin > 0) {
+        Floats<kLanes> before;
+        memcpy(&before, to, sizeof(before));
+        sum[i][v] += before;
+      }
+      memcpy(to, &sum[i][v], sizeof(sum[i][v]));
     }
   }
+}
+
+// The same without the (+), in parts: one sum of very many loses digits.
+template <class R, int kRows, int kVectors, int kLanes>
+LORA_FAST_INLINE void multiply_block(
+    const Strided& left, const Stored<R>& right, int64_t steps, float* out, int64_t out_row) {
+  constexpr int64_t kPart = 512;
+  int64_t begin = 0;
+  do {
+    const int64_t end = std::min(begin + kPart, steps);
+    multiply_steps<R, kRows, kVectors, kLanes>(left, right, begin, end, out, out_row);
+    begin = end;
+  } while (begin < steps);
 }
 
 template <class R, int kVectors, int kLanes>
