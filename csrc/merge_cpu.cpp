@@ -15,38 +15,12 @@
 #include "large_pages.h"
 #include "merge_cpu_kernels.h"
 #include "merge_cpu_pack.h"
+#include "merge_cpu_tiles.h"
 #include "merge_cpu_views.h"
 #include "module.h"
 
 namespace lora_fast {
 namespace {
-
-// Part of an item: whole tiles, worked through row by row of tiles by one thread.
-struct Task {
-  size_t item;
-  int64_t row, row_end, col, col_end;
-};
-
-// Some of the weights of an item.
-struct Part {
-  int64_t row, rows, col, cols;
-
-  int64_t index(const Item& item, int64_t r) const { return (row + r) * item.cols + col; }
-
-  // Some of its rows and columns, counted from its first.
-  Part part(int64_t first_row, int64_t end_row, int64_t first_col, int64_t end_col) const {
-    return {row + first_row, end_row - first_row, col + first_col, end_col - first_col};
-  }
-};
-
-// Up to kTileRows x kTileCols weights, and what is summed for them.
-template <class Compute>
-struct Tile : Part {
-  const Compute* left;                  // [rank][kTileRows]
-  const Compute* right;                 // panels of [rank][kPanelCols]
-  const Compute* left_pairs = nullptr;  // the same as pairs, where their products are exact
-  const Compute* right_pairs = nullptr;
-};
 
 // What the threads find out about one item.
 struct Outcome {
@@ -56,11 +30,6 @@ struct Outcome {
 
 enum class Mode { kMerge, kUnmerge };
 
-// One of so many parts of a length, in whole steps.
-int64_t even_part(int64_t length, int64_t parts, int64_t step) {
-  return (length + parts * step - 1) / (parts * step) * step;
-}
-
 template <class F>
 class Merger {
   using Bits = typename F::Bits;
@@ -68,25 +37,25 @@ class Merger {
   using Tile = lora_fast::Tile<Compute>;
 
  public:
+  // Takes all the memory that it will need: for want of some, nothing must be left half done.
   explicit Merger(const std::vector<Item>& items)
       : items_(items), outcomes_(items.size()), kernels_(choose_kernels<F>()) {
     const int64_t threads = torch::stable::get_num_threads();
     for (size_t i = 0; i < items.size(); ++i) add_tasks(i, threads);
     written_.assign(tasks_.size(), 0);
+    add_scratch(threads);
   }
 
-  // Returns, for each item, the entries in its overflow list or why it can't be merged.
-  std::vector<int64_t> merge() {
+  // Tells, for each item, the entries in its overflow list or why it can't be merged.
+  void merge(int64_t* status) {
     run(Mode::kMerge);
-    std::vector<int64_t> status;
     for (const Outcome& outcome : outcomes_) {
-      status.push_back(failed_ ? std::min<int64_t>(outcome.verdict, 0) : outcome.overflow.load());
+      *status++ = failed_ ? std::min<int64_t>(outcome.verdict, 0) : outcome.overflow.load();
     }
     if (failed_) {
       run(Mode::kUnmerge);
       for (size_t i = 0; i < items_.size(); ++i) restore_overflow(items_[i], outcomes_[i].overflow);
     }
-    return status;
   }
 
   void unmerge() {
@@ -129,15 +98,33 @@ class Merger {
     }
   }
 
-  void run(Mode mode) {
-    const int64_t count = static_cast<int64_t>(tasks_.size());
-    // Waking another thread costs as much as kAlone weights.
+  int64_t count() const { return static_cast<int64_t>(tasks_.size()); }
+
+  // Tasks that one thread does at least: waking another costs as much as kAlone weights.
+  int64_t grain() const {
     constexpr int64_t kAlone = 1 << 15;
-    const int64_t grain = std::max<int64_t>(1, count * kAlone / std::max<int64_t>(1, weights_));
-    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    return std::max<int64_t>(1, count() * kAlone / std::max<int64_t>(1, weights_));
+  }
+
+  // One for each thread, with room for any task.
+  void add_scratch(int64_t threads) {
+    threads = std::min(threads, (count() + grain() - 1) / grain());
+    for (int64_t i = 0; i < threads; ++i) {
+      scratch_.push_back(std::make_unique<Scratch>(kernels_.pair_cells.cols > 0));
+      for (const Task& task : tasks_) {
+        const int64_t rank = items_[task.item].rank;
+        scratch_.back()->right.reserve(rank, task.col_end - task.col);
+        scratch_.back()->left.reserve(rank, kTileRows);
+      }
+    }
+  }
+
+  void run(Mode mode) {
+    std::atomic<size_t> next{0};
+    torch::stable::parallel_for(0, count(), grain(), [&](int64_t begin, int64_t end) {
       const DefaultFloatEnvironment environment;
-      auto scratch = std::make_unique<Scratch>(kernels_.pair_cells.cols > 0);
-      for (int64_t t = begin; t < end; ++t) run_task(t, mode, *scratch);
+      Scratch& scratch = *scratch_.at(next++);  // each thread is called once
+      for (int64_t t = begin; t < end; ++t) run_task(t, mode, scratch);
     });
   }
 
@@ -336,6 +323,7 @@ class Merger {
   std::vector<Outcome> outcomes_;
   const Kernels<F> kernels_;
   std::vector<Task> tasks_;
+  std::vector<std::unique_ptr<Scratch>> scratch_;
   int64_t weights_ = 0;
   std::vector<int64_t> written_;  // tiles, for each task
   std::atomic<bool> failed_{false};
@@ -349,13 +337,13 @@ Tensor merge_cpu(
   for (const Item& item : items) {
     if (item.code != nullptr) ask_for_large_pages(item.code, item.numel());
   }
-  std::vector<int64_t> status;
+  Tensor status = status_tensor(std::vector<int64_t>(items.size()));
   if (!items.empty()) {
     dispatch_format(dtype_of(weight[0], "weight"), [&](auto format) {
-      status = Merger<decltype(format)>(items).merge();
+      Merger<decltype(format)>(items).merge(static_cast<int64_t*>(status.mutable_data_ptr()));
     });
   }
-  return status_tensor(status);
+  return status;
 }
 
 void unmerge_cpu(

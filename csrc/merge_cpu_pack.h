@@ -61,6 +61,13 @@ class Panel {
  public:
   Panel(int64_t width, bool with_pairs) : width_(width), with_pairs_(with_pairs) {}
 
+  // Room for so many columns of a factor, so that pack() takes no more memory.
+  void reserve(int64_t rank, int64_t columns) {
+    const int64_t parts = (columns + width_ - 1) / width_;
+    values_.reserve(parts * rank * width_);
+    if (with_pairs_) pairs_.reserve(parts * ((rank + 1) / 2) * width_);
+  }
+
   void pack(const Factor& factor, int64_t rank, int64_t begin, int64_t end) {
     const int64_t parts = (end - begin + width_ - 1) / width_;
     rank_ = rank;

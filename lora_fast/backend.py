@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -365,7 +364,7 @@ def explain() -> str:
         The text that was printed.
     """
     text = explanation()
-    sys.stdout.write(text + "\n")
+    print(text)
     return text
 
 

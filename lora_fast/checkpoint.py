@@ -62,7 +62,7 @@ def save(
 def _save(model: nn.Module, path: Path, lora_only: bool, bias: BiasMode) -> None:
     full = model.state_dict()
     every: dict[str, dict[str, Any]] = full._metadata  # type: ignore[attr-defined]
-    adapted = {k: v for k, v in every.items() if "lora_merged" in v}
+    adapted = {k: v for k, v in every.items() if "lora_merged" in v or "lora_r" in v}
     if not adapted:
         raise ValueError("save: the model has no LoRA layer with r > 0; nothing was written")
     kept: dict[str, Any] = lora_state_dict(model, bias) if lora_only else dict(full)
@@ -184,6 +184,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
             is named, and nothing was loaded.
         TypeError: `model` is no module.
         OSError: the file can't be read.
+        MemoryError: there is no memory for what it holds; nothing was loaded.
     """
     checks.module("load", model, "named_modules")
     state = _read(Path(path))
@@ -205,9 +206,11 @@ def _read(path: Path) -> "OrderedDict[str, Any]":
         pass
     try:
         loaded = _read_safetensors(path) if is_safetensors else _read_torch(path)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):  # clear enough
+    except (FileNotFoundError, IsADirectoryError, PermissionError, MemoryError):  # clear enough
         raise
     except Exception as error:  # torch has many for a damaged file
+        if "can't allocate memory" in str(error):  # torch's own, for which there is no class
+            raise MemoryError(f"load: no memory for what {path} holds ({error})") from error
         kind = "safetensors" if is_safetensors else "torch.save"
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:

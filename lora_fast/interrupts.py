@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 
 Lock = TypeVar("Lock", bound=Any)
 
-# What somebody may have set a handler for that raises: Ctrl-C, a time limit, a preempted job.
-_NAMES = ("INT", "TERM", "HUP", "ALRM", "VTALRM", "PROF", "USR1", "USR2", "BREAK")
-_SIGNALS = tuple(
-    number for name in _NAMES if (number := getattr(_signal, f"SIG{name}", None)) is not None
-)
+# What somebody may have set a handler for that raises: Ctrl-C, a time limit, a preempted job. Not
+# the real-time ones, half of all, as each takes 0.1 us to ask for.
+_LAST = getattr(_signal, "SIGRTMIN", _signal.NSIG)
+_SIGNALS = tuple(number for number in _signal.valid_signals() if number < _LAST)
 
 
 def free_in_children(lock: Lock) -> Lock:
@@ -51,9 +50,16 @@ class held_back:  # noqa: N801, it is used like a function
                 if callable(handler):  # else ignored, the system's own, or not Python's
                     self.handlers[number] = handler
                     _signal.signal(number, self._note)
-        except BaseException:  # from a handler that was still to be replaced
-            self._restore()
+        except BaseException as error:
+            if isinstance(error, ValueError) and not self._has_replaced():
+                # In a program that began Python in another thread, which then handles them.
+                self.handlers.clear()
+                return
+            self._restore()  # it came from a handler that was still to be replaced
             raise
+
+    def _has_replaced(self) -> bool:
+        return any(_signal.getsignal(number) == self._note for number in self.handlers)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received.setdefault(number, frame)

@@ -367,3 +367,25 @@ def test_a_refused_state_lacks_no_key_that_it_has() -> None:
     assert "Unexpected" not in str(error.value)
     for key, value in layer.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("alloc_cpu.cpp:127: DefaultCPUAllocator: can't allocate memory: you tried 64"),
+    ],
+    ids=["python", "torch"],
+)
+def test_a_file_for_which_there_is_no_memory_is_not_called_damaged(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, layer = tmp_path / "adapter.pt", lora.Linear(4, 6, r=2)
+    lora.save(layer, file)
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError):
+        lora.load(layer, file)
