@@ -82,7 +82,7 @@ $(READY): pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
 	  >> $(VENV)/constraints.txt
 	@echo "installing lora_fast and its tools into $(VENV)"
-	@$(PIP) -c $(VENV)/constraints.txt "setuptools>=77" wheel ninja
+	@$(PIP) -c $(VENV)/constraints.txt "setuptools>=77,!=77.0.3" wheel ninja
 	@$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,bench,demo,lint]"
 	@touch $@
 

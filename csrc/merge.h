@@ -13,7 +13,7 @@
 
 namespace lora_fast {
 
-// What merge_ returns for a weight in place of the length of its overflow list.
+// What merge_ tells of a weight in place of the length of its overflow list.
 constexpr int64_t kNotFinite = -1;
 constexpr int64_t kListFull = -2;
 
@@ -152,13 +152,15 @@ inline std::vector<Item> make_items(
   return items;
 }
 
-inline Tensor status_tensor(const std::vector<int64_t>& status) {
-  const int64_t size = static_cast<int64_t>(status.size());
-  Tensor result = torch::stable::empty(
-      {&size, 1}, ScalarType::Long, std::nullopt,
-      torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  std::copy(status.begin(), status.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
-  return result;
+// Where merge_ and unmerge_ tell what became of each item, once all is done: by it a caller whom an
+// exception takes away from what they return knows whether they ran.
+inline int64_t* status_of(const Tensor& status, const std::vector<Item>& items) {
+  STD_TORCH_CHECK(
+      status.scalar_type() == ScalarType::Long && status.is_contiguous() && status.is_cpu() &&
+          status.numel() == static_cast<int64_t>(items.size()),
+      "status must be int64 on the CPU, a number for each of ", items.size(), " weights, got ",
+      described(status));
+  return static_cast<int64_t*>(write_to(status, "status"));
 }
 
 }  // namespace lora_fast

@@ -49,12 +49,12 @@ class Merger {
   // Tells, for each item, the entries in its overflow list or why it can't be merged.
   void merge(int64_t* status) {
     run(Mode::kMerge);
-    for (const Outcome& outcome : outcomes_) {
-      *status++ = failed_ ? std::min<int64_t>(outcome.verdict, 0) : outcome.overflow.load();
-    }
     if (failed_) {
       run(Mode::kUnmerge);
       for (size_t i = 0; i < items_.size(); ++i) restore_overflow(items_[i], outcomes_[i].overflow);
+    }
+    for (const Outcome& outcome : outcomes_) {
+      *status++ = failed_ ? std::min<int64_t>(outcome.verdict, 0) : outcome.overflow.load();
     }
   }
 
@@ -329,28 +329,27 @@ class Merger {
   std::atomic<bool> failed_{false};
 };
 
-Tensor merge_cpu(
+void merge_cpu(
     Tensors weight, Tensors lora_a, Tensors lora_b, std::vector<double> scaling, Tensors code,
-    Tensors overflow_index, Tensors overflow_value) {
+    Tensors overflow_index, Tensors overflow_value, Tensor status) {
   const std::vector<Item> items =
       make_items(weight, lora_a, lora_b, scaling, code, overflow_index, overflow_value);
+  int64_t* found = status_of(status, items);
+  if (items.empty()) return;
   for (const Item& item : items) {
     if (item.code != nullptr) ask_for_large_pages(item.code, item.numel());
   }
-  Tensor status = status_tensor(std::vector<int64_t>(items.size()));
-  if (!items.empty()) {
-    dispatch_format(dtype_of(weight[0], "weight"), [&](auto format) {
-      Merger<decltype(format)>(items).merge(static_cast<int64_t*>(status.mutable_data_ptr()));
-    });
-  }
-  return status;
+  dispatch_format(dtype_of(weight[0], "weight"), [&](auto format) {
+    Merger<decltype(format)>(items).merge(found);
+  });
 }
 
 void unmerge_cpu(
     Tensors weight, Tensors lora_a, Tensors lora_b, std::vector<double> scaling, Tensors code,
-    Tensors overflow_index, Tensors overflow_value) {
+    Tensors overflow_index, Tensors overflow_value, Tensor status) {
   const std::vector<Item> items =
       make_items(weight, lora_a, lora_b, scaling, code, overflow_index, overflow_value);
+  int64_t* done = status_of(status, items);
   if (items.empty()) return;
   for (const Item& item : items) {
     STD_TORCH_CHECK(item.code != nullptr || item.numel() == 0, "unmerge_ needs the code of merge_");
@@ -363,6 +362,7 @@ void unmerge_cpu(
   dispatch_format(dtype_of(weight[0], "weight"), [&](auto format) {
     Merger<decltype(format)>(items).unmerge();
   });
+  std::fill_n(done, items.size(), 0);
 }
 
 }  // namespace

@@ -108,26 +108,26 @@ void unmerge(const std::vector<Item>& items, const Tensor& first) {
   for (size_t i = 0; i < items.size(); ++i) launcher.restore(i, items[i].overflow_size);
 }
 
-Tensor merge_cuda(
+void merge_cuda(
     Tensors weight, Tensors lora_a, Tensors lora_b, std::vector<double> scaling, Tensors code,
-    Tensors overflow_index, Tensors overflow_value) {
+    Tensors overflow_index, Tensors overflow_value, Tensor status) {
   const std::vector<Item> items =
       make_items(weight, lora_a, lora_b, scaling, code, overflow_index, overflow_value);
-  std::vector<int64_t> status;
-  if (!items.empty()) {
-    const torch::stable::accelerator::DeviceGuard guard(weight[0].get_device_index());
-    dispatch_format(dtype_of(weight[0], "weight"), [&](auto format) {
-      status = merge<decltype(format)>(items, weight[0]);
-    });
-  }
-  return status_tensor(status);
+  int64_t* found = status_of(status, items);
+  if (items.empty()) return;
+  const torch::stable::accelerator::DeviceGuard guard(weight[0].get_device_index());
+  dispatch_format(dtype_of(weight[0], "weight"), [&](auto format) {
+    const std::vector<int64_t> merged = merge<decltype(format)>(items, weight[0]);
+    std::copy(merged.begin(), merged.end(), found);
+  });
 }
 
 void unmerge_cuda(
     Tensors weight, Tensors lora_a, Tensors lora_b, std::vector<double> scaling, Tensors code,
-    Tensors overflow_index, Tensors overflow_value) {
+    Tensors overflow_index, Tensors overflow_value, Tensor status) {
   const std::vector<Item> items =
       make_items(weight, lora_a, lora_b, scaling, code, overflow_index, overflow_value);
+  int64_t* done = status_of(status, items);
   if (items.empty()) return;
   for (const Item& item : items) {
     STD_TORCH_CHECK(item.code != nullptr || item.numel() == 0, "unmerge_ needs the code of merge_");
@@ -136,6 +136,7 @@ void unmerge_cuda(
   dispatch_format(dtype_of(weight[0], "weight"), [&](auto format) {
     unmerge<decltype(format)>(items, weight[0]);
   });
+  std::fill_n(done, items.size(), 0);
 }
 
 }  // namespace

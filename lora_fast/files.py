@@ -58,7 +58,8 @@ def _refusal(error: Exception, part: Path) -> int | None:
     if isinstance(error, OSError):
         is_of_part = error.filename is None or str(error.filename) == str(part)
         return error.errno if is_of_part else None
-    told = re.search(r"\(os error (\d+)\)", str(error))  # by safetensors, whose file is gone
+    # By safetensors, whose file is gone; the second way before its version 0.6.
+    told = re.search(r"(?:\(os error |\bOs \{ code: )(\d+)", str(error))
     if told:
         return int(told[1])
     if not isinstance(error, RuntimeError):

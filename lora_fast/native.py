@@ -17,8 +17,9 @@ from lora_fast import ops, reference, torch_internals
 from lora_fast.record import Code, MergeRecord
 
 _log = logging.getLogger("lora_fast.merge")
-# What the op returns in place of the length of an overflow list; csrc/merge.h.
+# What merge_ tells in place of the length of an overflow list; csrc/merge.h.
 _NOT_FINITE = -1
+_NOT_DONE = -3  # it has not ended
 # Elements of one block, so that their indices fit an int32.
 _MOST = 2**31 - 1
 # The lists may take 0.06 bytes for each weight. Where they fill, a copy is not much dearer.
@@ -79,15 +80,20 @@ def merge(requests: Sequence[Merge]) -> list[MergeRecord | None]:
     """
     requests = _with_copies(requests)
     jobs = list(map(_new_job, requests))
-    status = _run(ops.merge_, jobs)
-    if all(min(lengths) >= 0 for lengths in status):
-        try:
-            return [job.record(lengths) for job, lengths in zip(jobs, status, strict=True)]
-        except BaseException:  # no memory for a list, say: what has no record must not stay merged
-            _run(ops.unmerge_, [job.cut(n) for job, n in zip(jobs, status, strict=True)])
-            raise
+    status = _new_status(jobs)
+    try:
+        _run(ops.merge_, jobs, status)
+        lengths = _of_jobs(jobs, status)
+        if _is_done(status):
+            return [job.record(found) for job, found in zip(jobs, lengths, strict=True)]
+    except BaseException:  # no memory for a list, say: what has no record must not stay merged
+        if _is_done(status):
+            found = _of_jobs(jobs, status)
+            cut = [job.cut(n) for job, n in zip(jobs, found, strict=True)]
+            _run(ops.unmerge_, cut, _new_status(cut))
+        raise
     del jobs  # their codes are large, and what follows makes its own
-    return _merge_apart(requests, status)  # the op has put every weight back
+    return _merge_apart(requests, lengths)  # the op has put every weight back
 
 
 def _merge_apart(
@@ -111,19 +117,22 @@ def _merge_apart(
 
 
 def unmerge(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
-    """Restore weights of one device and dtype that `merge` merged."""
-    # First what may be done again, should the other half fail.
-    for weight, record in zip(weights, records, strict=True):
-        if record.original is not None:
-            weight.copy_(record.original)
-    jobs = []
-    for weight, record in zip(weights, records, strict=True):
-        if record.original is None:
-            factors = (record.lora_A, record.lora_B, record.scaling)
-            request = Merge(weight, *factors, record.enable_lora, record.out_splits)
-            jobs.append(_Job(request, _blocks(request), record.codes))
-    if jobs:
-        _run(ops.unmerge_, jobs)
+    """Restore weights of one device and dtype that `merge` merged: all, or after an error none."""
+    jobs = [_job_of(weight, record) for weight, record in zip(weights, records, strict=True)]
+    coded = [job for job in jobs if job.original is None]
+    status, copied = _new_status(coded), []
+    try:
+        if coded:
+            _run(ops.unmerge_, coded, status)
+        for job in jobs:
+            if job.original is not None:
+                job.request.weight.copy_(job.original)
+                copied.append(job)
+    except BaseException:
+        again = copied + (coded if _is_done(status) else [])
+        if again:
+            _run(ops.merge_, again, _new_status(again))
+        raise
     for record in records:
         _keep_until_read(record)
 
@@ -145,6 +154,7 @@ class _Job(NamedTuple):
     request: Merge
     blocks: Sequence[reference.DeltaBlock]
     codes: Sequence[Code]
+    original: Tensor | None = None
 
     def cut(self, lengths: Sequence[int]) -> "_Job":
         """Return the job with lists of these lengths, which share the memory of the long ones."""
@@ -156,21 +166,33 @@ class _Job(NamedTuple):
     def record(self, lengths: Sequence[int]) -> MergeRecord:
         """Return the record of a merge whose overflow lists have these lengths."""
         codes = tuple(map(_trimmed, self.codes, lengths))
-        return _record(self, None, codes)
+        return _record(self, codes)
 
 
-def _run(op: Callable[..., Tensor | None], jobs: Sequence[_Job]) -> list[list[int]]:
-    """Call `op` for all blocks of all jobs; return what it says of each job's blocks."""
+def _run(op: Callable[..., None], jobs: Sequence[_Job], status: Tensor) -> None:
+    """Call `op` for all blocks of all jobs; at its end it tells in `status` of each block."""
     rows = [
-        (*block, float(request.scaling), *code)
-        for request, blocks, codes in jobs
-        for block, code in zip(blocks, codes, strict=True)
+        (*block, float(job.request.scaling), *code)
+        for job in jobs
+        for block, code in zip(job.blocks, job.codes, strict=True)
     ]
-    status = op(*map(list, zip(*rows, strict=True)))
-    if status is None:
-        return []
-    lengths = iter(status.tolist())
-    return [list(itertools.islice(lengths, len(job.blocks))) for job in jobs]
+    op(*map(list, zip(*rows, strict=True)), status)
+
+
+def _new_status(jobs: Sequence[_Job]) -> Tensor:
+    count = sum([len(job.blocks) for job in jobs])
+    return torch.full((count,), _NOT_DONE, dtype=torch.int64, device="cpu")
+
+
+def _is_done(status: Tensor) -> bool:
+    """Tell whether the op has done it; if not, it has changed no weight."""
+    return min(status.tolist(), default=_NOT_DONE) >= 0
+
+
+def _of_jobs(jobs: Sequence[_Job], status: Tensor) -> list[list[int]]:
+    """What the op told of each job's blocks."""
+    told = iter(status.tolist())
+    return [list(itertools.islice(told, len(job.blocks))) for job in jobs]
 
 
 def _blocks(request: Merge) -> list[reference.DeltaBlock]:
@@ -197,6 +219,22 @@ def _new_job(request: Merge) -> _Job:
         room = int(weight.numel() * _LIST_BYTES / (4 + weight.element_size()))
         codes.append(Code(code, *(_new_overflow(weight, room) if room else _no_overflow(weight))))
     return _Job(request, blocks, codes)
+
+
+def _job_of(weight: Tensor, record: MergeRecord) -> _Job:
+    """The job by which a weight was merged."""
+    factors = (record.lora_A, record.lora_B, record.scaling)
+    request = Merge(weight, *factors, record.enable_lora, record.out_splits)
+    if record.original is not None:
+        return _codeless_job(request, record.original)
+    return _Job(request, _blocks(request), record.codes)
+
+
+def _codeless_job(request: Merge, original: Tensor) -> _Job:
+    """A merge whose way back is a copy of the weight."""
+    weight, blocks = request.weight, _blocks(request)
+    no_code = Code(weight.new_empty(0, dtype=torch.int8), *_no_overflow(weight))
+    return _Job(request, blocks, [no_code] * len(blocks), original)
 
 
 def _with_copies(requests: Sequence[Merge]) -> list[Merge]:
@@ -247,14 +285,13 @@ def _merge_with_copy(request: Merge) -> MergeRecord | None:
         tuple(weight.shape),
     )
     original = weight.clone()
-    no_code = Code(weight.new_empty(0, dtype=torch.int8), *_no_overflow(weight))
     (request,) = _with_copies([request])
-    blocks = _blocks(request)
-    job = _Job(request, blocks, [no_code] * len(blocks))
+    job = _codeless_job(request, original)
     try:
-        (status,) = _run(ops.merge_, [job])
-        if min(status) >= 0:
-            return _record(job, original, ())
+        status = _new_status([job])
+        _run(ops.merge_, [job], status)
+        if _is_done(status):
+            return _record(job, ())
     except BaseException:
         weight.copy_(original)
         raise
@@ -262,7 +299,7 @@ def _merge_with_copy(request: Merge) -> MergeRecord | None:
     return None
 
 
-def _record(job: _Job, original: Tensor | None, codes: tuple[Code, ...]) -> MergeRecord:
+def _record(job: _Job, codes: tuple[Code, ...]) -> MergeRecord:
     weight, lora_A, lora_B, scaling, enable_lora, out_splits = job.request
-    settings = (scaling, enable_lora, out_splits)
-    return MergeRecord(weight.shape, weight.dtype, original, lora_A, lora_B, *settings, codes=codes)
+    what = (weight.shape, weight.dtype, job.original, lora_A, lora_B)
+    return MergeRecord(*what, scaling, enable_lora, out_splits, codes=codes)

@@ -46,12 +46,12 @@ torch.library.define(
 torch.library.define(
     "lora_fast::merge_",
     "(Tensor(a!)[] weight, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, Tensor(b!)[] code, "
-    "Tensor(c!)[] overflow_index, Tensor(d!)[] overflow_value) -> Tensor",
+    "Tensor(c!)[] overflow_index, Tensor(d!)[] overflow_value, Tensor(e!) status) -> ()",
 )
 torch.library.define(
     "lora_fast::unmerge_",
     "(Tensor(a!)[] weight, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, Tensor[] code, "
-    "Tensor[] overflow_index, Tensor[] overflow_value) -> ()",
+    "Tensor[] overflow_index, Tensor[] overflow_value, Tensor(b!) status) -> ()",
 )
 
 torch.library.define(
@@ -156,8 +156,8 @@ def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 
 @torch.library.register_fake("lora_fast::merge_")
-def _(weight: list[Tensor], *args: Any) -> Tensor:
-    return torch.empty(len(weight), dtype=torch.int64)
+def _(weight: list[Tensor], *args: Any) -> None:
+    return None
 
 
 @torch.library.register_fake("lora_fast::unmerge_")

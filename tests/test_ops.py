@@ -278,7 +278,7 @@ def merge_args(device: str, dtype: torch.dtype) -> Args:
     code = [torch.zeros_like(w, dtype=torch.int8) for w in weights]
     index = [torch.zeros(8, dtype=torch.int32, device=device) for _ in weights]
     value = [torch.zeros(8, dtype=dtype, device=device) for _ in weights]
-    return (weights, a, b, [1.5, 0.5], code, index, value)
+    return (weights, a, b, [1.5, 0.5], code, index, value, torch.zeros(2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("op", ["merge_", "unmerge_"])

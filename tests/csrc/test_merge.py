@@ -380,7 +380,8 @@ def test_the_op_checks_what_reaches_it() -> None:
     weight, code = torch.randn(6, 5), torch.empty(6, 5, dtype=torch.int8)
     index, value = torch.empty(0, dtype=torch.int32), torch.empty(0)
     lora_A, lora_B = factors(6, 5, 2, torch.float32)
-    good = [[weight], [lora_A], [lora_B], [1.0], [code], [index], [value]]
+    status = torch.zeros(1, dtype=torch.int64)
+    good = [[weight], [lora_A], [lora_B], [1.0], [code], [index], [value], status]
     for at, wrong in (
         (0, [torch.ones(6, 5, dtype=torch.int32)]),
         (0, [torch.randn(6, 4)]),
@@ -388,9 +389,11 @@ def test_the_op_checks_what_reaches_it() -> None:
         (3, [1.0, 2.0]),
         (4, [torch.empty(6, 5)]),
         (5, [torch.empty(3, dtype=torch.int32)]),
+        (7, torch.zeros(2, dtype=torch.int64)),
+        (7, torch.zeros(1)),
     ):
         with pytest.raises(RuntimeError):
             ops.merge_(*[*good[:at], wrong, *good[at + 1 :]])
     with pytest.raises(RuntimeError, match="overflow_index"):
         outside = [torch.tensor([30], dtype=torch.int32)]
-        ops.unmerge_([weight], [lora_A], [lora_B], [1.0], [code], outside, [torch.empty(1)])
+        ops.unmerge_(*good[:5], outside, [torch.empty(1)], status)

@@ -260,4 +260,4 @@ def test_memory_that_was_freed_is_refused(freed: str) -> None:
     named[freed].untyped_storage().resize_(0)
     tensors = [[tensor] for tensor in named.values()]
     with pytest.raises(RuntimeError, match=f"{freed} has no memory: it was freed"):
-        ops.merge_(*tensors, [1.0], code, *lists)
+        ops.merge_(*tensors, [1.0], code, *lists, torch.zeros(1, dtype=torch.int64))

@@ -22,15 +22,20 @@ from spmd import (
 )
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lora_fast as lora
 from lora_fast.testing import assert_within_budget, randomize_
 
 
+def named_mesh() -> DeviceMesh:
+    """All ranks; torch 2.10 replicates on no mesh whose dimension has no name."""
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("replicate",))
+
+
 def replicated(model: nn.Module, *, each_layer: bool, **settings: object) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = named_mesh()
     for layer in list(model.children())[:-1] if each_layer else ():
         replicate(layer, mesh=mesh, **settings)
     return replicate(model, mesh=mesh, **settings)
@@ -73,7 +78,7 @@ def test_a_replicated_layer_in_a_sharded_model() -> None:
     model = network()
     tokens, _ = batch()
     expected = outputs(model, tokens)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = named_mesh()
     replicate(model.project, mesh=mesh)
     fully_shard(model, mesh=mesh)
     base = base_shards(model)
