@@ -50,6 +50,15 @@ def kernel_device() -> torch.device:
     return torch.device("cuda" if HAS_CUDA else "cpu")
 
 
+@pytest.fixture(params=["auto", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What serves a call, or plain torch: of merges the native ops, or those that keep a copy."""
+    import lora_fast  # when a test runs, as some look at what importing it does
+
+    with lora_fast.use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Give each test the same random numbers, whichever tests ran before it."""

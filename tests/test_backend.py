@@ -64,9 +64,6 @@ CALLS = {
 }
 
 
-# --------------------------------------------------------------------------- what is logged
-
-
 def decisions(caplog: pytest.LogCaptureFixture, call: Callable[[], Any]) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.DEBUG, logger="lora_fast.dispatch"):
@@ -204,9 +201,6 @@ def test_a_count_of_operations_changes_no_choice(caplog: pytest.LogCaptureFixtur
     assert said == ["lora_merged_linear -> eager: not a CUDA tensor"]
 
 
-# --------------------------------------------------------------------------- forced and impossible
-
-
 def test_forced_triton_needs_cuda_or_the_interpreter(no_interpreter: None) -> None:
     with (
         lora_fast.use_backend("triton"),
@@ -306,9 +300,6 @@ def test_what_has_no_kernel_says_so(caplog: pytest.LogCaptureFixture) -> None:
         caplog, lambda: functional.merged_weight(weight, a, b, 1.0, enable_lora=[True])
     )
     assert said == "merged_weight -> reference: blocks, for which there is no kernel"
-
-
-# --------------------------------------------------------------------------- explain
 
 
 @pytest.mark.parametrize("chosen", ["auto", "reference", "triton"])

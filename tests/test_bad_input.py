@@ -26,9 +26,6 @@ def call(op: str, shapes: dict[str, Any], p: float = 0.0, **kwargs: Any) -> Tens
     return getattr(functional, op)(*args, **kwargs)
 
 
-# --------------------------------------------------------------------------- shapes
-
-
 def test_wrong_inputs_are_also_what_torch_raises() -> None:
     """Who catches RuntimeError around a model catches them too."""
     for error, layer, x in (
@@ -221,9 +218,6 @@ def test_layers_name_both_sizes(name: str, merged: bool) -> None:
         assert torch.equal(value, before[key])
 
 
-# --------------------------------------------------------------------------- settings
-
-
 @pytest.mark.parametrize("p", [-0.1, 1.0001, math.nan, math.inf])
 @pytest.mark.parametrize("op", ["lora_linear", "lora_merged_linear"])
 def test_dropout_outside_its_range(op: str, p: float) -> None:
@@ -348,9 +342,6 @@ def test_unknown_bias(bias: Any) -> None:
     assert model[0].weight.requires_grad
     with pytest.raises(ValueError, match=expected):
         lora.lora_state_dict(model, bias)
-
-
-# --------------------------------------------------------------------------- merges
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -56,8 +56,6 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 X = torch.arange(9)
 
-# --------------------------------------------------------------------------- there and back
-
 
 @pytest.mark.parametrize("into_merged", [False, True], ids=["into_unmerged", "into_merged"])
 @pytest.mark.parametrize("saved_merged", [False, True], ids=["unmerged", "merged"])
@@ -207,9 +205,6 @@ def test_extra_state_of_other_modules(tmp_path: Path) -> None:
         lora.save(source, tmp_path / "a.safetensors", lora_only=False)
     lora.save(source, tmp_path / "a.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "a.safetensors"]
-
-
-# --------------------------------------------------------------------------- loralib's files
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])

@@ -71,9 +71,6 @@ def assert_untouched_by(file: Path, target: nn.Module, error: type[Exception]) -
         assert torch.equal(value, before[key]), key
 
 
-# --------------------------------------------------------------------------- files that don't fit
-
-
 @pytest.mark.parametrize("lora_only", [True, False], ids=["adapters", "whole"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_misfit_is_named(name: str, lora_only: bool, refused: Any, tmp_path: Path) -> None:
@@ -170,9 +167,6 @@ def test_a_file_that_runs_code_is_refused(
     assert not (tmp_path / "unpickled").exists()
 
 
-# --------------------------------------------------------------------------- damaged files
-
-
 @pytest.mark.parametrize("left", [0, 5, 8, 0.2, 0.5, 0.9, -1])
 @pytest.mark.parametrize("name", NAMES)
 def test_truncated_files(name: str, left: float, refused: Any, tmp_path: Path) -> None:
@@ -256,9 +250,6 @@ def test_a_link_stays_one(name: str, exists: bool, tmp_path: Path) -> None:
     lora.save(model, link)
     assert link.is_symlink() and os.listdir(file.parent) == ["file"]
     lora.load(net(), link)  # in the form that the link's name tells
-
-
-# --------------------------------------------------------------------------- whole or not at all
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)

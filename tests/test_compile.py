@@ -90,9 +90,6 @@ def _fresh_dynamo() -> Any:
     torch._dynamo.reset()
 
 
-# ------------------------------------------------------------------------------- torch.compile
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_compile_fullgraph_trains(name: str) -> None:
     """One graph; output and gradients of the eager layer."""
@@ -237,9 +234,6 @@ def test_compile_a_model_of_all_layers_trains_as_eager() -> None:
         return losses
 
     assert train(True) == pytest.approx(train(False), rel=1e-4)
-
-
-# ---------------------------------------------------------------- export, ONNX, make_fx, jit, fx
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

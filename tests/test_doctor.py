@@ -51,9 +51,6 @@ def sections(text: str) -> dict[str, list[str]]:
     return found
 
 
-# --------------------------------------------------------------------------- the report
-
-
 @needs_kernels
 def test_the_report_is_whole_and_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = report(capsys)
@@ -67,7 +64,7 @@ def test_the_report_is_whole_and_all_is_well(capsys: pytest.CaptureFixture[str])
     assert found["GPUs"]
     assert [line.partition(":")[0] for line in found["native ops"]] == ["cpu", "cuda"]
     assert found["what runs where"] == lora_fast.explain().splitlines()
-    assert found["measured tables"][0].startswith("your tables are in ")
+    assert re.match("your tables (are|would be) in ", found["measured tables"][0])
     tested = found["self-test against the reference in float64"]
     assert {line.split()[0] for line in tested} == set(OPS)
     assert all(" ok, " in line or " skipped: " in line for line in tested)
@@ -102,7 +99,7 @@ def test_the_settings_are_those_of_the_process(
     precision = torch.backends.cuda.matmul.fp32_precision
     assert f"fp32 products on CUDA: {precision}" in found["settings"]
     assert found["what runs where"][0].startswith("backend: reference ")
-    assert "your tables are in elsewhere" in found["measured tables"]
+    assert "your tables would be in elsewhere" in found["measured tables"]
 
 
 def test_a_convolution_is_tested_with_its_weight(
@@ -125,7 +122,7 @@ def test_it_does_not_tell_the_name_of_the_user(
     monkeypatch.setattr(doctor.selftest, "outcomes", lambda: iter([skipped]))
     _, text = report(capsys)
     assert "someone" not in text
-    assert "your tables are in ~/tables" in text
+    assert "your tables would be in ~/tables" in text
     assert "skipped: ~/lib is missing" in text
 
 
@@ -161,9 +158,6 @@ def test_the_driver_is_what_its_tool_says(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert doctor._driver() == expected
-
-
-# --------------------------------------------------------------------------- an op that is wrong
 
 
 def scaled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

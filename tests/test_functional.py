@@ -1,7 +1,7 @@
 """The linear functions against an einsum in float64 that is written here: outputs and gradients."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import lora_fast
 from lora_fast import functional
 from lora_fast.testing import assert_within_budget
 
@@ -29,12 +28,6 @@ SIZES = [
 PATTERNS = list(itertools.product([True, False], repeat=3))
 Tensors = dict[str, Tensor]
 Formula = Callable[[Tensors, Tensor], Tensor]
-
-
-@pytest.fixture(params=["auto", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with lora_fast.use_backend(request.param):
-        yield request.param
 
 
 def drawn(

@@ -1,7 +1,7 @@
 """`lora_conv` and the dense delta against sums in float64: outputs and gradients."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import lora_fast
 from lora_fast import functional
 from lora_fast.testing import assert_within_budget
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
@@ -19,12 +20,6 @@ SCALING = 1.5
 PATTERNS = list(itertools.product([True, False], repeat=3))
 Tensors = dict[str, Tensor]
 Formula = Callable[[Tensors], Tensor]
-
-
-@pytest.fixture(params=["auto", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with lora_fast.use_backend(request.param):
-        yield request.param
 
 
 def results(formula: Formula, leaves: Tensors, dy: Tensor, needs: Iterable[str]) -> Tensors:
@@ -49,8 +44,6 @@ def assert_right(
     for name in want:
         assert_within_budget(got[name], torchs[name], want[name], factor=factor, what=name)
 
-
-# --------------------------------------------------------------------------- lora_conv
 
 CHANNELS, OUT = 4, 6
 
@@ -194,9 +187,6 @@ def test_padding_by_name_and_by_dimension(padding: Any) -> None:
     leaves = drawn_conv(2, 3, 2, torch.float64, side=6)
     y = conv_call(padding=padding)(leaves)
     torch.testing.assert_close(y, conv_eager(padding=padding)(leaves))
-
-
-# --------------------------------------------------------------------------- the dense delta
 
 
 def dense(t: Tensors, enable: tuple[bool, ...], widths: list[int]) -> Tensor:

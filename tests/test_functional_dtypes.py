@@ -1,7 +1,7 @@
 """Mixed dtypes, autocast, and derivatives by finite differences, for every function."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,12 +19,6 @@ QKV = {"enable_lora": [True, False, True]}
 RAGGED = QKV | {"out_splits": [4, 2, 3]}
 INDEX = torch.tensor([[1, 0, 4], [4, 4, 2]])
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(params=["auto", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with lora_fast.use_backend(request.param):
-        yield request.param
 
 
 def _linear(t: Tensors, **kwargs: Any) -> Tensor:
@@ -87,9 +81,6 @@ def gradients(op: str, t: Tensors, dy: Tensor) -> tuple[Tensor, Tensors]:
     return y.detach(), dict(zip(t, grads, strict=True))
 
 
-# --------------------------------------------------------------------------- mixed dtypes
-
-
 @pytest.mark.parametrize("adapter", WIDE, ids=str)
 @pytest.mark.parametrize("base", HALF, ids=str)
 @pytest.mark.parametrize("op", CALLS)
@@ -144,9 +135,6 @@ def test_dropout_with_wide_adapters(op: str, base: torch.dtype, p: float, backen
     assert found[0][1].dtype == torch.float32
 
 
-# --------------------------------------------------------------------------- autocast
-
-
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", CALLS)
 def test_autocast_computes_in_bf16_and_gives_gradients_in_fp32(
@@ -196,9 +184,6 @@ def test_the_dense_functions_follow_torchs_rules_under_autocast(op: str) -> None
         else:
             merged = functional.merged_weight(weight, a, b, 1.5)
             torch.testing.assert_close(merged.float(), weight + 1.5 * b @ a, rtol=0.03, atol=0.05)
-
-
-# --------------------------------------------------------------------------- finite differences
 
 
 def checked(op: str, **kwargs: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:

@@ -1,7 +1,7 @@
 """`lora_embedding` against one-hot products in float64: outputs and gradients."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -13,17 +13,13 @@ import lora_fast
 from lora_fast import functional
 from lora_fast.testing import assert_within_budget, randomize_
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("weight", "lora_A", "lora_B")
 SCALING, ROWS, WIDTH = 1.5, 11, 33
 SHAPES = [(), (29,), (5, 7), (2, 3, 5), (0,), (3, 0)]
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(params=["auto", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with lora_fast.use_backend(request.param):
-        yield request.param
 
 
 def drawn(r: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensors:

@@ -56,8 +56,6 @@ class History(RuleBasedStateMachine):
         """The adapter is another: what is merged shows only after the next eval()."""
         self.is_stale = self.layer.merged
 
-    # ------------------------------------------------------------------ modes
-
     @rule()
     def evaluate(self) -> None:
         self.layer.eval()
@@ -85,8 +83,6 @@ class History(RuleBasedStateMachine):
             self.is_stale = False
             assert torch.equal(self.weight(), self.base)
 
-    # ------------------------------------------------------------------ the adapter
-
     @rule(factor=st.sampled_from(["lora_A", "lora_B"]))
     def learn(self, factor: str) -> None:
         with torch.no_grad():
@@ -104,8 +100,6 @@ class History(RuleBasedStateMachine):
         self.layer.r = rank
         self.changed()
 
-    # ------------------------------------------------------------------ the base weight
-
     @precondition(lambda self: not self.layer.merged)
     @rule()
     def write(self) -> None:
@@ -119,8 +113,6 @@ class History(RuleBasedStateMachine):
         with torch.no_grad():
             getattr(self.layer, "conv", self.layer).weight.copy_(self.base)
         self.train()
-
-    # ------------------------------------------------------------------ copies and files
 
     @rule(how=st.sampled_from(["deepcopy", "pickle"]))
     def go_on_with_a_copy(self, how: str) -> None:
@@ -185,8 +177,6 @@ class History(RuleBasedStateMachine):
             warnings.simplefilter("ignore", UserWarning)  # of another scaling
             self.layer.load_state_dict(self.layer.state_dict(), assign=assign)
         self.is_stale = self.is_stale and self.layer.r == 0
-
-    # ------------------------------------------------------------------ what must hold
 
     @invariant()
     def the_base_weight_has_its_bits(self) -> None:

@@ -200,9 +200,6 @@ def test_double_backward_of_frozen_factors(needed: tuple[bool, ...], device: tor
         torch.testing.assert_close(found, exact)
 
 
-# ----------------------------------------------------------------------------------- the choice
-
-
 def asked(
     m: int, n: int, k: int, *, drops: bool = False, learns: bool = True,
     bias: torch.dtype | None = torch.bfloat16, dtype: torch.dtype = torch.bfloat16,

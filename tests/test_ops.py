@@ -268,9 +268,6 @@ def test_the_inputs_are_left_alone(kernel_device: torch.device, op: str) -> None
         assert torch.equal(now, then) if isinstance(now, Tensor) else now == then
 
 
-# --------------------------------------------------------------------------- merge_ and unmerge_
-
-
 def merge_args(device: str, dtype: torch.dtype) -> Args:
     weights = [torch.randn(size, dtype=dtype, device=device) for size in ((6, 4), (5, 3))]
     a = [torch.randn(2, w.shape[1], dtype=dtype, device=device) for w in weights]
@@ -319,9 +316,6 @@ def test_the_native_delta(rows_apart: bool) -> None:
     arguments = (y, x, a, b, s, None, 0.75, 1.0, edges, *grads)
     assert ops.lora_delta_bwd_(*arguments) is not rows_apart
     torch.library.opcheck(ops.lora_delta_bwd_, arguments, test_utils=CHECKS)
-
-
-# --------------------------------------------------------------------------------- the short way
 
 
 def test_plain_tensors_go_past_the_dispatcher() -> None:

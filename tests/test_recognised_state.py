@@ -26,13 +26,6 @@ MAKERS = {
 }
 
 
-@pytest.fixture(params=["auto", "reference"])
-def backend(request: pytest.FixtureRequest) -> Any:
-    """With the native merge, and with the one that keeps a copy."""
-    with lora.use_backend(request.param):
-        yield request.param
-
-
 @pytest.fixture(params=MAKERS)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -19,6 +19,8 @@ import lora_fast as lora
 from lora_fast import sample
 from lora_fast.testing import randomize_
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 SPLIT = {"enable_lora": [True, False, True], "out_splits": [3, 4, 2]}
 MAKERS = {
     "linear": lambda: lora.Linear(6, 9, r=2),
@@ -34,12 +36,6 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(params=MAKERS)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture(params=["auto", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Any:
-    with lora.use_backend(request.param):
-        yield request.param
 
 
 def weight_of(layer: Any) -> Tensor:

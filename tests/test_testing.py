@@ -19,9 +19,6 @@ def product(dtype: torch.dtype, m: int = 65, k: int = 130, n: int = 33) -> tuple
     return a @ b, a.double() @ b.double()
 
 
-# --------------------------------------------------------------------------- randomize_
-
-
 def test_randomize_fills_every_adapter_and_nothing_else() -> None:
     model = nn.ModuleDict(
         {
@@ -54,9 +51,6 @@ def test_randomize_makes_the_update_visible_and_follows_the_seed() -> None:
     assert (layers[0](x) - plain).abs().max() > 0.1
 
 
-# --------------------------------------------------------------------------- error_budget
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_budget_by_hand(dtype: torch.dtype) -> None:
     oracle = torch.tensor([1.0, 2.0, -4.0], dtype=torch.float64)
@@ -75,9 +69,6 @@ def test_the_budget_by_hand(dtype: torch.dtype) -> None:
 
 def test_the_budget_of_nothing_is_nothing() -> None:
     assert error_budget(torch.empty(0, 3), torch.empty(0, 3, dtype=torch.float64)) == (0.0, 0.0)
-
-
-# --------------------------------------------------------------------------- assert_within_budget
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,7 +20,8 @@ def tables_in_force(*, rows: bool) -> Iterator[str]:
     from lora_fast.kernels import configs, tables
 
     try:
-        yield f"your tables are in {tables.user_folder()}"
+        are = "are" if tables.user_tables() else "would be"
+        yield f"your tables {are} in {tables.user_folder()}"
     except ValueError as error:
         yield f"your tables are ignored: {error}"
     if not torch.cuda.is_available():

@@ -4,7 +4,7 @@ A test is named after its bug, B01 to B54 in docs/differences.md, and runs over 
 bug is about. Where it is cheap it runs loralib too, so that it is known to be able to fail.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -154,10 +154,3 @@ def conv_case(request: pytest.FixtureRequest) -> Case:
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Every dtype that a weight may have."""
     return request.param
-
-
-@pytest.fixture(params=["auto", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The merge by the native ops, where this machine has them, and by torch."""
-    with lora_fast.use_backend(request.param):
-        yield request.param

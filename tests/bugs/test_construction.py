@@ -214,6 +214,16 @@ def test_b38_a_convolution_shows_its_settings(conv_case: Any) -> None:
     assert set(layer.state_dict()) == {"lora_A", "lora_B", "conv.weight", "conv.bias"}
 
 
+def test_b38_a_setting_that_is_written_is_what_the_convolution_has(conv_case: Any) -> None:
+    layer, x = conv_case.build(), conv_case.input()
+    space = x.dim() - 2
+    layer.stride, layer.padding, layer.padding_mode = (2,) * space, (1,) * space, "zeros"
+    assert layer.conv.stride == layer.stride == (2,) * space
+    assert not {"stride", "padding", "padding_mode"} & vars(layer).keys()
+    conv_case.assert_right(layer, x)
+    conv_case.assert_right(layer.eval(), x, base=layer.conv.weight - conv_case.delta(layer))
+
+
 def test_b38_loralib_has_no_weight() -> None:
     with pytest.raises(AttributeError):
         loralib.Conv2d(2, 2, 1, r=1).weight  # noqa: B018

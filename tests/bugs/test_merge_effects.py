@@ -115,8 +115,66 @@ def test_b14_other_references_to_a_weight_do_not_prevent_the_merge(case: Any) ->
     parameters, state = list(layer.parameters()), layer.state_dict()
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     assert layer.eval().merged
-    assert torch.equal(case.weight(layer), parameters[0]) or len(parameters) > 1
     assert len(optimizer.param_groups[0]["params"]) == len(parameters) == len(state)
+
+
+TIES: dict[str, Any] = {
+    "past_registration": lambda head, weight: head._parameters.__setitem__("weight", weight),
+    "memory": lambda head, weight: head._parameters.__setitem__("weight", nn.Parameter(weight.data)),
+    "deepcopy": lambda head, weight: copy.deepcopy(head, {id(head.weight): weight}),
+    "buffer": lambda head, weight: head.register_buffer("table", weight),
+    "memory_of_a_buffer": lambda head, weight: head.register_buffer("table", weight.data),
+    "buffer_alone": lambda head, weight: lone_buffer(weight),
+}
+
+
+def lone_buffer(weight: Tensor) -> nn.Module:
+    module = nn.Module()
+    module.register_buffer("table", weight.data)
+    return module
+
+
+@pytest.mark.parametrize("is_optimized", [False, True], ids=["alone", "optimized"])
+@pytest.mark.parametrize("tie", TIES)
+def test_b14_a_tie_that_is_made_after_a_first_eval(tie: str, is_optimized: bool) -> None:
+    layer, head = randomize_(lora.Embedding(9, 4, r=2)), nn.Linear(4, 9, bias=False)
+    parameters = [*layer.parameters(), *head.parameters()] if is_optimized else None
+    layer.eval().train()
+    holder = TIES[tie](head, layer.weight)
+    base = layer.weight.detach().clone()
+    assert not layer.eval().merged
+    assert torch.equal(layer.weight, base)
+    assert parameters is None or len(parameters) == 4
+    del holder, head, parameters
+    assert layer.eval().merged
+    assert torch.equal(layer.train().weight, base)
+
+
+def test_b14_a_scan_serves_until_there_are_more_holders(monkeypatch: pytest.MonkeyPatch) -> None:
+    scans = []
+    found = gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: scans.append(1) or found())
+    layers = [randomize_(lora.Linear(4, 4, r=2)) for _ in range(3)]
+    layers[0].eval().train()
+    states = [layer.state_dict() for layer in layers]
+    optimizer = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.1)
+    for _ in range(3):
+        for layer in layers:
+            assert layer.eval().merged
+            layer.train()
+    assert len(scans) == 1
+    assert len(states) == 3 and optimizer.param_groups
+
+
+def test_b14_a_buffer_in_memory_of_its_own_is_no_tie() -> None:
+    layer = randomize_(lora.Linear(4, 4, r=2))
+    averages = nn.Module()
+    averages.register_buffer("weight", layer.weight.data.clone())
+    layer.register_buffer("mask", torch.ones(4, 4))
+    averaged = torch.optim.swa_utils.AveragedModel(layer)
+    state = layer.state_dict()
+    assert layer.eval().merged and averaged.eval().module.merged
+    assert state and averages
 
 
 @pytest.mark.parametrize("kind", ["embedding", "embedding and head"])

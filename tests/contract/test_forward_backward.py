@@ -47,9 +47,6 @@ def assert_equal_runs(ours: Any, theirs: Any, x: Tensor) -> None:
     torch.testing.assert_close(mine, its, rtol=1e-10, atol=1e-10)
 
 
-# ------------------------------------------------------------------------- drawn settings
-
-
 @both_backends
 def test_in_train_mode(drawn: Any, backend: str, assert_same_results: Callable[..., None]) -> None:
     with lora_fast.use_backend(backend):
@@ -135,9 +132,6 @@ def test_merge_AB_and_zero_pad(drawn_merged_linear: Any, assert_same: Callable[.
     rows = torch.randn(int(theirs.lora_ind.sum()), 3)
     assert torch.equal(ours.zero_pad(rows), theirs.zero_pad(rows))
     assert torch.equal(ours.zero_pad(rows[:, 0]), theirs.zero_pad(rows[:, 0]))
-
-
-# ------------------------------------------------------------------------- kinds of input
 
 
 SHAPES = [(5,), (1, 5), (7, 5), (0, 5), (2, 3, 5), (2, 0, 5), (2, 1, 3, 5), (2, 2, 1, 2, 5)]
@@ -272,9 +266,6 @@ def test_a_convolution_never_drops(cls: str) -> None:
     torch.testing.assert_close(ours(x), theirs(x))
     assert torch.equal(torch.get_rng_state(), before)
     assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
-
-
-# ------------------------------------------------------------------------- autocast
 
 
 @pytest.mark.parametrize("merge_weights", [True, False])

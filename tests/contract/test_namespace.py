@@ -41,9 +41,6 @@ def of_both(cls: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     return getattr(lora_fast, cls)(*args, **kwargs), getattr(loralib, cls)(*args, **kwargs)
 
 
-# ------------------------------------------------------------------------- names
-
-
 @pytest.mark.parametrize("name", CLASSES + FUNCTIONS)
 def test_names(name: str) -> None:
     submodule = "utils" if name in FUNCTIONS else "layers"
@@ -80,9 +77,6 @@ def test_a_star_import_has_the_layers_and_helpers() -> None:
 def test_utils_has_the_mixin_as_in_loralib() -> None:
     assert lora_fast.utils.LoRALayer is lora_fast.LoRALayer
     assert loralib.utils.LoRALayer is loralib.LoRALayer
-
-
-# ------------------------------------------------------------------------- signatures
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -175,9 +169,6 @@ def test_a_subclass_can_use_the_mixin_alone() -> None:
         assert isinstance(library.LoRALayer(4, 8, 0.5, True).lora_dropout, nn.Dropout)
 
 
-# ------------------------------------------------------------------------- bases
-
-
 @pytest.mark.parametrize("cls", CLASSES)
 def test_bases(cls: str) -> None:
     bases = (nn.Module, nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -192,8 +183,6 @@ def test_every_layer_is_a_lora_layer_also_without_an_adapter(drawn: Any) -> None
     for settings in (drawn, drawn.but(r=0)):
         assert isinstance(settings.build(lora_fast), lora_fast.LoRALayer)
 
-
-# ------------------------------------------------------------------------- attributes
 
 ATTRIBUTES = (
     "r",

@@ -120,9 +120,6 @@ def test_training_leaves_the_frozen_weights_alone() -> None:
         assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
 
 
-# ------------------------------------------------------------------------- checkpoints
-
-
 def through_a_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
     file = io.BytesIO()
     torch.save(state, file)
@@ -214,9 +211,6 @@ def test_assigning_a_checkpoint_keeps_what_is_trained() -> None:
         model.load_state_dict(state, assign=True)
         assert [p.requires_grad for p in model.parameters()] == before
         assert model.up.weight.data_ptr() == state["up.weight"].data_ptr()
-
-
-# ------------------------------------------------------------------------- loralib's examples
 
 
 class Gpt2Attention(nn.Module):

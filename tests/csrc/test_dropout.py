@@ -237,9 +237,7 @@ def test_the_op_refuses_a_rate_that_is_none(known: None, rate: float) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_signals_handler_may_fork_while_the_op_draws(
-    known: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signals_handler_may_fork_while_the_op_draws(known: None) -> None:
     """Of the thread that draws; a fork waits for the draws of others."""
     script = (
         "import os, torch, lora_fast.dropout as d\n"

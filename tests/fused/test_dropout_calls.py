@@ -139,9 +139,6 @@ def test_what_is_not_finite_stays_so_when_dropped(value: float, p: float, make_l
         assert y[4:].isfinite().all()
 
 
-# ------------------------------------------------------------------------------- checkpointing
-
-
 def model(make_layer: Any) -> nn.Sequential:
     layers = [make_layer(0.5), nn.GELU(), nn.Linear(24, K), make_layer(0.3), nn.Dropout(0.2)]
     return nn.Sequential(*layers).to(layers[0].weight.device)

@@ -41,9 +41,6 @@ def scaled_mask(y: Tensor, p: float) -> Tensor:
     return unpack_mask(mask, lora_A.shape[1]).double() * keep_scale(p)
 
 
-# ------------------------------------------------------------------------------ values in bulk
-
-
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("rank", [4, 16, 40, 64, 130])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,9 +112,6 @@ def test_more_than_2_to_the_31_elements(n: int, k: int, make_problem: Any) -> No
     for what, got, eager, oracle in zip(("output", *wanted), ours, *results, strict=True):
         assert_within_budget(got, eager, oracle, what=what)
     assert not grads["x"][:-tail].any()
-
-
-# --------------------------------------------------------------------------- graphs and streams
 
 
 def test_each_replay_of_a_graph_draws_anew(make_problem: Any) -> None:
@@ -234,9 +228,6 @@ def test_compiled_dropout(mode: str) -> None:
     assert not torch.equal(one, two)
 
 
-# ------------------------------------------------------------------------------- process groups
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")  # a group of one is not what torch expects
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2_bf16"])
 def test_data_parallel_training(kind: str, process_group: None) -> None:
@@ -275,9 +266,6 @@ def test_data_parallel_training(kind: str, process_group: None) -> None:
     losses = train(True)
     assert losses == train(False)
     assert losses[-1] < losses[0]
-
-
-# ----------------------------------------------------------------------------------- the choice
 
 
 def test_auto_takes_the_kernels(make_problem: Any, caplog: pytest.LogCaptureFixture) -> None:

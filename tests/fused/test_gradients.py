@@ -122,9 +122,6 @@ def test_a_bias_of_another_dtype(make_problem: Any) -> None:
     assert torch.equal(leaves["bias"].grad, torch.full_like(problem.bias, 18.0))
 
 
-# ---------------------------------------------------------------------------- NaN, Inf, overflow
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which interprets the kernels
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", [*NAMES, "dy"])
@@ -156,9 +153,6 @@ def test_no_overflow_that_the_factor_prevents(rank: int, make_problem: Any) -> N
     leaves = problem.leaves(["x", "lora_A"])
     grads = torch.autograd.grad(problem.fused(leaves), [leaves["x"], leaves["lora_A"]], dy)
     assert all(grad.isfinite().all() for grad in grads)
-
-
-# ---------------------------------------------------------------------------- what it costs
 
 
 @subsets

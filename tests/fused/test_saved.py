@@ -77,9 +77,6 @@ def test_no_grad_gives_the_same_bits(make_layer: Any) -> None:
     assert torch.equal(found[0], found[2])
 
 
-# ------------------------------------------------------------------- autograd's bookkeeping
-
-
 @pytest.mark.parametrize(
     ("written", "needs", "raises"),
     [

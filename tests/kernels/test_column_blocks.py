@@ -95,9 +95,6 @@ def check_gradients(inputs: Any, found: Any, keep: Any = None, names: Any = NAME
         assert_within_budget(found[name], eager[name], oracle[name], what=f"gradient of {name}")
 
 
-# --------------------------------------------------------------------------- which columns
-
-
 def test_column_blocks_count_the_rows_of_b() -> None:
     blocks = column_blocks([2, 5, 5, 6, 9, 12], 12)
     assert blocks == ((2, 5, 0), (5, 6, 3), (9, 12, 4))
@@ -111,9 +108,6 @@ def test_the_whole_output_is_no_block(edges: Any) -> None:
     assert column_blocks(edges, 12) is None
     assert whole_or(None, 12) == ((0, 12, 0),)
     assert gaps(whole_or(None, 12), 12) == ()
-
-
-# --------------------------------------------------------------------------- forward
 
 
 @pytest.mark.parametrize("edges", EDGES)
@@ -203,9 +197,6 @@ def test_forward_keeps_a_broken_block_to_itself(plan: str, value: float, make_in
     y, _, _ = forward(inputs, plan)
     assert not y[:, :33].isfinite().any()
     assert torch.equal(y.isfinite(), inputs.forward().isfinite())
-
-
-# --------------------------------------------------------------------------- backward
 
 
 @pytest.mark.parametrize("edges", EDGES)
@@ -300,9 +291,6 @@ def test_the_same_bits_every_time(plan: str, make_inputs: Any) -> None:
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
     for name in ONE_OF_EACH:
         assert torch.equal(forward(inputs, name)[0], forward(inputs, name)[0])
-
-
-# --------------------------------------------------------------------------- the tests can fail
 
 
 def _scaled(inputs: Any) -> None:

@@ -40,9 +40,6 @@ BACKWARD = BackwardPlan(
 )
 
 
-# ----------------------------------------------------------------------------------- the breaks
-
-
 @triton.jit
 def tile_skipped(tile, num_m, num_n, GROUP_M: tl.constexpr):
     """Each tile but the last, twice the one before it."""
@@ -117,9 +114,6 @@ def partial_dropped(
     for split in range(splits - 1):
         total += tl.load(partial_ptr + split * length + offs, mask=mask, other=0.0)
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-# ------------------------------------------------------------------------------------ the tests
 
 
 @pytest.fixture

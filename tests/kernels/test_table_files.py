@@ -46,8 +46,6 @@ def test_the_file_name_has_the_gpu_and_the_versions() -> None:
     assert tables.user_path(machine).name == name
 
 
-# --------------------------------------------------------------------------- what is refused
-
 VALID = {
     **{"format": 1, **asdict(tables.this_machine(GPU, "sm_90"))},
     **{"lora_fast": "0.1.0", "date": "2026-11-24"},

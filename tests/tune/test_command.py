@@ -256,9 +256,6 @@ def test_on_a_gpu_the_table_is_measured_and_used(
             assert tables.find(arch.gpu, arch.name, row.call) == (row, path)
 
 
-# --------------------------------------------------------------------------- --show
-
-
 def test_show_prints_the_tables_and_their_rows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -299,9 +296,6 @@ def test_show_without_triton(
     monkeypatch.setattr(backend, "_TRITON_FOUND", False)
     assert main(["tune", "--show"]) == 0
     assert "triton is not installed" in capsys.readouterr().out
-
-
-# --------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
