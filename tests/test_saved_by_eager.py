@@ -119,3 +119,39 @@ def test_no_output_features(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert x.grad is not None
         assert not x.grad.any()
         assert layer.lora_A.grad.shape == layer.lora_A.shape
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_a_frozen_lora_A_keeps_no_input(
+    route: tuple[nn.Module, Tensor], needs_x: bool, p: float
+) -> None:
+    """What LoRA-FA saves: S is enough, and the input may be written to."""
+    layer, x = route
+    layer.lora_dropout = nn.Dropout(p)
+    layer.lora_A.requires_grad_(False)
+    x = x.clone().requires_grad_(needs_x)
+    given = x.clone()
+    torch.manual_seed(1)
+    y = layer(given)
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(layer(x.clone()).sum(), layer.lora_B)
+    with torch.no_grad():
+        given.add_(1.0)
+    assert torch.equal(torch.autograd.grad(y.sum(), layer.lora_B)[0], expected[0])
+
+
+def test_a_second_derivative_of_a_frozen_lora_A(route: tuple[nn.Module, Tensor]) -> None:
+    layer, x = route
+    layer.lora_A.requires_grad_(False)
+    y = layer(x)
+    dy = torch.ones_like(y, requires_grad=True)
+    (dB,) = torch.autograd.grad(y, layer.lora_B, dy, create_graph=True)
+    with lora.use_backend("reference"):
+        y = layer(x)
+        (theirs,) = torch.autograd.grad(y, layer.lora_B, dy, create_graph=True)
+    found, expected = (torch.autograd.grad(t.square().sum(), dy)[0] for t in (dB, theirs))
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+    y = layer(x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="create_graph=True needs"):
+        torch.autograd.grad(y, layer.lora_B, dy, create_graph=True)
