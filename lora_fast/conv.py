@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_fast import caller, checks, functional, readers, scripting
 from lora_fast.lora_layer import LoRALayer, MergingLayer, tell_no_gradient
 
-# What a caller finds on a plain nn.Conv*d and may read here too.
+# What a caller finds on a plain nn.Conv*d, and may read and write here too.
 _CONV_ATTRIBUTES = frozenset(
     (
         "weight",
@@ -24,6 +24,7 @@ _CONV_ATTRIBUTES = frozenset(
         "output_padding",
         "groups",
         "padding_mode",
+        "_reversed_padding_repeated_twice",  # of padding, for other modes than zeros
     )
 )
 
@@ -143,8 +144,8 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Write the convolution's parameters where they are, never a second copy."""
-        if name in ("weight", "bias") and "conv" in self.__dict__.get("_modules", ()):
+        """Write the convolution's settings and parameters where they are, never a second copy."""
+        if name in _CONV_ATTRIBUTES and "conv" in self.__dict__.get("_modules", ()):
             setattr(self.conv, name, value)
         else:
             super().__setattr__(name, value)

@@ -30,7 +30,8 @@ class LayerPart:
     # Of the merge.
     _merge: Callable[[], None]
     _unmerge: Callable[[], None]
-    _target_of_merge: Callable[[], Tensor]
+    _merged_itself: Callable[[], bool]
+    _merged_target: Callable[[], Tensor]
     _remember: Callable[[bool, MergeRecord | None], None]
     _weight_version: Callable[[], tuple[int, ...] | None]
     # Of the other parts.

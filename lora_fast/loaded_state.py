@@ -1,5 +1,6 @@
 """What of a LoRA layer is loaded: the base weight, whether the state was saved merged or not."""
 
+import logging
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lora_fast.restoring import is_as_merged
 from lora_fast.saved_state import are_equal, layer_of_view, shares_memory
 from lora_fast.torch_internals import in_fake_mode, is_fake_tensor, storage_id
 
+_log = logging.getLogger("lora_fast.merge")
 # How far, relative to it, a merged weight may be from itself after a change of dtype, to fp8 too.
 _ROUNDED = 0.1
 
@@ -34,28 +36,24 @@ class LoadedState(LayerPart):
         rest = (state_dict, prefix, local_metadata, strict)
         for hook in tuple(hooks.values()):
             hook(*rest, missing_keys, unexpected_keys, error_msgs)
-        if self._was_converted():
-            pass  # merged for good: it takes the like of what it is
+        key = prefix + self._weight_key()
+        if self._was_converted() or self._takes_a_computed_one(local_metadata):
+            pass  # it stays merged, and takes the like of what it is
         elif self._has_adapter():
             errors = self._misfits(state_dict, prefix)
             if errors:  # all of a layer is loaded or nothing
                 error_msgs.extend(errors)
                 self._keep_what_is_here(state_dict, prefix)
                 return
-            holds_mine = self._holds_what_is_here(state_dict, prefix)
-            self._unmerge()
             self._warn_of_another_scaling(state_dict, prefix, local_metadata)
-            key = prefix + self._weight_key()
-            if holds_mine:
-                state_dict[key] = self._weight_owner().weight.detach()  # type: ignore[operator]
-            else:
-                self._undo_saved_merge(state_dict, prefix, local_metadata)
+            is_like_mine = key in state_dict and "lora_merged" not in local_metadata
+            if not (self._merged_itself() and is_like_mine):  # else only the subclass can tell
+                self._load_base(state_dict, prefix, local_metadata)
         elif self.merged:  # the adapter was switched off or deleted meanwhile
             self._unmerge()
-        is_assigned = local_metadata.get("assign_to_params_buffers", False)
-        if is_assigned and prefix + self._weight_key() in state_dict:
+        if local_metadata.get("assign_to_params_buffers", False) and key in state_dict:
             self.__dict__["_is_lent"] = True
-            self._own_parameters(state_dict, prefix)
+            self._own_parameter(state_dict, key)
         self.__dict__["_was_merged"] = was_merged
         self.__dict__["_load_state_dict_pre_hooks"] = type(hooks)()
         try:
@@ -65,11 +63,31 @@ class LoadedState(LayerPart):
         finally:
             self.__dict__["_load_state_dict_pre_hooks"] = hooks
 
-    def _own_parameters(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Take the memory of a dict's parameters, not the parameters: a merge moves its own."""
-        for key, value in state_dict.items():
-            if key.startswith(prefix) and type(value) is nn.Parameter:
-                state_dict[key] = value.detach()
+    def _takes_a_computed_one(self, metadata: dict[str, Any]) -> bool:
+        """Tell whether a merged layer, pruned since, gets the weight of one that is so as well.
+
+        What is pruned then is the sum: without its delta it is no longer the same.
+        """
+        is_computed = "weight" not in self._weight_owner()._parameters
+        return self.merged and is_computed and bool(metadata.get("lora_merged"))
+
+    def _own_parameter(self, state_dict: dict[str, Any], key: str) -> None:
+        """Take the memory of a dict's weight, not the parameter: a merge moves its own."""
+        if type(state_dict[key]) is nn.Parameter and getattr(self, "lora_A", None) is not None:
+            state_dict[key] = state_dict[key].detach()
+
+    def _load_base(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+        """Put the base weight into the state and, as far as it goes, into the layer."""
+        holds_mine = self._holds_what_is_here(state_dict, prefix)
+        if self._merged_itself():
+            self.__dict__["_had_mode"] = self.training  # type: ignore[attr-defined]
+            self.train()  # type: ignore[attr-defined]
+        self._unmerge()
+        if holds_mine:
+            weight: Any = self._weight_owner().weight
+            state_dict[prefix + self._weight_key()] = weight.detach()
+        else:
+            self._undo_saved_merge(state_dict, prefix, metadata)
 
     def _misfits(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         errors = []
@@ -103,7 +121,7 @@ class LoadedState(LayerPart):
 
     def _was_loaded_in_place(self, value: Any) -> bool:
         """Tell whether a merged weight was overwritten, as torch.distributed.checkpoint does."""
-        if not self.merged:
+        if not self.merged or self._merged_itself():
             return False
         fsdp.show_shard(self._weight_owner())
         weight = readers.stored_weight(self._weight_owner())
@@ -140,24 +158,51 @@ class LoadedState(LayerPart):
 
     def _is_mine_merged(self, state_dict: dict[str, Any], prefix: str, is_marked: bool) -> bool:
         """Tell whether a saved weight is this layer's base weight with the saved delta."""
+        summands, scaling = self._summands(state_dict, prefix, is_marked), self._one_scaling()
+        if summands is None or scaling is None:
+            return False
+        if not sums.is_sum(*summands, scaling, **self._blocks()):
+            return False
+        # What the delta does not change can't tell, and needs no telling.
+        return is_marked or not sums.is_sum(*summands, 0.0, **self._blocks())
+
+    def _is_rather_merged(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Tell whether a saved weight is nearer to the sum than to the base weight that is here.
+
+        In loralib each `eval()` and `train()` leaves the rounding of a sum in the base weight; and
+        an average of states is not quite the sum of what it holds.
+        """
+        summands, scaling = self._summands(state_dict, prefix, False), self._one_scaling()
+        if summands is None or scaling is None:
+            return False
+        if not sums.is_nearer_to_sum(*summands, scaling, **self._blocks()):
+            return False
+        told = self.__dict__.get("_told_rather_merged", False)
+        self.__dict__["_told_rather_merged"] = True
+        _log.log(
+            logging.DEBUG if told else logging.WARNING,
+            "%s: a state without a mark holds in %s about the base weight that was here plus the "
+            "delta of its lora_A and lora_B, so it is taken for merged, and the delta is "
+            "subtracted. Save in train mode, or by lora_fast.save, what is to be loaded as it is.",
+            *(self._described(), prefix + self._weight_key()),
+        )
+        return True
+
+    def _summands(
+        self, state_dict: dict[str, Any], prefix: str, is_marked: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return a saved weight, the base weight that is here, A and B; None if not all are."""
         weight: Any = self._weight_owner().weight
         # Without factors, and without a mark, it may be what somebody has merged for good.
         mine = {n: getattr(self, n) if is_marked else None for n in ("lora_A", "lora_B")}
         factors = (state_dict.get(prefix + name, factor) for name, factor in mine.items())
         found = [weight, state_dict.get(prefix + self._weight_key()), *factors]
-        scaling, blocks = self._one_scaling(), self._blocks()
-        if scaling is None or any(
-            type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in found
-        ):
-            return False
+        if any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in found):
+            return None
         base, saved, lora_A, lora_B = (t.detach().to(weight.device) for t in found)
-        base, saved = self._as_delta(base), self._as_delta(saved)
         if not base.is_floating_point() or not saved.is_floating_point():
-            return False
-        if not sums.is_sum(saved, base, lora_A, lora_B, scaling, **blocks):
-            return False
-        # What the delta does not change can't tell, and needs no telling.
-        return is_marked or not sums.is_sum(saved, base, lora_A, lora_B, 0.0, **blocks)
+            return None
+        return self._as_delta(saved), self._as_delta(base), lora_A, lora_B
 
     def _is_still_merged(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
@@ -217,11 +262,27 @@ class LoadedState(LayerPart):
         if self._is_mine_merged(state_dict, prefix, is_merged):
             weight: Any = self._weight_owner().weight
             state_dict[prefix + self._weight_key()] = weight.detach()
-        elif is_merged:
+        elif is_merged or self._is_rather_merged(state_dict, prefix):
             self._subtract_saved_delta(state_dict, prefix, metadata)
         else:
             return
-        self.__dict__["_undid_merge"] = True
+        self.__dict__["_undid_merge"] = None
+
+    def _note_what_is_left(self) -> None:
+        """Note, after a load, the weight in which it has undone a merge."""
+        weight = readers.stored_weight(self._weight_owner())
+        if "_undid_merge" in self.__dict__ and weight is not None and _has_values(weight):
+            self.__dict__["_undid_merge"] = sample.fingerprint(sharded.local(weight.detach()))
+
+    def _is_as_loading_left_it(self) -> bool:
+        """Tell whether nobody has changed the weight since loading undid a merge in it."""
+        then, weight = self.__dict__["_undid_merge"], readers.stored_weight(self._weight_owner())
+        if then is None or weight is None or not _has_values(weight):
+            return True  # there is nothing that could tell
+        is_other = not sample.has_fingerprint(sharded.local(weight.detach()), then)
+        if sharded.is_dtensor(weight):  # which all ranks merge or none
+            is_other = sharded.on_any_rank(weight, is_other)
+        return not is_other
 
     def _subtract_saved_delta(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
@@ -264,3 +325,9 @@ class LoadedState(LayerPart):
                 f"has {mine}; build the layer with the same r and lora_alpha",
                 UserWarning,
             )
+
+
+def _has_values(weight: Tensor) -> bool:
+    is_plain = type(weight) in (Tensor, nn.Parameter) or sharded.is_dtensor(weight)
+    is_here = not weight.is_meta and weight.layout is torch.strided
+    return is_plain and is_here and not in_fake_mode()

@@ -14,7 +14,7 @@ from lora_fast.interrupts import merge_lock
 from lora_fast.loaded_state import LoadedState
 from lora_fast.moving import MovesWeight
 from lora_fast.record import MergeRecord
-from lora_fast.restoring import RestoresWeight
+from lora_fast.restoring import RestoresWeight, remember_merges
 from lora_fast.saved_state import SavedState, remember_view
 
 Layer = TypeVar("Layer", bound="MergingLayer")
@@ -83,17 +83,20 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; three of them do what belongs to them.
 
-        `merged = True` merges where loading has just undone a saved merge: users of loralib write
-        it after they have loaded a state that was saved merged. `merged = False` folds the adapter
+        `merged = True` merges where loading has undone a saved merge, and left the weight as it is
+        now: users of loralib write it after they have loaded a state that was saved merged, and
+        others after they have added the delta themselves. `merged = False` folds the adapter
         into the weight for good, or takes it out where loading has merged: by loralib's count such
         a layer is not merged. `training = True` takes out what `eval()` has merged, as `train()`
         does, past which Lightning restores the mode after a validation. `r` that is set where
         `eval()` found none leaves the layer unmerged.
         """
         own = self.__dict__
-        if name == "merged" and value and own.get("_undid_merge"):
-            self._merge_now()
-            return
+        if name == "merged" and value and "_undid_merge" in own:
+            if self._is_as_loading_left_it():
+                self._merge_now()
+                return
+            del own["_undid_merge"]
         if name == "merged" and not value and own.get("_merged_by_loading"):
             self._unmerge()
         super().__setattr__(name, value)
@@ -104,6 +107,11 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         is_ours = self._record is not None or "_merged_nothing" in own  # else a subclass merged
         if name == "training" and value and own.get("merged") and self.merge_weights and is_ours:
             self._outside_of_graphs(self._unmerge)
+
+    def _merged_itself(self) -> bool:
+        """Tell whether a subclass with a `train()` of its own has merged, its own delta perhaps."""
+        is_ours = self._record is not None or "_merged_nothing" in self.__dict__
+        return self.merged and not is_ours and type(self).train is not MergingLayer.train
 
     def _has_adapter(self) -> bool:
         # The dictionary first: getattr takes ten times as long, but finds a parametrized A too. As
@@ -253,8 +261,9 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
 
     def _fold(self) -> None:
         if self._has_adapter():
-            record = functional.merge_(*self._merge_arguments(), **self._blocks())
-            self._remember(True, record)
+            arguments = self._merge_arguments()
+            record = functional.merge_(*arguments, **self._blocks())
+            remember_merges([(self, arguments[0], record)])
         else:  # as in loralib; but nothing must be subtracted of an adapter that comes later
             self._remember(True, None)
             self.__dict__["_merged_nothing"] = True
@@ -275,10 +284,10 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         with merge_lock, interrupts.held_back():
             if not self.__dict__.get("merged"):
                 return
-            is_back = self._record is not None and self._record.spent  # by a shallow copy
+            record = self._record
             by_hand = self._has_adapter() and "_merged_nothing" not in self.__dict__
-            if not is_back and (self._record is not None or by_hand):
-                self._restore(self._merged_target(), self._record)
+            if record is not None or by_hand:
+                self._restore(self._merged_target(), record)
             self._remember(False, None)
 
     def _merged_target(self) -> Tensor:
@@ -287,9 +296,9 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         weight = readers.stored_weight(owner)
         if weight is None:
             raise RuntimeError(
-                f"{self._described()}: the weight was decomposed (by weight norm, say) while the "
-                "adapter was merged into it, and the base weight cannot be restored; call train() "
-                "first, then decompose it"
+                f"{self._described()}: the weight was decomposed, fused or quantized (by weight "
+                "norm, say) while the adapter was merged into it, and the base weight cannot be "
+                "restored; call train() before it, or leave the adapter merged"
             )
         if self._was_converted():
             raise RuntimeError(
@@ -357,6 +366,10 @@ def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
     if not layer.training and layer.merge_weights and merges and not layer.merged:  # type: ignore[attr-defined]
         layer._merge()
         layer.__dict__["_merged_by_loading"] = layer.merged
+    had_mode = layer.__dict__.pop("_had_mode", None)
+    if had_mode is not None:
+        layer.train(had_mode)
+    layer._note_what_is_left()
 
 
 def tell_no_gradient(layer: MergingLayer) -> None:

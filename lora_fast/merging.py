@@ -173,7 +173,7 @@ def unmerge_many(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> N
     for weight, part, record, number in zip(weights, local, records, numbers, strict=True):
         versions.restored(part, record.versions, number)
         sharded.count_version(weight)
-        record.spent = True
+        record.note_restored(part)
 
 
 def _checked_local(weight: Tensor, record: MergeRecord) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_fast import functional, interrupts
+from lora_fast import functional, interrupts, readers
 from lora_fast.layer_part import LayerPart
 from lora_fast.record import MergeRecord
 
@@ -31,18 +31,20 @@ class MovesWeight(LayerPart):
 
     def _merge_moved(self, record: MergeRecord) -> None:
         """Merge after a conversion what was merged before it."""
-        if self._weight_owner().weight.is_meta:
+        owner: Any = self._weight_owner()
+        stored = readers.stored_weight(owner)
+        if stored is not None and stored.is_meta:
             # A frame for merged values, as torch.func.stack_module_state's recipe makes it.
             self._remember(True, None)
-        elif self._has_adapter() or self.r <= 0:
+        elif stored is owner._parameters.get("weight") and (self._has_adapter() or self.r <= 0):
             self._merge()
-        else:  # the factors were deleted after the merge
+        else:  # the factors were deleted after the merge, or the weight is computed of the merged
             with interrupts.merge_lock, interrupts.held_back():
                 self._fold_again(record)
 
     def _fold_again(self, record: MergeRecord) -> None:
-        """Merge what was merged, of an adapter that is no longer here, into a moved weight."""
-        weight = self._target_of_merge()
+        """Merge what was merged, whatever has become of the adapter, into a moved weight."""
+        weight = self._merged_target()
         lora_A, lora_B = record.lora_A.to(weight), record.lora_B.to(weight)
         found = functional.merge_(weight, lora_A, lora_B, record.scaling, **record.blocks())
         self._remember(True, found)

@@ -7,6 +7,8 @@ calling forward; they get the effective weight, or the slow path.
 """
 
 import gc
+import itertools
+import operator
 import sys
 import threading
 import warnings
@@ -35,7 +37,8 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
         return "the adapter is computed before each forward (pruning or weight norm)"
     if is_on_meta(owner):
         return "the weight is on the meta device or under FakeTensorMode, and holds no values"
-    if _is_tied(owner._parameters) or _shares_memory(owner._parameters["weight"]):
+    _holders.heed(owner._parameters)
+    if _is_tied(owner._parameters) or _shares_memory(owner._parameters):
         return "the weight is tied: another module holds it too"
     if _are_hidden() and _has_other_holders(owner._parameters):
         return "the weight may be tied: gc.freeze() hides who else holds it"
@@ -82,6 +85,32 @@ def _references(parameters: dict[str, Any]) -> int:
 
 
 _UNSHARED = _references({"weight": object()})
+_UNSHARED_STORAGE = storage_uses(torch.empty(1))
+
+
+def _uses(parameters: dict[str, Any]) -> tuple[int, int]:
+    """How many hold a module's weight, and how many its memory, where there is some."""
+    references = _references(parameters)  # before there is another
+    weight = parameters["weight"]
+    uses = storage_uses(weight) if _has_memory(weight) else _UNSHARED_STORAGE
+    return references, uses or 0
+
+
+def _uses_of_weights(layer: nn.Module) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yield the uses of the weight of a layer, or of that of a convolution in it, by its id."""
+    for module in (layer, *layer._modules.values()):
+        parameters = {} if module is None else vars(module).get("_parameters", {})
+        if "weight" in parameters:
+            yield id(parameters["weight"]), _uses(parameters)
+
+
+_ALONE = (_UNSHARED, _UNSHARED_STORAGE or 0)
+
+
+def _has_memory(weight: Any) -> bool:
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
+        return False
+    return not weight.is_meta and weight.numel() > 0
 
 
 _FROZEN = gc.get_freeze_count()  # Python 3.12 begins with some
@@ -93,10 +122,11 @@ def _are_hidden() -> bool:
 
 
 class _Holders:
-    """All modules of the process that hold parameters, as of the last one that was registered.
+    """All modules of the process that hold parameters or buffers, as of the last scan.
 
     A scan of all objects takes tens of ms. It is made when a weight has more references than its
-    module's, and made again only after a parameter was registered somewhere or a layer was copied.
+    module's, and made again only after a parameter was registered somewhere or a layer was copied,
+    or where a weight has got more references since, as somebody may have put it into a module.
     """
 
     def __init__(self) -> None:
@@ -104,22 +134,36 @@ class _Holders:
         self.all_reachable = False
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.count: dict[int, int] = {}
+        self.uses: dict[int, tuple[int, int]] = {}
+
+    def heed(self, parameters: dict[str, Any]) -> None:
+        """Scan if it is time to, before it is asked who else holds the weight."""
+        key, uses = id(parameters["weight"]), _uses(parameters)
+        if uses == _ALONE or _are_hidden():  # then all others count as holders
+            self.uses.pop(key, None)
+            return
+        if any(map(operator.gt, uses, self.uses.get(key, _ALONE))):
+            self.is_stale = True
+        self.scan()
+        self.uses[key] = uses
 
     def scan(self) -> None:
-        """Bring the modules, and how many of them hold a parameter (by its id), up to date."""
+        """Bring up to date what modules there are, and who holds their tensors (by their ids)."""
         if not self.is_stale:
             return
         self.is_stale, self.all_reachable = _are_hidden(), False
-        self.modules, self.count = weakref.WeakSet(), {}
+        self.modules, self.count, self.uses = weakref.WeakSet(), {}, {}
         is_module: dict[type, bool] = {}
         for candidate in gc.get_objects():
             kind = type(candidate)
             if kind not in is_module:
                 is_module[kind] = issubclass(kind, nn.Module)
-            if is_module[kind] and candidate.__dict__.get("_parameters"):
+            if is_module[kind] and any(map(candidate.__dict__.get, _DICTS)):
                 self.modules.add(candidate)
-                for parameter in set(map(id, candidate._parameters.values())):
-                    self.count[parameter] = self.count.get(parameter, 0) + 1
+                for tensor in set(map(id, _tensors(candidate))):
+                    self.count[tensor] = self.count.get(tensor, 0) + 1
+                if hasattr(kind, "effective_weight"):
+                    self.uses.update(_uses_of_weights(candidate))
 
     def confirm(self, found: Callable[[], bool]) -> bool:
         """Tell whether `found()`, also without the modules that nobody can reach any more."""
@@ -131,10 +175,17 @@ class _Holders:
             self.all_reachable = not self.is_stale
         return found()
 
-    def parameters(self) -> Iterator[Any]:
+    def tensors(self) -> Iterator[Any]:
         """Yield what the known modules hold."""
-        for module in self.modules:
-            yield from module._parameters.values()
+        return itertools.chain.from_iterable(map(_tensors, self.modules))
+
+
+_DICTS = ("_parameters", "_buffers")
+
+
+def _tensors(module: nn.Module) -> Iterator[Any]:
+    own = vars(module)
+    return itertools.chain(*[own[name].values() for name in _DICTS if own.get(name)])
 
 
 _holders = _Holders()
@@ -146,33 +197,31 @@ def forget_holders(*args: object) -> None:
 
 
 def _is_tied(parameters: dict[str, Any]) -> bool:
-    """Tell whether another module's parameters hold the same tensor."""
+    """Tell whether another module holds the same tensor."""
     if _references(parameters) <= _UNSHARED:  # only this dict does
         return False
     key = id(parameters["weight"])
     return _holders.confirm(lambda: _holders.count.get(key, 0) > 1)
 
 
-def _shares_memory(weight: Any) -> bool:
-    """Tell whether a module holds another parameter in the same memory, as by `a.data = b.data`."""
-    if type(weight) is not nn.Parameter or weight.is_meta or weight.numel() == 0:
+def _shares_memory(parameters: dict[str, Any]) -> bool:
+    """Tell whether a module holds another tensor in the same memory, as by `a.data = b.data`."""
+    if not _has_memory(parameters["weight"]):
         return False
-    if _UNSHARED_STORAGE is not None and storage_uses(weight) == _UNSHARED_STORAGE:
+    if _UNSHARED_STORAGE is not None and storage_uses(parameters["weight"]) == _UNSHARED_STORAGE:
         return False
-    lo, hi = _span(weight)
+    lo, hi = _span(parameters["weight"])
 
     def is_shared() -> bool:
-        for other in _holders.parameters():
-            if type(other) is nn.Parameter and other is not weight:
+        weight = parameters["weight"]
+        for other in _holders.tensors():
+            if type(other) in (nn.Parameter, Tensor) and other is not weight:
                 start, end = _span(other)
                 if start < hi and lo < end and other.device == weight.device:
                     return True
         return False
 
     return _holders.confirm(is_shared)
-
-
-_UNSHARED_STORAGE = storage_uses(torch.empty(1))
 
 
 def _has_other_holders(parameters: dict[str, Any]) -> bool:
@@ -206,7 +255,10 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     if tensor.is_meta or tensor.numel() == 0 or tensor.layout is not torch.strided:
         return 0, 0
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # a buffer that a transform of torch.func has in its hands
+        return 0, 0
     return start, start + (last + 1) * tensor.element_size()
 
 

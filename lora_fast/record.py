@@ -1,5 +1,6 @@
 """What `merge_` leaves behind so that `unmerge_` can restore the weight bit for bit."""
 
+import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +29,34 @@ class Code(NamedTuple):
         return sum(t.numel() * t.element_size() for t in self)
 
 
+class Place(NamedTuple):
+    """Where a weight lies: from byte `start` to `end` of memory that is not kept alive."""
+
+    storage: "weakref.ref[torch.UntypedStorage]"
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Place":
+        """Return the place of a weight."""
+        return cls(weakref.ref(weight.untyped_storage()), *extent(weight))
+
+    def holds(self, weight: Tensor) -> bool:
+        """Tell whether a weight lies here, or some of it."""
+        start, end = extent(weight)
+        is_here = self.storage() is weight.untyped_storage()
+        return is_here and start < self.end and self.start < end
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """First and last + 1 byte of a tensor's elements in its storage."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = int(tensor.storage_offset()), tensor.element_size()
+    return start * size, (start + last + 1) * size
+
+
 @dataclass
 class MergeRecord:
     """The way back to the original weight: a copy of it, or a code for each merged block.
@@ -43,6 +72,8 @@ class MergeRecord:
         enable_lora: enabled blocks of a grouped weight, or None.
         out_splits: widths of the blocks, or None for equal ones.
         spent: whether it has served.
+        restored: the memory in which it has. Clones of a merged layer share its record, and each
+            has a weight of its own to restore.
         of_shard: whether all of this is of one rank's shard of a DTensor.
         versions: the weight's numbers for autograd, if the old one can be taken back.
         before: where there is no copy, some elements of the original weight (see `some_of`).
@@ -59,6 +90,7 @@ class MergeRecord:
     out_splits: list[int] | None
     codes: tuple[Code, ...] = ()
     spent: bool = False
+    restored: tuple[Place, ...] = ()
     of_shard: bool = False
     versions: Versions | None = None
     before: Tensor | None = None
@@ -78,6 +110,20 @@ class MergeRecord:
                 f"unmerge_: the record is on {self.lora_A.device}, the weight on {weight.device}; "
                 "move the weight back (remove the hooks that offload it, say) to unmerge it"
             )
+
+    def has_restored(self, weight: Tensor) -> bool:
+        """Tell whether the memory of this weight is what it has restored."""
+        return any(place.holds(weight) for place in self.restored)
+
+    def note_restored(self, weight: Tensor) -> None:
+        """Note that this weight has its original bits again, by this record."""
+        self.spent = True
+        alive = (place for place in self.restored if place.storage() is not None)
+        self.restored = (*alive, Place.of(weight))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled or copied: places are of this process, and cannot be."""
+        return {**vars(self), "restored": ()}
 
     def blocks(self) -> dict[str, Any]:
         """Return the arguments that describe a grouped weight to the functions."""

@@ -19,13 +19,16 @@ class RestoresWeight(LayerPart):
     """The part of a LoRA layer that restores its weight, bit for bit where nobody wrote to it."""
 
     def _was_converted(self) -> bool:
-        """Tell whether the merged weight is of another class now, as torchao's quantization does.
+        """Tell whether the merged weight is of another class now, or is no parameter any more.
 
-        Then the merge is for good: the layer is moved, copied and saved as it is.
+        As by torchao's quantization, or that of torch.ao. Then the merge is for good: the layer is
+        moved, copied and saved as it is.
         """
         record, weight = self._record, readers.stored_weight(self._weight_owner())
-        if not self.merged or record is None or weight is None or record.of_shard:
+        if not self.merged or record is None:
             return False
+        if weight is None or record.of_shard:
+            return weight is None
         before = Tensor if record.original is None else type(record.original)
         now = Tensor if type(weight) is nn.Parameter else type(weight)
         return now is not before and not sharded.is_dtensor(weight) and not is_fake_tensor(weight)
@@ -33,6 +36,10 @@ class RestoresWeight(LayerPart):
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
         if record is None:  # someone set `merged` by hand: do what loralib does
             self._subtract(target)
+        elif record.spent:
+            weight = readers.stored_weight(self._weight_owner())
+            if weight is None or not record.has_restored(sharded.local(weight)):
+                self._restore_clone(target, record)
         elif sharded.is_dtensor(target) and not record.of_shard:  # sharded while merged
             whole = sharded.whole(target)
             self._restore(whole, record)
@@ -42,9 +49,23 @@ class RestoresWeight(LayerPart):
         elif self._was_written(target, record):
             self._restore_changed(sharded.local(target), record)
             sharded.count_version(target)
-            record.spent = True  # for shallow copies of the layer, which share weight and record
+            record.note_restored(sharded.local(target))  # for shallow copies, which share both
         else:
             functional.unmerge_(target, record)
+
+    def _restore_clone(self, target: Tensor, record: MergeRecord) -> None:
+        """Restore a weight whose record has served on another: that of a clone of the layer."""
+        shard, fresh = sharded.local(target), replace(record, spent=False)
+        if shard.shape == record.shape and not self._was_written(target, fresh):
+            self._restore(target, fresh)
+            record.note_restored(shard)
+        elif not _is_base(shard, record):
+            _log.warning(
+                "%s: a copy of the layer was unmerged, and this one's weight was written to; "
+                "whether the adapter is in it cannot be told, and it is left as it is. Call "
+                "train() before copying a layer or writing to a weight.",
+                self._described(),
+            )
 
     def _restore_resized(self, target: Tensor, record: MergeRecord) -> None:
         if not self._fits(target):
@@ -116,6 +137,18 @@ class RestoresWeight(LayerPart):
         # Every weight is the sum of itself and nothing: then only the factors can tell.
         adds_nothing = not record.of_shard and not (record.lora_A.any() and record.lora_B.any())
         return adds_nothing and self._other_factors(record)
+
+
+def remember_merges(merges: list[tuple[RestoresWeight, Tensor, MergeRecord]]) -> None:
+    """Count layers as merged, into these weights; if anything comes in between, undo all of it."""
+    try:
+        for layer, _, record in merges:
+            layer._remember(True, record)
+    except BaseException:
+        for layer, target, record in merges:
+            layer.__dict__.update(merged=False, _record=None)
+            functional.unmerge_(target, record)
+        raise
 
 
 def is_as_merged(shard: Tensor, record: MergeRecord) -> bool:

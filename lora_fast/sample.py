@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from lora_fast import reference
+from lora_fast.record import some_of
 
 Sample = list[list[float]]
 """For each element: the block of the delta, where in it, the merged value, the base value."""
 
 _TRIED, _KEPT = 64, 8
 _NEAR = 0.7  # of the delta's norm: how far an average of merged weights may be from one of them
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 _STEP = 2654435761  # a prime, so that it goes through a matrix of any width in no pattern
 
 
@@ -105,6 +107,19 @@ def compared(
     # The weight alone was changed: else the places of the sample may be of other elements.
     fits = norm(scaling * products - delta) <= 0.1 * norm(delta) + norm(room)
     return "other" if fits else None
+
+
+def fingerprint(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return some elements of a weight, and a sum of the bits of all of them, on its device."""
+    parts = torch.view_as_real(weight) if weight.is_complex() else weight
+    return some_of(weight), parts.view(_INTEGERS[parts.itemsize]).sum()
+
+
+def has_fingerprint(weight: Tensor, then: tuple[Tensor, Tensor]) -> bool:
+    """Tell whether a weight is still what it was, perhaps in another dtype or elsewhere."""
+    now = fingerprint(weight)
+    which = 1 if then[0].dtype is weight.dtype else 0  # a conversion leaves of all bits none
+    return torch.equal(then[which].to(now[which]), now[which])
 
 
 def _found(

@@ -90,7 +90,8 @@ class SavedState(LayerPart):
         if metadata is None:
             return
         record = self._record
-        if self._has_adapter() or record is not None:
+        # What a subclass has merged it takes out itself, as the mark can't tell how.
+        if (self._has_adapter() or record is not None) and not self._merged_itself():
             metadata["lora_merged"] = self.merged and "_merged_nothing" not in self.__dict__
         if self._has_adapter():
             metadata["lora_r"] = self.r

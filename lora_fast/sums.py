@@ -1,5 +1,6 @@
 """Is a weight the sum of another and a delta, whoever added them up and rounded the sum?"""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from lora_fast import reference
 _CHUNK = {"cpu": 2**20, "cuda": 2**24}
 # Of a product in fp32 that a GPU may have made of TF32's 10 bits, then or now.
 _TF32 = 2.0**-9
+
+_Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -45,7 +48,50 @@ def is_sum(
         return _are_sums(weight, base, (lora_A, lora_B, enable_lora, out_splits), scaling)
 
 
+@torch.no_grad()
+def is_nearer_to_sum(
+    weight: Tensor,
+    base: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    enable_lora: list[bool] | None = None,
+    out_splits: list[int] | None = None,
+) -> bool:
+    """Tell whether weight - base is about scaling B A, as where some rounding errors add up.
+
+    |weight - base - scaling B A| < 1/2 min(|weight - base|, |scaling B A|), by Frobenius' norm of
+    the blocks that have a delta. Another base differs from this one in a direction that has nothing
+    to do with the delta's, or not at all.
+
+    Args:
+        weight: as for `is_sum`.
+        base: as for `is_sum`.
+        lora_A: as for `is_sum`.
+        lora_B: as for `is_sum`.
+        scaling: as for `is_sum`.
+        enable_lora: as for `is_sum`.
+        out_splits: as for `is_sum`.
+    """
+    wide = torch.float32
+    for tensor in (weight, base, lora_A, lora_B):
+        wide = torch.promote_types(wide, tensor.dtype)
+    squares = [0.0, 0.0, 0.0]
+    with reference.no_autocast(weight):
+        for parts in _chunks(weight, base, (lora_A, lora_B, enable_lora, out_splits)):
+            total, summand, b, a = (part.to(wide) for part in parts)
+            change, delta = total - summand, float(scaling) * (b @ a)
+            for i, found in enumerate((change - delta, change, delta)):
+                squares[i] += float(torch.linalg.vector_norm(found)) ** 2
+    return squares[0] < 0.25 * min(squares[1:])
+
+
 def _are_sums(weight: Tensor, base: Tensor, factors: Any, scaling: float) -> bool:
+    return all(_is_sum(*parts, float(scaling)) for parts in _chunks(weight, base, factors))
+
+
+def _chunks(weight: Tensor, base: Tensor, factors: Any) -> Iterator[_Parts]:
+    """Yield rows of both weights and of B, and A, for each block that has a delta."""
     pairs = zip(
         reference.delta_blocks(weight, *factors),
         reference.delta_blocks(base, *factors),
@@ -56,9 +102,7 @@ def _are_sums(weight: Tensor, base: Tensor, factors: Any, scaling: float) -> boo
         rows = max(1, _CHUNK.get(weight.device.type, 2**20) // max(1, shape[1]))
         parts = [t.split(rows) for t in (sums.reshape(shape), summands.reshape(shape), block_B)]
         for total, summand, part_B in zip(*parts, strict=True):
-            if not _is_sum(total, summand, part_B, block_A, float(scaling)):
-                return False
-    return True
+            yield total, summand, part_B, block_A
 
 
 def _is_sum(weight: Tensor, base: Tensor, b: Tensor, a: Tensor, scaling: float) -> bool:

@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fast import checks, interrupts, merging, reference, sharded
+from lora_fast import checks, interrupts, merging, readers, reference, sharded
 from lora_fast.interrupts import merge_lock
 from lora_fast.lora_layer import MergingLayer
 from lora_fast.native import Merge
 from lora_fast.record import MergeRecord
+from lora_fast.restoring import remember_merges
 
 Layers = dict[str, MergingLayer]
 # Weights from which a batch is merged, and Ctrl-C heard, before the next begins.
@@ -118,9 +119,8 @@ def _merge_batch(batch: Layers) -> None:
     with interrupts.held_back():
         requests = [Merge(*m._merge_arguments(), **m._blocks()) for m in batch.values()]
         records = merging.merge_many(requests)
-        for layer, record in zip(batch.values(), records, strict=True):
-            if record is not None:
-                layer._remember(True, record)
+        trios = zip(batch.values(), requests, records, strict=True)
+        remember_merges([(layer, r.weight, record) for layer, r, record in trios if record])
     for (name, layer), record in zip(batch.items(), records, strict=True):
         if record is None:
             weight: Any = layer._weight_owner().weight
@@ -132,7 +132,7 @@ def _unmerge_batch(batch: Layers) -> None:
     """Unmerge layers likewise; those whose weight somebody changed, each by itself."""
     with interrupts.held_back():
         found = [(layer, _restorable(layer)) for layer in batch.values()]
-        # Shallow copies share a record, which serves once.
+        # Copies share a record, which serves one at a time.
         by_record = {id(pair[1]): (layer, *pair) for layer, pair in found if pair is not None}
         together = list(by_record.values())
         merging.unmerge_many([t for _, t, _ in together], [r for _, _, r in together])
@@ -176,7 +176,9 @@ def _batches(layers: Layers) -> list[Layers]:
     open_batches: dict[Any, Layers] = {}
     room: dict[Any, int] = {}
     for name, layer in layers.items():
-        weight: Any = layer._weight_owner().weight
+        weight = readers.stored_weight(layer._weight_owner())
+        if weight is None:  # which unmerging will refuse
+            weight = layer.lora_A
         kind = (weight.device, weight.dtype)
         if room.get(kind, 0) <= 0:
             open_batches[kind] = {}

@@ -120,7 +120,9 @@ def test_b14_other_references_to_a_weight_do_not_prevent_the_merge(case: Any) ->
 
 TIES: dict[str, Any] = {
     "past_registration": lambda head, weight: head._parameters.__setitem__("weight", weight),
-    "memory": lambda head, weight: head._parameters.__setitem__("weight", nn.Parameter(weight.data)),
+    "memory": lambda head, weight: head._parameters.__setitem__(
+        "weight", nn.Parameter(weight.data)
+    ),
     "deepcopy": lambda head, weight: copy.deepcopy(head, {id(head.weight): weight}),
     "buffer": lambda head, weight: head.register_buffer("table", weight),
     "memory_of_a_buffer": lambda head, weight: head.register_buffer("table", weight.data),

@@ -261,3 +261,72 @@ def test_memory_that_was_freed_is_refused(freed: str) -> None:
     tensors = [[tensor] for tensor in named.values()]
     with pytest.raises(RuntimeError, match=f"{freed} has no memory: it was freed"):
         ops.merge_(*tensors, [1.0], code, *lists, torch.zeros(1, dtype=torch.int64))
+
+
+class _StopError(BaseException):
+    """What a thread is told to raise as soon as it comes back from what it is in."""
+
+
+def then_stopped(op: Any) -> Any:
+    calls = iter(range(99))
+
+    def stopped(*args: Any) -> None:
+        op(*args)
+        if next(calls) == 0:
+            raise _StopError
+
+    return stopped
+
+
+def three_layers() -> tuple[nn.Sequential, list[torch.Tensor]]:
+    model = nn.Sequential(*(randomize_(lora.Linear(32, 32, r=2)) for _ in range(3)))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-12)  # its way back is a copy
+    return model, [layer.weight.detach().clone() for layer in model]
+
+
+def test_stopped_at_the_end_of_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bases = three_layers()
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "merge_", then_stopped(ops.merge_))
+        with pytest.raises(_StopError):
+            lora.merge(model)
+    for layer, base in zip(model, bases, strict=True):
+        assert not layer.merged
+        assert torch.equal(layer.weight, base)
+
+
+def test_stopped_at_the_end_of_an_unmerge(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bases = three_layers()
+    lora.merge(model)
+    merged = [layer.weight.detach().clone() for layer in model]
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "unmerge_", then_stopped(ops.unmerge_))
+        with pytest.raises(_StopError):
+            lora.unmerge(model)
+    for layer, weight in zip(model, merged, strict=True):
+        assert layer.merged
+        assert torch.equal(layer.weight, weight)
+    model.train()
+    for layer, base in zip(model, bases, strict=True):
+        assert torch.equal(layer.weight, base)
+
+
+@pytest.mark.parametrize("merge", [lora.merge, nn.Module.eval], ids=["merge", "eval"])
+def test_stopped_before_a_merge_is_remembered(merge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bases = three_layers()
+    remember, calls = lora.Linear._remember, iter(range(99))
+
+    def stopped(self: Any, *args: Any) -> None:
+        if next(calls) == 1:
+            raise _StopError
+        remember(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora.Linear, "_remember", stopped)
+        with pytest.raises(_StopError):
+            merge(model)
+    model.train()
+    for layer, base in zip(model, bases, strict=True):
+        assert not layer.merged
+        assert torch.equal(layer.weight, base)
