@@ -129,8 +129,8 @@ def number(scaling: Any) -> float:
 def no_input_kept() -> RuntimeError:
     """What a double backward needs and an implementation that keeps less does not have."""
     return RuntimeError(
-        "lora_linear: with lora_A frozen forward does not keep x, which create_graph=True needs "
-        "for the gradient of lora_B; run it under lora_fast.use_backend('reference')"
+        "lora_linear: with lora_A frozen a GPU's forward does not keep x, which create_graph=True "
+        "needs for the gradient of lora_B; run it under lora_fast.use_backend('reference')"
     )
 
 

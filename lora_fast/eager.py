@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fast import blocks, checks, delta
+from lora_fast import blocks, delta
 from lora_fast.blocks import Spans
 from lora_fast.dropout import dropout, keep_scale
 from lora_fast.reference import autocasts, no_autocast, scaled_factors
@@ -82,7 +82,8 @@ class _LowRankLinear(torch.autograd.Function):
         # Of more rows than the weight has room for, S would take more than loralib's dense delta.
         keeps_s = need_B and s.numel() <= weight.numel()
         ctx.save_for_backward(
-            x if need_weight or need_A or (need_B and not keeps_s) else None,
+            # Where S is kept, only a second derivative may still read x for the gradient of B.
+            x if need_weight or need_A or (need_B and (need_x or not keeps_s)) else None,
             # Without dX the weight plays no part, and a merge between forward and backward is
             # harmless.
             weight if need_x or need_weight else None,
@@ -135,18 +136,12 @@ def backward_through_reference(
         saved: x, W, A, B, S and the mask; None for x where no gradient but that of B depends on it,
             which then is made of S.
         dy: (..., N).
-
-    Raises:
-        RuntimeError: x was not kept, and the gradient of B is to be differentiated by it.
     """
     *inputs, kept_s, keep = saved
     # One input may depend on another: through an alias of its own each is differentiated alone.
     inputs = [None if t is None else t.view_as(t) for t in inputs]
     x, weight, lora_A, lora_B = inputs
-    need_x, _, _, need_B, *_ = ctx.needs_input_grad
-    is_of_s = x is None and need_B
-    if is_of_s and need_x:
-        raise checks.no_input_kept()
+    is_of_s = x is None and ctx.needs_input_grad[3]
     if x is None:
         inputs[0] = x = dy.new_zeros(ctx.in_shape, requires_grad=True)
     dropped = x if keep is None else x * keep.view(x.shape) * ctx.keep_scale

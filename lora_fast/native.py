@@ -84,7 +84,7 @@ def merge(requests: Sequence[Merge]) -> list[MergeRecord | None]:
     try:
         _run(ops.merge_, jobs, status)
         lengths = _of_jobs(jobs, status)
-        if _is_done(status):
+        if min(map(min, lengths)) >= 0:
             return [job.record(found) for job, found in zip(jobs, lengths, strict=True)]
     except BaseException:  # no memory for a list, say: what has no record must not stay merged
         if _is_done(status):

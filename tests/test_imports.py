@@ -81,7 +81,7 @@ def test_kernels_know_nothing_of_the_rest(name):
         ),
         ("native", {"ops", "record", "reference", "torch_internals"}),
         ("versions", {"torch_internals"}),
-        ("eager", {"blocks", "checks", "delta", "dropout", "reference"}),
+        ("eager", {"blocks", "delta", "dropout", "reference"}),
         ("delta", {"blocks", "ops", "torch_internals"}),
         ("lora_first", {"checks", "dropout", "eager", "reference", "torch_internals"}),
         ("sums", {"reference"}),

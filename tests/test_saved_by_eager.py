@@ -122,15 +122,11 @@ def test_no_output_features(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("needs_x", [False, True])
-def test_a_frozen_lora_A_keeps_no_input(
-    route: tuple[nn.Module, Tensor], needs_x: bool, p: float
-) -> None:
-    """What LoRA-FA saves: S is enough, and the input may be written to."""
+def test_a_frozen_lora_A_keeps_no_input(route: tuple[nn.Module, Tensor], p: float) -> None:
+    """Where x needs no gradient S is enough, and the input may be written to."""
     layer, x = route
     layer.lora_dropout = nn.Dropout(p)
     layer.lora_A.requires_grad_(False)
-    x = x.clone().requires_grad_(needs_x)
     given = x.clone()
     torch.manual_seed(1)
     y = layer(given)
@@ -152,6 +148,3 @@ def test_a_second_derivative_of_a_frozen_lora_A(route: tuple[nn.Module, Tensor])
         (theirs,) = torch.autograd.grad(y, layer.lora_B, dy, create_graph=True)
     found, expected = (torch.autograd.grad(t.square().sum(), dy)[0] for t in (dB, theirs))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
-    y = layer(x.clone().requires_grad_())
-    with pytest.raises(RuntimeError, match="create_graph=True needs"):
-        torch.autograd.grad(y, layer.lora_B, dy, create_graph=True)
