@@ -118,7 +118,10 @@ class _Listener(logging.Handler):
         self.chosen: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take note of a decision."""
+        """Take note of a decision; pass on what else is logged, of tables that are ignored, say."""
+        if record.levelno > logging.DEBUG:
+            logging.getLogger("lora_fast").handle(record)
+            return
         op, implementation, _ = cast("tuple[str, str, str]", record.args)
         if op == self.op:
             self.chosen.append(implementation)

@@ -303,6 +303,21 @@ def test_the_log_is_as_before(no_kernels: None, caplog: pytest.LogCaptureFixture
     assert not caplog.records
 
 
+def test_what_else_is_logged_is_passed_on(
+    no_kernels: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A table that is ignored, for one, which the dispatch's logger warns of."""
+    original, log = functional.lora_embedding, logging.getLogger("lora_fast.dispatch")
+
+    def warning(**arguments: Any) -> Tensor:
+        log.warning("%s is ignored", "a table")
+        return original(**arguments)
+
+    monkeypatch.setattr(functional, "lora_embedding", warning)
+    assert failures(list(outcomes())) == set()
+    assert "a table is ignored" in caplog.text
+
+
 def test_every_op_has_a_case() -> None:
     for op in backend._OPS:
         assert op in selftest._CASES or op in ("merge_", "unmerge_")
