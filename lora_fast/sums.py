@@ -24,8 +24,7 @@ def is_sum(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    enable_lora: list[bool] | None = None,
-    out_splits: list[int] | None = None,
+    **blocks: Any,
 ) -> bool:
     """Tell whether weight = base + scaling B A, within what rounding may make of it.
 
@@ -35,8 +34,7 @@ def is_sum(
         lora_A: as for `merge_`.
         lora_B: as for `merge_`.
         scaling: as for `merge_`.
-        enable_lora: as for `merge_`.
-        out_splits: as for `merge_`.
+        blocks: `enable_lora` and `out_splits`, as for `merge_`.
 
     Note:
         The bound is that of r products and the base summed in any order, and of a delta rounded to
@@ -45,7 +43,7 @@ def is_sum(
         Infinities and NaN equal themselves.
     """
     with reference.no_autocast(weight):
-        return _are_sums(weight, base, (lora_A, lora_B, enable_lora, out_splits), scaling)
+        return _are_sums(weight, base, _factors(lora_A, lora_B, blocks), scaling)
 
 
 @torch.no_grad()
@@ -55,8 +53,7 @@ def is_nearer_to_sum(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    enable_lora: list[bool] | None = None,
-    out_splits: list[int] | None = None,
+    **blocks: Any,
 ) -> bool:
     """Tell whether weight - base is about scaling B A, as where some rounding errors add up.
 
@@ -70,20 +67,23 @@ def is_nearer_to_sum(
         lora_A: as for `is_sum`.
         lora_B: as for `is_sum`.
         scaling: as for `is_sum`.
-        enable_lora: as for `is_sum`.
-        out_splits: as for `is_sum`.
+        blocks: as for `is_sum`.
     """
     wide = torch.float32
     for tensor in (weight, base, lora_A, lora_B):
         wide = torch.promote_types(wide, tensor.dtype)
     squares = [0.0, 0.0, 0.0]
     with reference.no_autocast(weight):
-        for parts in _chunks(weight, base, (lora_A, lora_B, enable_lora, out_splits)):
+        for parts in _chunks(weight, base, _factors(lora_A, lora_B, blocks)):
             total, summand, b, a = (part.to(wide) for part in parts)
             change, delta = total - summand, float(scaling) * (b @ a)
             for i, found in enumerate((change - delta, change, delta)):
                 squares[i] += float(torch.linalg.vector_norm(found)) ** 2
     return squares[0] < 0.25 * min(squares[1:])
+
+
+def _factors(lora_A: Tensor, lora_B: Tensor, blocks: dict[str, Any]) -> tuple[Any, ...]:
+    return lora_A, lora_B, blocks.get("enable_lora"), blocks.get("out_splits")
 
 
 def _are_sums(weight: Tensor, base: Tensor, factors: Any, scaling: float) -> bool:

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from lora_fast import backend
 from lora_fast.cli import main
 from lora_fast.kernels import candidates, configs, plans, tables
-from lora_fast.tune import problems, run, search
+from lora_fast.tune import problems, search
 from lora_fast.tune.problems import Job
 
 needs_kernels = pytest.mark.skipif(
@@ -390,26 +390,3 @@ def test_a_cache_folder_of_nobody(
     assert main(["tune", "--reset"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lora-fast tune: LORA_FAST_CACHE: expected a folder, got '~nobody_of_")
-
-
-@needs_kernels
-def test_a_write_that_fails_leaves_the_old_table(
-    kernel_device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "table.json"
-    run._Target(kernel_device, path).write(search.Found())
-    path.chmod(0o640)
-    before = path.read_bytes()
-
-    def full_disk(self: Path, *args: Any, **kwargs: Any) -> None:
-        self.write_bytes(b'{"format"')
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", full_disk)
-        with pytest.raises(OSError, match="no space"):
-            run._Target(kernel_device, path).write(search.Found())
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-    run._Target(kernel_device, path).write(search.Found())
-    assert path.stat().st_mode & 0o777 == 0o640
