@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fast import functional, layers, reference, testing, utils
-from lora_fast.backend import explain, get_backend, set_backend, use_backend
+from lora_fast.backend import get_backend, set_backend, use_backend
 from lora_fast.checkpoint import load, save
+from lora_fast.decisions import explain
 from lora_fast.layers import (
     Conv1d,
     Conv2d,

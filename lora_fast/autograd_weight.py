@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast import ops, reference
+from lora_fast import ops
+from lora_fast.autocast import no_autocast
 
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -36,7 +37,7 @@ class _MergedWeight(torch.autograd.Function):
         need_weight, need_A, need_B = ctx.needs_input_grad[:3]
         dA = dB = None
         flat = dweight.reshape(ctx.shape)
-        with reference.no_autocast(dweight):
+        with no_autocast(dweight):
             if need_A:
                 dA = ((lora_B.to(flat.dtype) * ctx.scaling).t() @ flat).to(ctx.dtypes[0])
             if need_B:

@@ -8,16 +8,16 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lora_fast import delta, ops, torch_internals
-from lora_fast.reference import autocasts
+from lora_fast.autocast import autocasts
 
 _log = logging.getLogger("lora_fast.dispatch")
 
@@ -39,10 +39,6 @@ class Backend(Enum):
 
 BackendName = Literal["auto", "triton", "reference"]
 _CHOICES: tuple[BackendName, ...] = get_args(BackendName)
-_OPS = (
-    *("lora_linear", "lora_merged_linear", "lora_embedding"),
-    *("merged_weight", "merge_", "unmerge_"),
-)
 _TRITON_OPS = frozenset({"lora_linear", "lora_merged_linear", "lora_embedding", "merged_weight"})
 # Elements from which the eager Linear's faster dropout on a CPU outweighs its calls from Python:
 # fp32, p = 0.1, 256 to 1024 features, one thread of an EPYC of family 25 model 1, 2026-11-27.
@@ -54,9 +50,9 @@ _FEW_OPERATIONS = 2**34
 _FEW_DROPPED = 2**21
 _MOST_DECODE_ROWS = 64  # kernels/decode_configs.py: MAX_M, which needs Triton
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CHOSEN = "chosen by set_backend"
 _TENSOR_SCALING = "scaling is a tensor, which may want a gradient"
-_LAUNCHED_SOONER = "torch launches sooner than so little is computed"
-_EAGER_ON_A_CPU = "where many numbers are dropped, or a few rows of 16 bits added to"
+LAUNCHED_SOONER = "torch launches sooner than so little is computed"
 _INDEX_DTYPES = (torch.int64, torch.int32)
 # Ops whose input and weight, the first two tensors, must have one dtype.
 _ONE_DTYPE_OPS = frozenset({"lora_linear", "lora_merged_linear"})
@@ -139,15 +135,15 @@ def choose(
     Raises:
         RuntimeError: the forced backend cannot serve the call.
     """
-    return decided(op, *_choice(op, tensors, drops, scaling))
+    return decided(op, *choice(op, tensors, drops, scaling))
 
 
-def _choice(
+def choice(
     op: str, tensors: tuple[Tensor | None, ...], drops: bool = False, scaling: object = None
 ) -> tuple[Backend, str]:
     """What `choose` returns, and why."""
     if _selected == "reference":
-        return Backend.REFERENCE, "chosen by set_backend"
+        return Backend.REFERENCE, _CHOSEN
     x = tensors[0]
     on_gpu = x is not None and x.is_cuda
     eager = op == "lora_merged_linear" or (op == "lora_linear" and _eager_pays(x, drops))
@@ -158,13 +154,13 @@ def _choice(
     if _selected == "triton":
         reason = special or _why_not_triton(op, tensors)
         if reason:
-            raise _forced_in_vain(op, reason)
-        return Backend.TRITON, "chosen by set_backend"
+            raise ForcedInVainError(op, reason)
+        return Backend.TRITON, _CHOSEN
     if special:
         return Backend.REFERENCE, special
     reason = _why_not_triton(op, tensors) if on_gpu else "not a CUDA tensor"
     if reason is None and op == "lora_linear" and _launching_outlasts(tensors, drops):
-        return Backend.EAGER_LORA_FIRST, _LAUNCHED_SOONER
+        return Backend.EAGER_LORA_FIRST, LAUNCHED_SOONER
     reason = reason or _why_torch_is_as_fast(op, tensors)
     if reason is None:
         return Backend.TRITON, "plain CUDA tensors"
@@ -180,15 +176,35 @@ def served_by_torch(op: str, reason: str) -> None:
         RuntimeError: the kernels were forced.
     """
     if _selected == "triton":
-        raise _forced_in_vain(op, reason)
-    decided(op, Backend.REFERENCE, "chosen by set_backend" if _selected == "reference" else reason)
+        raise ForcedInVainError(op, reason)
+    decided(op, Backend.REFERENCE, _CHOSEN if _selected == "reference" else reason)
 
 
-def _forced_in_vain(op: str, reason: str) -> RuntimeError:
-    return RuntimeError(
-        f"{op}: backend 'triton' was forced but cannot run: {reason}. "
-        "Use set_backend('auto') to let other implementations serve such calls."
-    )
+def choose_merge(op: str, why_not: Callable[[], str | None]) -> Backend:
+    """Return the implementation that serves a merge or an unmerge.
+
+    Args:
+        op: "merge_" or "unmerge_".
+        why_not: says why the native ops can't serve it, if so.
+    """
+    return decided(op, *merge_choice(why_not))
+
+
+def merge_choice(why_not: Callable[[], str | None]) -> tuple[Backend, str]:
+    """What `choose_merge` returns, and why."""
+    reason = _CHOSEN if _selected == "reference" else why_not()
+    return (Backend.NATIVE, "plain tensors") if reason is None else (Backend.REFERENCE, reason)
+
+
+class ForcedInVainError(RuntimeError):
+    """The forced backend cannot serve a call; `reason` says why."""
+
+    def __init__(self, op: str, reason: str) -> None:
+        super().__init__(
+            f"{op}: backend 'triton' was forced but cannot run: {reason}. "
+            "Use set_backend('auto') to let other implementations serve such calls."
+        )
+        self.reason = reason
 
 
 def decided(op: str, backend: Backend, reason: str) -> Backend:
@@ -323,30 +339,6 @@ def _why_torch_is_as_fast(op: str, tensors: tuple[Tensor | None, ...]) -> str | 
     return None if merged_weight_pays(weight, *factors) else "a small weight, torch is as fast"
 
 
-class Decision(NamedTuple):
-    """What serves an op on a device, "none" where nothing can, and why."""
-
-    op: str
-    device: str
-    implementation: str
-    reason: str
-
-
-def what_runs() -> list[Decision]:
-    """Return which implementation serves each op on each device of this machine, and why."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    found = [Decision(op, device, *_explain_op(op, device)) for device in devices for op in _OPS]
-    fused = ("lora_linear", "cuda", Backend.TRITON.value)
-    if _selected == "auto" and any(decision[:3] == fused for decision in found):
-        found.append(
-            Decision(*fused[:2], Backend.EAGER_LORA_FIRST.value, f"where {_LAUNCHED_SOONER}")
-        )
-    plain = ("lora_linear", "cpu", Backend.REFERENCE.value)
-    if _selected == "auto" and any(decision[:3] == plain for decision in found):
-        found.append(Decision(*plain[:2], Backend.EAGER.value, _EAGER_ON_A_CPU))
-    return sorted(found, key=lambda it: (devices.index(it.device), _OPS.index(it.op)))
-
-
 def has_triton() -> bool:
     """Tell whether triton is installed, without importing it."""
     return _TRITON_FOUND
@@ -355,37 +347,3 @@ def has_triton() -> bool:
 def has_kernel(op: str) -> bool:
     """Tell whether there is a fused kernel for an op."""
     return op in _TRITON_OPS
-
-
-def explain() -> str:
-    """Print which implementation serves each op on each device of this machine, and why.
-
-    Returns:
-        The text that was printed.
-    """
-    text = explanation()
-    print(text)
-    return text
-
-
-def explanation() -> str:
-    """Return what `explain` prints."""
-    rows = [f"backend: {_selected} (of {', '.join(_CHOICES)}), torch {torch.__version__}"]
-    if not torch.cuda.is_available():
-        rows.append("cuda: not available, nothing is fused on this machine")
-    for op, device, implementation, reason in what_runs():
-        rows.append(f"{op:20} {device:5} -> {implementation:16} {reason}")
-    return "\n".join(rows)
-
-
-def _explain_op(op: str, device: str) -> tuple[str, str]:
-    if op in ("merge_", "unmerge_"):
-        from lora_fast import merging
-
-        return merging.explain(device)
-    x = torch.empty(0, device=device, dtype=torch.int64 if op == "lora_embedding" else None)
-    try:
-        chosen, reason = _choice(op, (x,))
-    except RuntimeError as error:
-        return "none", _why_not_triton(op, (x,)) or str(error)
-    return chosen.value, reason

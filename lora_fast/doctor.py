@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import lora_fast
-from lora_fast import backend, ops, selftest
+from lora_fast import decisions, ops, selftest
 from lora_fast.tune import show
 
 _PACKAGES = ("triton", "numpy", "safetensors", "transformers", "peft", "loralib")
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("GPUs", _gpus()),
         ("native ops", _native()),
         ("settings", _settings()),
-        ("what runs where", backend.explanation().splitlines()),
+        ("what runs where", decisions.explanation().splitlines()),
         ("measured tables", show.tables_in_force(rows=False)),
     ):
         _print_section(title, lines)

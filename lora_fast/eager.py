@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import blocks, delta
+from lora_fast.autocast import autocasts, no_autocast
 from lora_fast.blocks import Spans
 from lora_fast.dropout import dropout, keep_scale
-from lora_fast.reference import autocasts, no_autocast, scaled_factors
+from lora_fast.reference import scaled_factors
 
 
 def low_rank_linear(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lora_fast import checks, eager, torch_internals
+from lora_fast.autocast import no_autocast
 from lora_fast.dropout import keep_scale
-from lora_fast.reference import no_autocast
 
 
 def lora_first(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_fast import checks, native, ops, reference, shapes, sharded, versions
-from lora_fast.backend import Backend, decided, get_backend
+from lora_fast.backend import Backend, choose_merge
 from lora_fast.native import Merge
 from lora_fast.record import MergeRecord, some_of
 
@@ -120,13 +120,8 @@ def _is_served(request: Merge) -> bool:
     weight, lora_A, lora_B, *_ = request
     if sharded.is_dtensor(weight):  # whose shard comes here again
         return False
-    if get_backend() == "reference":
-        reason: str | None = "chosen by set_backend"
-    else:
-        reason = native.why_not(weight, lora_A, lora_B)
-    chosen = Backend.NATIVE if reason is None else Backend.REFERENCE
-    decided("merge_", chosen, reason or "plain tensors")
-    return reason is None
+    chosen = choose_merge("merge_", lambda: native.why_not(weight, lora_A, lora_B))
+    return chosen is Backend.NATIVE
 
 
 def _merge_alone(request: Merge) -> MergeRecord | None:
@@ -190,11 +185,3 @@ def _checked_local(weight: Tensor, record: MergeRecord) -> Tensor:
     if reason is not None:
         raise RuntimeError(f"unmerge_: the weight was merged by the native ops, and {reason}")
     return local
-
-
-def explain(device: str) -> tuple[str, str]:
-    """Return the implementation of `merge_` and `unmerge_` on `device`, and why."""
-    reason = "chosen by set_backend" if get_backend() == "reference" else ops.load_native(device)
-    if reason is None:
-        return Backend.NATIVE.value, "one pass, about a byte a weight while merged"
-    return Backend.REFERENCE.value, f"keeps a copy of the weight: {reason}"

@@ -5,12 +5,11 @@ computes, so functorch transforms, double backward, export, DTensor and any devi
 Arguments are documented in `lora_fast.functional`, which checks them first.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fast.autocast import autocasts, no_autocast
 from lora_fast.blocks import block_widths, output_blocks
 
 
@@ -277,15 +276,6 @@ def like(adapter: Tensor, x: Tensor) -> Tensor:
     return adapter.to(x.dtype)
 
 
-def autocasts(x: Tensor) -> bool:
-    """Tell whether autocast is on where `x` is; torch can't be asked for meta, which knows none."""
-    if x.is_cpu:  # first, as the name of a device's type takes longer than all the rest
-        return torch.is_autocast_enabled("cpu")
-    kind = x.device.type
-    known = kind == "cuda" or torch.amp.is_autocast_available(kind)
-    return known and torch.is_autocast_enabled(kind)
-
-
 @torch.no_grad()
 def merge_(
     weight: Tensor,
@@ -338,11 +328,6 @@ def finite_where(weight: Tensor, original: Tensor) -> bool:
     if bool(weight.sum(dtype=accumulate).isfinite()):  # one pass, and nearly always enough
         return True
     return bool((weight.isfinite() | ~original.isfinite()).all())
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Switch autocast off where `x` is, if it is on."""
-    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 def _add_delta_(

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lora_fast import backend, functional, reference
+from lora_fast import backend, decisions, functional, reference
 from lora_fast.testing import budget_used
 
 N, K, R = 40, 24, 4
@@ -56,20 +56,20 @@ class Outcome:
 
 def outcomes() -> Iterator[Outcome]:
     """Run every op on every device: by what serves it, and by its fused kernel where it has one."""
-    usual = backend.what_runs()
+    usual = decisions.what_runs()
     done = set()
     for outcome in _outcomes(usual):
         done.add((outcome.op, outcome.device, outcome.implementation))
         yield outcome
     with backend.use_backend("triton"):
-        fused = [d for d in backend.what_runs() if backend.has_kernel(d.op) and d[:3] not in done]
+        fused = [d for d in decisions.what_runs() if backend.has_kernel(d.op) and d[:3] not in done]
         yield from _outcomes(fused)
 
 
-def _outcomes(decisions: Sequence[backend.Decision]) -> Iterator[Outcome]:
+def _outcomes(told: Sequence[decisions.Decision]) -> Iterator[Outcome]:
     """The outcomes of the ops that are told of, once for each device."""
-    for op, device in dict.fromkeys(decision[:2] for decision in decisions):
-        implementation, reason = next(d[2:] for d in decisions if d[:2] == (op, device))
+    for op, device in dict.fromkeys(decision[:2] for decision in told):
+        implementation, reason = next(d[2:] for d in told if d[:2] == (op, device))
         if implementation == "none":
             yield Outcome(op, device, "", "triton", skipped=reason)
             continue

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_fast import reference
+from lora_fast.autocast import no_autocast
 
 # Elements of a weight that are looked at together, as a first difference ends the search. A GPU
 # waits for the host after each.
@@ -42,7 +43,7 @@ def is_sum(
         refused: a layer that takes its own merged weight for another's loses bits of its base.
         Infinities and NaN equal themselves.
     """
-    with reference.no_autocast(weight):
+    with no_autocast(weight):
         return _are_sums(weight, base, _factors(lora_A, lora_B, blocks), scaling)
 
 
@@ -73,7 +74,7 @@ def is_nearer_to_sum(
     for tensor in (weight, base, lora_A, lora_B):
         wide = torch.promote_types(wide, tensor.dtype)
     squares = [0.0, 0.0, 0.0]
-    with reference.no_autocast(weight):
+    with no_autocast(weight):
         for parts in _chunks(weight, base, _factors(lora_A, lora_B, blocks)):
             total, summand, b, a = (part.to(wide) for part in parts)
             change, delta = total - summand, float(scaling) * (b @ a)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import lora_fast
-from lora_fast import backend, doctor, eager, functional, ops, reference, selftest
+from lora_fast import backend, decisions, doctor, eager, functional, ops, reference, selftest
 from lora_fast.cli import main
 from lora_fast.selftest import Outcome, outcomes
 
-OPS = backend._OPS
+OPS = decisions.OPS
 needs_kernels = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
     reason="the kernels need a GPU or Triton's interpreter",
@@ -190,7 +190,7 @@ def test_a_failure_sets_the_status_and_is_told(
     status, text = report(capsys)
     assert status == 1
     lines = [line for line in text.splitlines() if "lora_embedding" in line and "FAILED" in line]
-    devices = {decision.device for decision in backend.what_runs()}
+    devices = {decision.device for decision in decisions.what_runs()}
     assert len(lines) == sum(len(selftest._DTYPES[device]) for device in devices)
     assert all("FAILED: RuntimeError: an illegal memory access" in line for line in lines)
     assert re.fullmatch(r"\d failed", text.splitlines()[-1])
@@ -251,7 +251,7 @@ def test_a_wrong_kernel_fails_its_own_line_alone(
     monkeypatch.setattr(
         ops, "launcher", lambda op, x: wrong if op == "lora_linear_bwd" else find(op, x)
     )
-    monkeypatch.setattr(backend, "_OPS", ("lora_linear",))
+    monkeypatch.setattr(decisions, "OPS", ("lora_linear",))
     found = [o for o in outcomes() if o.skipped is None]
     assert {(o.implementation, o.problem is not None) for o in found if o.device == "cpu"} <= {
         ("reference", False),
@@ -283,8 +283,8 @@ def test_a_forced_backend_is_what_is_tested(no_kernels: None) -> None:
 def test_what_ran_once_is_not_run_again(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decision = backend.Decision("lora_linear", kernel_device.type, "triton", "plain tensors")
-    monkeypatch.setattr(backend, "what_runs", lambda: [decision])
+    decision = decisions.Decision("lora_linear", kernel_device.type, "triton", "plain tensors")
+    monkeypatch.setattr(decisions, "what_runs", lambda: [decision])
     monkeypatch.setattr(selftest, "_case_error", lambda *arguments: 0.5)
     found = [(outcome.dtype, outcome.used) for outcome in outcomes()]
     assert len(found) == len(set(found)) == len(selftest._DTYPES[kernel_device.type])
@@ -292,7 +292,7 @@ def test_what_ran_once_is_not_run_again(
 
 def test_every_implementation_that_is_told_of_ran(no_kernels: None) -> None:
     ran = {(o.op, o.device, o.implementation) for o in outcomes() if o.skipped is None}
-    assert ran == {decision[:3] for decision in backend.what_runs()}
+    assert ran == {decision[:3] for decision in decisions.what_runs()}
 
 
 def test_the_log_is_as_before(no_kernels: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -319,6 +319,6 @@ def test_what_else_is_logged_is_passed_on(
 
 
 def test_every_op_has_a_case() -> None:
-    for op in backend._OPS:
+    for op in decisions.OPS:
         assert op in selftest._CASES or op in ("merge_", "unmerge_")
         assert op in dir(reference)
