@@ -65,8 +65,15 @@ def add_(
     for (lo, hi), s_block, b_block in zip(
         spans, blocks.columns(s, lora_B.shape[1], spans), blocks.rows(lora_B, spans), strict=True
     ):
-        y[:, lo:hi].addmm_(s_block, b_block.t(), alpha=scaling)
+        add_product_(y[:, lo:hi], s_block, b_block.t(), scaling)
     return s
+
+
+def add_product_(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """Y += alpha A B, and a FlopCounterMode counts it, which takes `addmm_` for no product."""
+    if torch_internals.mode_count() > 0 and torch_internals.functorch_level() is None:
+        return torch.addmm(y, a, b, alpha=alpha, out=y)
+    return y.addmm_(a, b, alpha=alpha)
 
 
 def gradients_(
@@ -119,7 +126,7 @@ def gradients_(
     if dx is None:
         return dA, dB
     if keep2 is None:
-        dx.addmm_(ds, lora_A)
+        add_product_(dx, ds, lora_A)
     else:
         del dropped  # its memory serves the next product
         dx.addcmul_(ds @ lora_A, keep2)

@@ -85,7 +85,7 @@ def test_kernels_know_nothing_of_the_rest(name):
         ("versions", {"torch_internals"}),
         ("eager", {"autocast", "blocks", "delta", "dropout", "reference"}),
         ("delta", {"blocks", "ops", "torch_internals"}),
-        ("lora_first", {"autocast", "checks", "dropout", "eager", "torch_internals"}),
+        ("lora_first", {"autocast", "checks", "delta", "dropout", "eager", "torch_internals"}),
         ("sums", {"autocast", "reference"}),
         ("dropout", {"interrupts", "ops"}),
         ("scripting", set()),

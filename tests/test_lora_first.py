@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fast as lora
 from lora_fast import backend, functional
@@ -52,6 +53,19 @@ def test_output_and_gradients(shape: Any, dtype: torch.dtype, device: torch.devi
     for name, *three in zip(("output", *NAMES), found, eager, oracle, strict=True):
         assert_within_budget(*three, what=name)
     assert found[0].is_contiguous()
+
+
+def test_every_product_is_counted(device: torch.device) -> None:
+    m, (n, k), r = 6, (5, 7), 3
+    x, *rest = drawn((m, k), device)
+    with FlopCounterMode(display=False) as counter:
+        run([x, *rest])
+    assert counter.get_total_flops() == 2 * m * (n * k + r * (n + k))
+    leaves = [t.requires_grad_() for t in (x, *rest)]
+    with FlopCounterMode(display=False) as counter:
+        run(leaves).sum().backward()
+    # Backward: dX and dW of the frozen layer's, dS, and of the adapter's dX, dA and dB.
+    assert counter.get_total_flops() == 2 * m * (3 * n * k + 3 * r * (n + k))
 
 
 @pytest.mark.parametrize("p", [0.3, 1.0])

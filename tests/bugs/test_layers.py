@@ -57,6 +57,17 @@ def test_b10_merged_linear_costs_little_more_than_the_frozen_layer(transposed: b
     assert flops(qkv(loralib, 256, 4, fan_in_fan_out=transposed), 512, 256) > 1.9 * frozen
 
 
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_b10_every_product_of_a_step_is_counted(dtype: torch.dtype, rows: int) -> None:
+    layer = qkv(lora, 32, 4).to(dtype)
+    with FlopCounterMode(display=False) as counter:
+        x = torch.randn(rows, 32, dtype=dtype, requires_grad=True)
+        layer(x).sum().backward()
+    # The frozen layer's two; for each of the two blocks S, its update, dS, and dX, dA, dB.
+    assert counter.get_total_flops() == 2 * rows * (2 * 96 * 32 + 6 * 2 * 32 * 4)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_b10_merged_linear_saves_no_dense_delta(transposed: bool) -> None:
     x = torch.randn(128, 256, requires_grad=True)

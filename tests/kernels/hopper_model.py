@@ -107,6 +107,15 @@ def namespace(machine: Machine, program: int, programs: int) -> dict[str, Any]:
 
 def asynchronous(machine: Machine) -> dict[str, Any]:
     """Barriers, copies and products."""
+    return {
+        "mbarrier": barriers(machine),
+        "tma": copies(machine),
+        "fence_async_shared": lambda: machine.unfenced.pop(machine.current, None),
+        **products(machine),
+    }
+
+
+def barriers(machine: Machine) -> SimpleNamespace:
 
     def init(barrier: Barrier, count: int) -> None:
         barrier.count = barrier.missing = count
@@ -124,6 +133,14 @@ def asynchronous(machine: Machine) -> dict[str, Any]:
             barrier.arrive()
         machine.pause()
 
+    return SimpleNamespace(
+        MBarrierLayout=lambda: None, init=init, wait=wait, expect=expect, arrive=arrive
+    )
+
+
+def copies(machine: Machine) -> SimpleNamespace:
+    stores: dict[int, int] = {}
+
     def copy_in(desc: Descriptor, start: list[int], barrier: Barrier, tile: View) -> None:
         assert desc.block_shape == tile.shape
         tile.block.data = torch.full(tile.shape, float("nan"), dtype=desc.dtype)
@@ -134,8 +151,6 @@ def asynchronous(machine: Machine) -> dict[str, Any]:
             barrier.settle()
 
         machine.start(("copy in", object()), complete)  # in no order with other copies
-
-    stores: dict[int, int] = {}
 
     def copy_out(desc: Descriptor, start: list[int], tile: View) -> None:
         if any(tile.block is block for blocks in machine.unfenced.values() for block in blocks):
@@ -151,6 +166,18 @@ def asynchronous(machine: Machine) -> dict[str, Any]:
 
         machine.start(("copy out", me), complete)
 
+    def store_wait(outstanding: int) -> None:
+        me = machine.current
+        machine.pause(lambda: stores.get(me, 0) <= outstanding)
+
+    return SimpleNamespace(
+        async_copy_global_to_shared=copy_in,
+        async_copy_shared_to_global=copy_out,
+        store_wait=store_wait,
+    )
+
+
+def products(machine: Machine) -> dict[str, Any]:
     def mma(a: View, b: View, acc: Any, is_async: bool) -> Accumulator:
         assert is_async
         acc = acc if isinstance(acc, Accumulator) else Accumulator(acc.clone())
@@ -170,20 +197,4 @@ def asynchronous(machine: Machine) -> dict[str, Any]:
         machine.pause(lambda: acc.under_way <= outstanding)
         return acc.value if outstanding == 0 else acc
 
-    def store_wait(outstanding: int) -> None:
-        me = machine.current
-        machine.pause(lambda: stores.get(me, 0) <= outstanding)
-
-    return {
-        "mbarrier": SimpleNamespace(
-            MBarrierLayout=lambda: None, init=init, wait=wait, expect=expect, arrive=arrive
-        ),
-        "tma": SimpleNamespace(
-            async_copy_global_to_shared=copy_in,
-            async_copy_shared_to_global=copy_out,
-            store_wait=store_wait,
-        ),
-        "fence_async_shared": lambda: machine.unfenced.pop(machine.current, None),
-        "warpgroup_mma": mma,
-        "warpgroup_mma_wait": mma_wait,
-    }
+    return {"warpgroup_mma": mma, "warpgroup_mma_wait": mma_wait}
