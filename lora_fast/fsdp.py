@@ -40,6 +40,9 @@ def show_shard(owner: nn.Module) -> None:
     gathered = getattr(parameter, "_unsharded_param", None)
     if gathered is not None and not gathered.is_inference():
         torch.autograd.graph.increment_version(gathered)
+    groups = list(_groups(module))
+    if any(getattr(group, "_all_gather_result", None) is not None for group in groups):
+        module.unshard()  # what a backward that failed has begun to gather, of the weight of then
     module.reshard()
 
 
@@ -108,10 +111,15 @@ def _fsdp_parameters() -> Iterator[_Manager]:
         module = reference()
         if not isinstance(module, fsdp.FSDPModule):
             continue
-        state: Any = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:  # before torch 2.12
-            groups = [state._fsdp_param_group]
-        for group in groups:
-            for parameter in group.fsdp_params if group is not None else ():
+        for group in _groups(module):
+            for parameter in group.fsdp_params:
                 yield module, parameter
+
+
+def _groups(module: Any) -> Iterator[Any]:
+    """What FSDP2 gathers together of a module."""
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # before torch 2.12
+        groups = [state._fsdp_param_group]
+    yield from (group for group in groups if group is not None)

@@ -384,7 +384,7 @@ class MergedLinear(_LinearBase):
         p = self._dropout_rate()
         if p is None:
             y, s = self._through_dropout("lora_merged_linear", x, weight, lora_A, bias)
-            return reference.grouped_expand(y, s, lora_B, self.scaling, **self._blocks())
+            return reference.grouped_expand(y, s, lora_B, self.scaling, self._output_blocks())
         return functional.lora_merged_linear(
             x, weight, lora_A, lora_B, self.scaling, bias, p, p > 0.0, **self._blocks()
         )

@@ -82,7 +82,10 @@ class LoadedState(LayerPart):
         if self._merged_itself():
             self.__dict__["_had_mode"] = self.training  # type: ignore[attr-defined]
             self.train()  # type: ignore[attr-defined]
-        self._unmerge()
+        if holds_mine or self._record is not None:
+            self._unmerge()
+        else:  # by hand, or emptied since: nothing to restore, and the state's base comes
+            self._remember(False, None)
         if holds_mine:
             weight: Any = self._weight_owner().weight
             state_dict[prefix + self._weight_key()] = weight.detach()
@@ -131,7 +134,10 @@ class LoadedState(LayerPart):
             storage_id(sharded.local(value)) == storage_id(sharded.local(weight))
         )
         if not sharded.is_dtensor(weight):
-            return is_mine and self._weight_version() != self._merged_version
+            if not is_mine or self._weight_version() == self._merged_version:
+                return False
+            record, target = self._record, self._as_delta(weight.detach())
+            return record is None or not is_as_merged(target, record)
         # torch does not count what is written to a shard through a state; and into an empty shard
         # nothing is written at all.
         return sharded.on_any_rank(weight, is_mine and not self._is_shard_as_merged(weight))

@@ -80,8 +80,9 @@ def _merge_checked(requests: Sequence[Merge]) -> list[MergeRecord | None]:
         if served:
             before = [some_of(requests[i].weight) for i in served]
             found = native.merge([requests[i] for i in served])
-            for i, record, elements in zip(served, found, before, strict=True):
+            for i, record in zip(served, found, strict=True):
                 records[i] = record
+            for record, i, elements in zip(found, served, before, strict=True):
                 if record is not None and record.original is None:
                     record.before, record.after = elements, some_of(requests[i].weight)
         for i in sorted(set(range(len(requests))) - set(served)):
@@ -136,7 +137,23 @@ def _merge_alone(request: Merge) -> MergeRecord | None:
         )
     except OverflowError:
         return None
-    return MergeRecord(original.shape, original.dtype, original, *kept)
+    return MergeRecord(original.shape, original.dtype, original, *kept, is_native=False)
+
+
+@torch.no_grad()
+def merge_again(weight: Tensor, record: MergeRecord) -> MergeRecord | None:
+    """Merge into a weight what a record's merge did, by what did it: the sums have its bits.
+
+    Args:
+        weight: a plain tensor with the shape, dtype and device of the record.
+        record: of any merge, spent or not.
+
+    Returns:
+        A record of this merge, or None where a finite element would become infinite or NaN.
+    """
+    what = (record.lora_A, record.lora_B, record.scaling, record.enable_lora, record.out_splits)
+    request = Merge(weight, *what)
+    return native.merge([request])[0] if record.is_native else _merge_alone(request)
 
 
 def unmerge_(weight: Tensor, record: MergeRecord) -> None:
@@ -160,6 +177,9 @@ def unmerge_many(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> N
     """`unmerge_` weights of one device and dtype, in one call of the native ops."""
     local = [_checked_local(w, record) for w, record in zip(weights, records, strict=True)]
     numbers = [versions.current(weight) for weight in local]
+    for weight in local:
+        # If anything comes between the op and the end of this, the values will be looked at.
+        versions.count(weight)
     if any([weight.is_inference() for weight in local]):
         with torch.inference_mode():
             native.unmerge(local, records)

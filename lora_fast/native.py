@@ -124,17 +124,30 @@ def unmerge(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
     try:
         if coded:
             _run(ops.unmerge_, coded, status)
-        for job in jobs:
+        for job, record in zip(jobs, records, strict=True):
             if job.original is not None:
+                copied.append((job, record.is_native))
                 job.request.weight.copy_(job.original)
-                copied.append(job)
     except BaseException:
-        again = copied + (coded if _is_done(status) else [])
-        if again:
-            _run(ops.merge_, again, _new_status(again))
+        if coded and _is_done(status):
+            _run(ops.merge_, coded, _new_status(coded))
+        for job, is_native in copied:
+            _merge_back(job, is_native)
         raise
     for record in records:
         _keep_until_read(record)
+
+
+def _merge_back(job: "_Job", is_native: bool) -> None:
+    """Merge, by what merged it, a weight of which there is a copy, whether it is the copy now."""
+    weight, lora_A, lora_B, scaling, enable_lora, out_splits = job.request
+    if job.original is not None:
+        weight.copy_(job.original)
+    if is_native:
+        _run(ops.merge_, [job], _new_status([job]))
+    else:
+        blocks = {"enable_lora": enable_lora, "out_splits": out_splits}
+        reference.merge_(weight, lora_A, lora_B, scaling, **blocks)
 
 
 def _keep_until_read(record: MergeRecord) -> None:

@@ -75,6 +75,7 @@ class MergeRecord:
         restored: the memory in which it has. Clones of a merged layer share its record, and each
             has a weight of its own to restore.
         of_shard: whether all of this is of one rank's shard of a DTensor.
+        is_native: whether csrc merged it; the sums of torch's own products have other bits.
         versions: the weight's numbers for autograd, if the old one can be taken back.
         before: where there is no copy, some elements of the original weight (see `some_of`).
         after: the same elements of the merged one.
@@ -92,6 +93,7 @@ class MergeRecord:
     spent: bool = False
     restored: tuple[Place, ...] = ()
     of_shard: bool = False
+    is_native: bool = True
     versions: Versions | None = None
     before: Tensor | None = None
     after: Tensor | None = None

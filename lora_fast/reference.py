@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast.autocast import autocasts, no_autocast
-from lora_fast.blocks import block_widths, output_blocks
+from lora_fast.blocks import Block, block_widths, output_blocks
 
 
 def lora_linear(
@@ -46,6 +46,7 @@ def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         and (y.dtype.itemsize > 2 or y.shape[0] >= _TOO_FEW_FOR_ADDMM)
         and not torch.compiler.is_dynamo_compiling()  # it fuses them, and takes alpha as constant
         and not autocasts(y)  # the product would round to its dtype, which y need not have
+        and not torch.jit.is_tracing()  # a trace serves any number of dimensions
     )
     if in_one_product and y.dtype.itemsize > 2:
         return torch.addmm(y, s, lora_B.t(), alpha=scaling)
@@ -103,17 +104,13 @@ def lora_merged_linear(
         delta = merged_delta(a, b, scaling, enable_lora=enable_lora, out_splits=widths)
         return F.linear(x, weight, bias) + F.linear(dropout(x, dropout_p, training), delta)
     y, s = F.linear(x, weight, bias), F.linear(dropout(x, dropout_p, training), like(lora_A, x))
-    return grouped_expand(y, s, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits)
+    # Of the weight: which dimension of y has the features, a trace would fix.
+    blocks = output_blocks(weight.shape[0], enable_lora, out_splits)
+    return grouped_expand(y, s, lora_B, scaling, blocks)
 
 
 def grouped_expand(
-    y: Tensor,
-    s: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    enable_lora: list[bool],
-    out_splits: list[int] | None = None,
+    y: Tensor, s: Tensor, lora_B: Tensor, scaling: float, blocks: list[Block]
 ) -> Tensor:
     """Y, and block g of it + scaling S_g B_g^T where g is enabled, out of place."""
     if not isinstance(scaling, Tensor):  # of one's own, perhaps trained
@@ -121,7 +118,7 @@ def grouped_expand(
     lora_B = like(lora_B, s)
     rank = lora_B.shape[1]
     updated = []
-    for block in output_blocks(y.shape[-1], enable_lora, out_splits):
+    for block in blocks:
         part = y.narrow(-1, block.begin, block.width)
         if block.enabled:
             s_block = s.narrow(-1, block.adapter * rank, rank)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_fast import functional, readers, shapes, sharded, sums
 from lora_fast.layer_part import LayerPart
+from lora_fast.merging import merge_again
 from lora_fast.record import Code, MergeRecord, some_of
 from lora_fast.torch_internals import is_fake_tensor
 
@@ -153,16 +154,18 @@ def remember_merges(merges: list[tuple[RestoresWeight, Tensor, MergeRecord]]) ->
 
 def is_as_merged(shard: Tensor, record: MergeRecord) -> bool:
     """Tell by its values whether a weight is as the merge with this record has left it."""
+    if shard.shape != record.shape or shard.dtype != record.dtype:
+        return False
+    if shard.device != record.lora_A.device:
+        return False
     if record.after is not None and not torch.equal(some_of(shard), record.after):
         return False
-    again = shard.clone()
-    try:
-        functional.unmerge_(again, replace(record))
-        factors = (record.lora_A, record.lora_B, record.scaling)
-        functional.merge_(again, *factors, **record.blocks())
-    except (ValueError, OverflowError):  # of another shape or dtype, or of other values
-        return False
-    return torch.equal(again, shard)
+    # Of a copy, which lies in memory as the weight did: elsewhere torch's product may round
+    # otherwise.
+    again = shard.clone() if record.original is None else record.original.clone()
+    if record.original is None:
+        functional.unmerge_(again, replace(record, spent=False))
+    return merge_again(again, record) is not None and torch.equal(again, shard)
 
 
 def _is_base(shard: Tensor, record: MergeRecord) -> bool:
@@ -177,10 +180,8 @@ def _is_base(shard: Tensor, record: MergeRecord) -> bool:
         return torch.equal(shard, record.original)
     if record.before is None or not torch.equal(some_of(shard), record.before):
         return False
-    factors = (record.lora_A, record.lora_B, record.scaling)
-    try:
-        again = functional.merge_(shard.clone(), *factors, **record.blocks())
-    except OverflowError:
+    again = merge_again(shard.clone(), record)
+    if again is None:
         return False
     mine, its = ([t for code in r.codes for t in _ordered(code)] for r in (record, again))
     return len(mine) == len(its) and all(map(torch.equal, mine, its))

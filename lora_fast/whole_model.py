@@ -52,9 +52,10 @@ def _merge(layers: Layers, progress: bool) -> int:
             f"merge: all {len(layers)} LoRA layers of the model are merged already; unmerge(model) "
             "or train() undoes it"
         )
-    obstacles = [f"{name}: {why}" for name, layer in todo.items() if (why := layer._obstacle())]
+    obstacles = [(name, why) for name, layer in todo.items() if (why := layer._obstacle())]
     if obstacles:
-        raise RuntimeError("merge: nothing was merged. " + "; ".join(obstacles))
+        told = [f"{name or 'the model'}: {why}" for name, why in obstacles]
+        raise RuntimeError("merge: nothing was merged. " + "; ".join(told))
     done: list[MergingLayer] = []
     records = {name: layer._record for name, layer in stale.items()}
     try:

@@ -310,6 +310,22 @@ def test_jit_trace(name: str, training: bool) -> None:
 
 
 @JIT_WARNINGS
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("traced_as", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("name", ["linear", "merged", "merged_ragged", "embedding"])
+def test_a_trace_serves_any_number_of_dimensions(name: str, traced_as: tuple[int, ...]) -> None:
+    layer = build(name)
+
+    def drawn(shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(0, 10, shape) if name == "embedding" else torch.randn(*shape, 8)
+
+    traced = torch.jit.trace(layer, (drawn(traced_as),))
+    for shape in ((), (4,), (3, 2), (2, 1, 3), (0,)):
+        x = drawn(shape)
+        assert_same(traced(x), layer(x))
+
+
+@JIT_WARNINGS
 @pytest.mark.parametrize("name", CASES)
 def test_b47_jit_script(name: str) -> None:
     """B47: loralib's nested functions cannot be scripted."""

@@ -159,3 +159,22 @@ def test_a_model_with_a_weight_that_is_gone_is_converted_whole(backend: str) -> 
     layer, _ = parametrized(parametrizations.weight_norm)
     model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 4)).double()
     assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    "backends", [("auto", "auto"), ("reference", "auto"), ("auto", "reference")]
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_merged_weight_in_other_memory(transposed: bool, backends: tuple[str, str]) -> None:
+    """Its values are what the merge has left, though torch counts another state."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        with lora.use_backend(backends[0]):
+            layer = randomize_(lora.Linear(24, 40, r=2, fan_in_fan_out=transposed))
+            base = layer.weight.detach().clone()
+            layer.eval()
+        merged = layer.weight.detach().clone(memory_format=torch.contiguous_format)
+        with lora.use_backend(backends[1]):
+            layer.weight.data = merged
+            layer.load_state_dict(layer.state_dict())
+            assert torch.equal(layer.train().weight, base)

@@ -1,0 +1,100 @@
+"""What comes in the middle of a merge or an unmerge, in any thread: no weight loses its base."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fast as lora
+from lora_fast import merging
+from lora_fast.testing import randomize_
+
+PACKAGE = Path(lora.__file__).parent
+LAYERS: dict[str, Callable[[], Any]] = {
+    "linear": lambda: lora.Linear(6, 5, r=2),
+    "merged": lambda: lora.MergedLinear(6, 9, r=2, enable_lora=[True, False, True]),
+    "conv": lambda: lora.Conv1d(2, 3, 3, r=2),
+}
+
+
+class Stop(BaseException):
+    """As a limit of time raises it in another thread."""
+
+
+class Stopping:
+    """Raise `Stop` where the package begins its n-th line, but for those that hold signals."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> Any:
+        path = Path(frame.f_code.co_filename)
+        if PACKAGE not in path.parents or path.name == "interrupts.py":
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise Stop
+        return self
+
+
+def stops(do: Callable[[], object]) -> Iterator[int]:
+    """Do it again and again, each time stopped one line later, until it reaches its end."""
+    n = 0
+    while True:
+        n += 1
+        stopping, before = Stopping(n), sys.gettrace()
+        sys.settrace(stopping)
+        try:
+            do()
+        except Stop:
+            pass
+        finally:
+            sys.settrace(before)
+        yield n
+        if stopping.left > 0:
+            return
+
+
+def weight_of(layer: Any) -> torch.Tensor:
+    weight: torch.Tensor = getattr(layer, "conv", layer).weight
+    return weight.detach()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_unmerge_that_is_stopped_anywhere(kind: str, backend: str) -> None:
+    layer = randomize_(LAYERS[kind]())
+    base = weight_of(layer).clone()
+    layer.eval()
+    n = 0
+    for n in stops(layer.train):
+        layer.train()
+        assert torch.equal(weight_of(layer), base), f"stopped at line {n}"
+        layer.eval()
+        assert not torch.equal(weight_of(layer), base)
+    assert n > 50
+
+
+def test_no_memory_for_what_a_merge_notes_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(randomize_(lora.Linear(8, 8, r=2)) for _ in range(3)))
+    bases = [layer.weight.detach().clone() for layer in model]
+    for allowed in range(6):
+        left = allowed
+
+        def some_of(weight: torch.Tensor) -> torch.Tensor:
+            nonlocal left
+            if left == 0:
+                raise torch.OutOfMemoryError("no memory")
+            left -= 1
+            return weight[:1].clone()
+
+        monkeypatch.setattr(merging, "some_of", some_of)
+        with pytest.raises(torch.OutOfMemoryError):
+            lora.merge(model)
+        assert not any(layer.merged for layer in model)
+        assert all(torch.equal(m.weight, base) for m, base in zip(model, bases, strict=True))
