@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from lora_fast import caller, checks, functional, readers, scripting
+from lora_fast import bypasses, caller, checks, functional, scripting
 from lora_fast.lora_layer import LoRALayer, MergingLayer, tell_no_gradient
 
 # What a caller finds on a plain nn.Conv*d, and may read and write here too.
@@ -120,7 +120,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         """Convolve `x`, (batch, in_channels, *space) or without the batch."""
         if self.r > 0 and not self.merged:
             conv: Any = self.conv
-            readers.recompute_weight(conv, x)
+            bypasses.recompute_weight(conv, x)
             lora_A, lora_B = self._look_up(x, "lora_A", "lora_B")
             weight = functional.merged_weight(conv.weight, lora_A, lora_B, self.scaling)
             return cast(Tensor, conv._conv_forward(x, weight, conv.bias))

@@ -153,7 +153,9 @@ def merge_again(weight: Tensor, record: MergeRecord) -> MergeRecord | None:
     """
     what = (record.lora_A, record.lora_B, record.scaling, record.enable_lora, record.out_splits)
     request = Merge(weight, *what)
-    return native.merge([request])[0] if record.is_native else _merge_alone(request)
+    if record.is_native and ops.load_native(weight.device.type) is None:  # from another process
+        return native.merge([request])[0]
+    return _merge_alone(request)
 
 
 def unmerge_(weight: Tensor, record: MergeRecord) -> None:

@@ -143,11 +143,12 @@ def _merge_back(job: "_Job", is_native: bool) -> None:
     weight, lora_A, lora_B, scaling, enable_lora, out_splits = job.request
     if job.original is not None:
         weight.copy_(job.original)
-    if is_native:
+    if is_native and ops.load_native(weight.device.type) is None:
         _run(ops.merge_, [job], _new_status([job]))
     else:
-        blocks = {"enable_lora": enable_lora, "out_splits": out_splits}
-        reference.merge_(weight, lora_A, lora_B, scaling, **blocks)
+        reference.merge_(
+            weight, lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits
+        )
 
 
 def _keep_until_read(record: MergeRecord) -> None:

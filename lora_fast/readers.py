@@ -1,27 +1,20 @@
-"""Who else reads or owns a layer's weight: what a merge must not disturb, and who bypasses forward.
+"""Who else reads or owns a layer's weight: what a merge must not disturb.
 
 A merge writes to the weight in place. That is wrong for a weight that other modules hold too or
 that is computed anew for every forward; such a layer stays unmerged, which gives the same results.
-`nn.MultiheadAttention` and the fast path of `nn.TransformerEncoderLayer` read weights without
-calling forward; they get the effective weight, or the slow path.
 """
 
 import gc
 import itertools
 import operator
 import sys
-import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import parametrize
 
 from lora_fast.torch_internals import is_fake_tensor, storage_uses
@@ -69,15 +62,6 @@ def stored_weight(owner: nn.Module) -> Tensor | None:
         if not any(hasattr(step, "right_inverse") for step in steps):
             return steps.original  # type: ignore[no-any-return]
     return None
-
-
-def recompute_weight(owner: nn.Module, x: Tensor) -> None:
-    """Do what pruning and weight norm do before a forward of `owner`, for one who goes past it."""
-    if "weight" in owner._parameters:
-        return
-    for key, hook in owner._forward_pre_hooks.items():
-        if key not in owner._forward_pre_hooks_with_kwargs:
-            hook(owner, (x,))
 
 
 def _references(parameters: dict[str, Any]) -> int:
@@ -262,108 +246,4 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
-def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Prepare modules that read a child's weight directly for a LoRA layer as that child."""
-    if not hasattr(type(child), "effective_weight"):
-        return
-    assert child is not None
-    if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
-        if _expose_effective_weight not in parent._forward_pre_hooks.values():
-            parent.register_forward_pre_hook(_expose_effective_weight)
-            parent.register_forward_hook(_hide_effective_weight, always_call=True)
-        if isinstance(child.lora_dropout, nn.Dropout):
-            warnings.warn(
-                "MultiheadAttention.out_proj: attention reads the layer's weight directly, so its "
-                "lora_dropout is not applied; build the layer with lora_dropout=0",
-                UserWarning,
-                stacklevel=3,
-            )
-    elif isinstance(parent, nn.TransformerEncoderLayer):
-        # A hook keeps the encoder layer off its fast path, which reads weights past forward.
-        child.register_forward_pre_hook(_no_fast_path)
-
-
-class _Turn:
-    """Whose forward reads a layer's effective weight: one thread's at a time."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.thread: int | None = None
-
-    def take(self) -> None:
-        """Wait for another thread's forward to end."""
-        if self.thread != threading.get_ident():  # else Ctrl-C ended it without the hook
-            self.lock.acquire()
-            self.thread = threading.get_ident()
-
-    def give_back(self) -> None:
-        """Let the next thread in."""
-        if self.thread == threading.get_ident():
-            self.thread = None
-            self.lock.release()
-
-
-_turns: "weakref.WeakKeyDictionary[nn.Module, _Turn]" = weakref.WeakKeyDictionary()
-_turns_lock = threading.Lock()
-
-
-def _turn(layer: nn.Module) -> _Turn:
-    with _turns_lock:
-        return _turns.setdefault(layer, _Turn())
-
-
-def _expose_effective_weight(attention: nn.Module, args: Any) -> None:
-    layer: Any = attention.out_proj
-    if not hasattr(type(layer), "effective_weight"):
-        return
-    if parametrize.is_parametrized(layer, "weight"):  # by a property, which hides what is exposed
-        warnings.warn(
-            "MultiheadAttention.out_proj: attention reads the layer's weight directly, and a "
-            "parametrized one without the adapter; build the layer without it, or parametrize "
-            "another one",
-            UserWarning,
-            stacklevel=2,
-        )
-        return
-    if not torch.compiler.is_compiling():
-        _turn(layer).take()
-        _take_back(layer)  # what an interrupted forward has left
-    effective = layer.effective_weight()
-    # An instance attribute is found before the parameter of the same name. A replica of
-    # nn.DataParallel and a pruned layer have their own weight there.
-    vars(layer)[_OWN_WEIGHT] = vars(layer).get("weight")
-    vars(layer)["weight"] = effective
-
-
-_OWN_WEIGHT = "_weight_behind_the_effective_one"
-
-
-def _take_back(layer: nn.Module) -> None:
-    without_exposed(vars(layer))
-
-
-def without_exposed(attributes: dict[str, Any]) -> None:
-    """Take an exposed weight out of a layer's attributes, or of a copy of them."""
-    if _OWN_WEIGHT not in attributes:
-        return
-    own = attributes.pop(_OWN_WEIGHT)
-    attributes.pop("weight", None)
-    if own is not None:
-        attributes["weight"] = own
-
-
-def _hide_effective_weight(attention: nn.Module, args: Any, output: Any) -> None:
-    layer: Any = attention.out_proj
-    if not hasattr(type(layer), "effective_weight"):
-        return
-    _take_back(layer)
-    if not torch.compiler.is_compiling():
-        _turn(layer).give_back()
-
-
-def _no_fast_path(layer: nn.Module, args: tuple[Tensor]) -> None:  # as torch.jit.script wants it
-    return None
-
-
-register_module_module_registration_hook(_on_registration)
 register_module_parameter_registration_hook(forget_holders)

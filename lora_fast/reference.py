@@ -104,8 +104,9 @@ def lora_merged_linear(
         delta = merged_delta(a, b, scaling, enable_lora=enable_lora, out_splits=widths)
         return F.linear(x, weight, bias) + F.linear(dropout(x, dropout_p, training), delta)
     y, s = F.linear(x, weight, bias), F.linear(dropout(x, dropout_p, training), like(lora_A, x))
-    # Of the weight: which dimension of y has the features, a trace would fix.
-    blocks = output_blocks(weight.shape[0], enable_lora, out_splits)
+    # Which dimension of y has the features, torch.jit would fix; fx folds no size of a weight.
+    out_features = weight.shape[0] if isinstance(weight, Tensor) else y.shape[-1]
+    blocks = output_blocks(out_features, enable_lora, out_splits)
     return grouped_expand(y, s, lora_B, scaling, blocks)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lora_fast import checks, interrupts, readers, sample, sharded
+from lora_fast import bypasses, checks, interrupts, readers, sample, sharded
 from lora_fast.layer_part import LayerPart
 from lora_fast.record import MergeRecord
 from lora_fast.torch_internals import mode_count, storage_id
@@ -49,7 +49,7 @@ class SavedState(LayerPart):
     def _pickled(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
         state.pop("_given_to_child", None)
-        readers.without_exposed(state)
+        bypasses.without_exposed(state)
         state["_merged_marks"] = None
         record = self._record
         weight = readers.stored_weight(self._weight_owner())

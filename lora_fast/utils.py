@@ -7,10 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast import checks
+from lora_fast.bypasses import expose_effective_weight
 from lora_fast.lora_layer import LoRALayer
 
 # With what `from loralib.utils import *` brings along.
-__all__ = ["Dict", "LoRALayer", "lora_state_dict", "mark_only_lora_as_trainable", "nn", "torch"]
+__all__ = [
+    "Dict",
+    "LoRALayer",
+    "expose_effective_weight",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "nn",
+    "torch",
+]
 
 BiasMode = Literal["none", "all", "lora_only"]
 _BIAS_MODES = get_args(BiasMode)

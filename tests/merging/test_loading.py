@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import lora_fast as lora
-from lora_fast import readers
+from lora_fast import bypasses
 from lora_fast.testing import randomize_
 
 
@@ -284,7 +284,7 @@ def test_a_weight_that_is_computed_since_the_merge(layer: Any, how: str) -> None
     layer.load_state_dict(copy.deepcopy(other.state_dict()))
     assert layer.merged
     owner = getattr(layer, "conv", layer)
-    readers.recompute_weight(owner, torch.empty(0))
+    bypasses.recompute_weight(owner, torch.empty(0))
     torch.testing.assert_close(base_of(layer), expected)
     if how == "weight norm":
         with pytest.raises(RuntimeError, match="decomposed"):

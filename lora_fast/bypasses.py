@@ -1,0 +1,195 @@
+"""Modules that read the weight of a LoRA layer inside them, past its forward and its adapter.
+
+During their own forward they find the effective weight there; the fast path of
+`nn.TransformerEncoderLayer`, which is no module's forward, is kept from being taken.
+"""
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils import parametrize
+
+from lora_fast import caller
+
+# Which layers' weights the classes read that are known to, wherever they are installed.
+_KNOWN = {
+    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+    "transformers.models.mamba.modeling_mamba.MambaMixer": ("dt_proj", "x_proj", "out_proj"),
+    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": (
+        *("q_proj", "k_proj", "v_proj"),
+        "out_proj",
+    ),
+}
+_NAMES = "_reads_effective_weights_of"
+_OWN_WEIGHT = "_weight_behind_the_effective_one"
+
+
+def expose_effective_weight(module: nn.Module, *names: str) -> None:
+    """Let a module that reads the weights of LoRA layers inside it find W + scaling B A there.
+
+    For a module that computes with `self.layer.weight` in the place of calling `self.layer`, which
+    leaves the adapter out. During the module's forward the layers' `weight` is their
+    `effective_weight()`, through which gradients flow to A and B; it takes a dense product each.
+    nn.MultiheadAttention, torchvision's Swin transformers and the Mamba and WavLM of transformers
+    need no call: their layers are found when they are set.
+
+    Args:
+        module: the one that reads.
+        names: of its attributes that are LoRA layers.
+
+    Raises:
+        TypeError: `module` is no module.
+        ValueError: there is no such LoRA layer in `module`; nothing was changed.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            "expose_effective_weight: module must be a torch.nn.Module, got "
+            f"{type(module).__name__}"
+        )
+    for name in names:
+        layer = getattr(module, name, None)
+        if not _is_adapted(layer):
+            raise ValueError(
+                f"expose_effective_weight: {name!r} must name a LoRA layer in "
+                f"{type(module).__name__}, got {type(layer).__name__}"
+            )
+    for name in names:
+        _expose_from_now_on(module, name, getattr(module, name))
+
+
+def _is_adapted(layer: Any) -> bool:
+    return hasattr(type(layer), "effective_weight")
+
+
+def _expose_from_now_on(module: nn.Module, name: str, layer: Any) -> None:
+    names = vars(module).get(_NAMES, ())
+    if name not in names:
+        vars(module)[_NAMES] = (*names, name)
+    if _expose not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_expose)
+        module.register_forward_hook(_hide, always_call=True)
+    if isinstance(layer.lora_dropout, nn.Dropout):
+        caller.warn(
+            f"{_described(module, name)}, so its lora_dropout is not applied; build the layer with "
+            "lora_dropout=0",
+            UserWarning,
+        )
+
+
+def _described(module: nn.Module, name: str) -> str:
+    kind = type(module).__name__
+    return f"{kind}.{name}: {kind} reads the layer's weight directly"
+
+
+def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Prepare modules that read a child's weight directly for a LoRA layer as that child."""
+    if child is None or not _is_adapted(child):
+        return
+    if name in _read_by(type(parent)):
+        _expose_from_now_on(parent, name, child)
+    elif isinstance(parent, nn.TransformerEncoderLayer):
+        # A hook keeps the encoder layer off its fast path, which reads weights past forward.
+        child.register_forward_pre_hook(_no_fast_path)
+
+
+def _read_by(kind: type) -> tuple[str, ...]:
+    """The names of the layers whose weights a class is known to read, or one that it inherits."""
+    classes = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+    return next((_KNOWN[name] for name in classes if name in _KNOWN), ())
+
+
+def _adapted(module: nn.Module) -> list[tuple[str, Any]]:
+    """The layers whose weights a module reads, but for those that others have replaced since."""
+    pairs = [(name, getattr(module, name, None)) for name in vars(module).get(_NAMES, ())]
+    return [(name, layer) for name, layer in pairs if _is_adapted(layer)]
+
+
+class _Turn:
+    """Whose forward reads a layer's effective weight: one thread's at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.thread: int | None = None
+
+    def take(self) -> None:
+        """Wait for another thread's forward to end."""
+        if self.thread != threading.get_ident():  # else Ctrl-C ended it without the hook
+            self.lock.acquire()
+            self.thread = threading.get_ident()
+
+    def give_back(self) -> None:
+        """Let the next thread in."""
+        if self.thread == threading.get_ident():
+            self.thread = None
+            self.lock.release()
+
+
+_turns: "weakref.WeakKeyDictionary[nn.Module, _Turn]" = weakref.WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+def _turn(layer: nn.Module) -> _Turn:
+    with _turns_lock:
+        return _turns.setdefault(layer, _Turn())
+
+
+def _expose(module: nn.Module, args: Any) -> None:
+    for name, layer in _adapted(module):
+        if parametrize.is_parametrized(layer, "weight"):  # by a property, which would hide it
+            if not torch.compiler.is_compiling():
+                caller.warn(
+                    f"{_described(module, name)}, and a parametrized one without the adapter; "
+                    "build the layer without it, or parametrize another one",
+                    UserWarning,
+                )
+            continue
+        if not torch.compiler.is_compiling():
+            _turn(layer).take()
+            _take_back(layer)  # what an interrupted forward has left
+        effective = layer.effective_weight()
+        # An instance attribute is found before the parameter of the same name. A replica of
+        # nn.DataParallel and a pruned layer have their own weight there.
+        vars(layer)[_OWN_WEIGHT] = vars(layer).get("weight")
+        vars(layer)["weight"] = effective
+
+
+def _take_back(layer: nn.Module) -> None:
+    without_exposed(vars(layer))
+
+
+def without_exposed(attributes: dict[str, Any]) -> None:
+    """Take an exposed weight out of a layer's attributes, or of a copy of them."""
+    if _OWN_WEIGHT not in attributes:
+        return
+    own = attributes.pop(_OWN_WEIGHT)
+    attributes.pop("weight", None)
+    if own is not None:
+        attributes["weight"] = own
+
+
+def _hide(module: nn.Module, args: Any, output: Any) -> None:
+    for _, layer in _adapted(module):
+        _take_back(layer)
+        if not torch.compiler.is_compiling():
+            _turn(layer).give_back()
+
+
+def _no_fast_path(layer: nn.Module, args: tuple[Tensor]) -> None:  # as torch.jit.script wants it
+    return None
+
+
+def recompute_weight(owner: nn.Module, x: Tensor) -> None:
+    """Do what pruning and weight norm do before a forward of `owner`, for one who goes past it."""
+    if "weight" in owner._parameters:
+        return
+    for key, hook in owner._forward_pre_hooks.items():
+        if key not in owner._forward_pre_hooks_with_kwargs:
+            hook(owner, (x,))
+
+
+register_module_module_registration_hook(_on_registration)

@@ -1,0 +1,146 @@
+"""B12 beyond torch: modules of other libraries and one's own that read a layer's weight."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lora_fast as lora
+from lora_fast.testing import randomize_
+from lora_fast.utils import expose_effective_weight
+
+
+class Reading(nn.Module):
+    """It reads the weight of one projection, and calls another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.qkv.weight, self.qkv.bias).tanh()
+        return self.proj(y) + F.linear(y, self.proj.weight)
+
+
+class ShiftedWindowAttention(Reading):
+    """As torchvision names it; a subclass is that of Swin V2."""
+
+
+ShiftedWindowAttention.__module__ = "torchvision.models.swin_transformer"
+
+
+class ShiftedWindowAttentionV2(ShiftedWindowAttention):
+    pass
+
+
+def adapt(module: nn.Module, *names: str) -> None:
+    for name in names:
+        old: Any = module.get_submodule(name)
+        new = lora.Linear(old.in_features, old.out_features, r=2, bias=old.bias is not None)
+        new.load_state_dict(old.state_dict(), strict=False)
+        parent, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, randomize_(new))
+
+
+def plain_twin(make: Callable[[], nn.Module], module: nn.Module) -> nn.Module:
+    """The same model without adapters, whose weights are the sums."""
+    twin = make()
+    state = {k: v for k, v in module.state_dict().items() if "lora_" not in k}
+    for name, layer in module.named_modules():
+        if isinstance(layer, lora.Linear):
+            state[f"{name}.weight"] = layer.effective_weight().detach()
+    twin.load_state_dict(state)
+    return twin.train(module.training)
+
+
+def check(make: Callable[[], nn.Module], module: nn.Module, x: Tensor) -> None:
+    lora.mark_only_lora_as_trainable(module)
+    twin = plain_twin(make, module)
+    for mode in (True, False, True):
+        found, expected = module.train(mode)(x), twin.train(mode)(x)
+        found, expected = (getattr(y, "last_hidden_state", y) for y in (found, expected))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found.sum().backward()
+    without = [name for name, p in module.named_parameters() if "lora_" in name and p.grad is None]
+    assert not without
+    assert "weight" not in vars(next(m for m in module.modules() if isinstance(m, lora.Linear)))
+
+
+@pytest.mark.parametrize("kind", [ShiftedWindowAttention, ShiftedWindowAttentionV2])
+def test_swin(kind: type[nn.Module]) -> None:
+    module = kind()
+    adapt(module, "qkv", "proj")
+    check(kind, module, torch.randn(3, 6))
+
+
+def test_a_module_of_ones_own() -> None:
+    module = Reading()
+    adapt(module, "qkv", "proj")
+    base = module.qkv.weight.detach().clone()
+    expose_effective_weight(module, "qkv", "proj")
+    expose_effective_weight(module, "proj")  # once is enough
+    check(Reading, module, torch.randn(3, 6))
+    assert len(module._forward_pre_hooks) == 1
+    assert torch.equal(module.qkv.weight, base)
+
+
+def test_a_module_that_is_not_told_of_reads_the_base_weight() -> None:
+    module, x = Reading(), torch.randn(3, 6)
+    expected = module(x)
+    adapt(module, "qkv")
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("name", ["qkv", "nothing"])
+def test_what_is_no_lora_layer_is_refused(name: str) -> None:
+    module = Reading()
+    adapt(module, "proj")
+    with pytest.raises(ValueError, match=f"'{name}' must name a LoRA layer in Reading, got"):
+        expose_effective_weight(module, "proj", name)
+    assert not module._forward_pre_hooks
+    with pytest.raises(TypeError, match="Module, got type"):
+        expose_effective_weight(Reading, "qkv")  # type: ignore[arg-type]
+
+
+def test_the_dropout_that_is_passed_by_warns() -> None:
+    module = Reading()
+    module.qkv = lora.Linear(6, 12, r=2, lora_dropout=0.5)
+    with pytest.warns(UserWarning, match="Reading.qkv: Reading reads .* lora_dropout is not"):
+        expose_effective_weight(module, "qkv")
+
+
+def _mamba() -> nn.Module:
+    from transformers import MambaConfig, MambaModel
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 11, "state_size": 4}
+    return MambaModel(MambaConfig(**size))
+
+
+def _wavlm() -> nn.Module:
+    from transformers import WavLMConfig, WavLMModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (4,), "conv_stride": (2,), "conv_kernel": (3,)}
+    rest = {"intermediate_size": 8, "num_conv_pos_embeddings": 4}
+    off = dict.fromkeys(
+        ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout"), 0.0
+    ) | {"layerdrop": 0.0, "mask_time_prob": 0.0, "num_conv_pos_embedding_groups": 2}
+    return WavLMModel(WavLMConfig(**sizes, **convolutions, **rest, **off))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_mamba() -> None:
+    model = _mamba()
+    adapt(model, *(f"layers.0.mixer.{name}" for name in ("x_proj", "dt_proj", "out_proj")))
+    check(_mamba, model, torch.randint(11, (2, 5)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_wavlm() -> None:
+    model = _wavlm()
+    names = ("q_proj", "k_proj", "v_proj", "out_proj")
+    adapt(model, *(f"encoder.layers.0.attention.{name}" for name in names))
+    check(_wavlm, model, torch.randn(2, 60))
