@@ -36,6 +36,7 @@ from triton.runtime.cache import get_cache_manager
 
 from compile_calls import Case, cases
 from harness.results import markdown, write
+from lora_fast.commands import positive
 from lora_fast.kernels import configs
 
 TOOLS = Path(nvidia_driver.__file__).parent / "bin"
@@ -248,7 +249,7 @@ def main() -> None:
     """Compile, print, write, and exit 1 if a kernel is not as it must be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every configuration of every chip")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, help="folder for the table")
     arguments = parser.parse_args()
     rows = report(cases(everything=arguments.all), arguments.jobs)

@@ -4,6 +4,7 @@ An item is one peer in one row. The first item of a row measures all of its peer
 item then hands its own samples to pytest-benchmark, whose options work as ever.
 """
 
+import argparse
 import difflib
 import os
 import sys
@@ -21,8 +22,9 @@ from harness.measured import Measured, Replay, Store
 from harness.names import OURS
 from harness.results import RESULTS, ROOT, device_name, machine
 from harness.selection import parse
-from lora_fast.commands import device_named, not_negative, positive, writable_folder
+from lora_fast.commands import device_named, not_empty, number, path, positive, writable_folder
 
+_NARROWING = ("shapes", "tokens", "ranks", "dtypes", "peers")
 _STORE = pytest.StashKey[Store]()
 
 
@@ -33,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--benchmark", action="store_true", help="measure; without it toy sizes show that all runs")
     add("--quick", action="store_true", help="a few rows: under two minutes on a CPU")
     add("--full", action="store_true", help="every combination: hours")
-    add("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default")
+    add("--device", type=not_empty, help="cpu, cuda, cuda:1 ...; a GPU if there is one by default")
     add("--shapes", help="shape sets or shapes of Linear, with commas")
     add("--tokens", help="numbers of rows M, with commas")
     add("--ranks", help="ranks, with commas")
@@ -45,10 +47,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--lorafusion", metavar="DIR", help="a checkout of LoRAFusion, another peer")
     add("--rounds", type=positive, default=31, help="the most rounds of a row")
     budget = "seconds for a row, five rounds in any case"
-    add("--budget", type=not_negative, default=1.0, help=budget)
+    add("--budget", type=_not_negative, default=1.0, help=budget)
     add("--threads", type=positive, default=2, help="threads on a CPU, bound to as many cores")
-    add("--out", type=Path, metavar="FOLDER", help="where results go")
+    add("--out", type=path, metavar="FOLDER", help="where results go")
     add("--profile", metavar="ROW", help="no times, a profile of every peer in this row")
+
+
+def _not_negative(text: str) -> float:
+    value = number(float, text)
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return value
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,6 +81,8 @@ def _store(config: pytest.Config) -> Store:
     if not measuring:
         # pytest-benchmark reads its option after this.
         config.option.benchmark_disable = True
+    if option("--quick") and option("--full"):
+        raise ValueError("--quick, --full: expected at most one of them, got both; leave one out")
     level = "toy"
     if measuring:
         level = "quick" if option("--quick") else "full" if option("--full") else "standard"
@@ -82,7 +93,7 @@ def _store(config: pytest.Config) -> Store:
     device = device_named(name)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: expected cpu or cuda")
-    lists = {name: option(f"--{name}") for name in ("shapes", "tokens", "ranks", "dtypes", "peers")}
+    lists = {name: option(f"--{name}") for name in _NARROWING}
     selection = parse(level, device, **lists, known_peers=[p for p in PEERS if p != OURS])
     if measuring and device.type == "cpu":
         pin_cpu(option("--threads"))
@@ -93,7 +104,9 @@ def _store(config: pytest.Config) -> Store:
     facts = machine(device)
     absent = missing(lab)
     profiling = option("--profile") is not None
-    partial = selection.narrowed or option("--quick") or config.option.keyword or profiling
+    narrowed = {f"--{name}": text for name, text in lists.items() if text}
+    narrowed |= {"-k": config.option.keyword} if config.option.keyword else {}
+    partial = narrowed or option("--quick") or profiling
     default = ROOT / "bench-out" if partial else RESULTS
     out = option("--out") or default / device_name(facts)
     if measuring or profiling:
@@ -102,6 +115,7 @@ def _store(config: pytest.Config) -> Store:
         p: reason for p, reason in absent.items() if not selection.peers or p in selection.peers
     }
     facts |= {"selection": level, "missing": known}
+    facts |= {"narrowed by": narrowed} if narrowed else {}
     return Store(lab, selection, facts, out if measuring or profiling else None)
 
 

@@ -7,7 +7,9 @@ below the goal by a head-room for noise, and a row below it is measured again, u
 busy moment passes, a slow layer stays. Exit status 1 if one stays below its floor.
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +75,9 @@ def held(guard: Guard, lab: Lab) -> tuple[float, int]:
     return max(ratios), len(ratios)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print all ratios; return the exit status."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
     pin_cpu(2)
     device = torch.device("cpu")
     lab = Lab(device, "quick", Clock(device, rounds=15, budget=1.5))

@@ -108,16 +108,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             for folder in folders:
                 write_folder(folder)
         new = with_section(text, section(folders))
-    except ValueError as error:
+        if not arguments.check:
+            README.write_text(new, encoding="utf-8")
+    except (OSError, ValueError) as error:  # of an OSError the text names the file
         print(f"report.py: {error}", file=sys.stderr)
         return 2
-    if arguments.check:
-        if new != text:
-            print(
-                "the README differs from the results: run python bench/report.py", file=sys.stderr
-            )
-        return int(new != text)
-    README.write_text(new, encoding="utf-8")
+    if arguments.check and new != text:
+        print("the README differs from the results: run python bench/report.py", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -64,7 +64,9 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="folder or hub name of a transformers causal "
         "language model to fine-tune instead of the small GPT",
     )
-    demo.add_argument("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default")
+    demo.add_argument(
+        "--device", type=not_empty, help="cpu, cuda, cuda:1 ...; a GPU if there is one by default"
+    )
     demo.add_argument("--steps", type=positive, default=150, help="fine-tuning steps")
     demo.add_argument(
         "--pretrain-steps", type=positive, default=250, help="steps of the small GPT before that"
@@ -148,7 +150,9 @@ def _add_tune_options(tune: argparse.ArgumentParser) -> None:
         help="how many compile side by side before anything is measured; one for each core, up to "
         "16, by default",
     )
-    tune.add_argument("--device", default="cuda", help="cuda, cuda:1 ...; default cuda")
+    tune.add_argument(
+        "--device", type=not_empty, default="cuda", help="cuda, cuda:1 ...; default cuda"
+    )
     tune.add_argument(
         "--out",
         type=path,

@@ -1,15 +1,18 @@
-"""What commands share: how they end, and their arguments: numbers, a path, a device, a folder."""
+"""What commands share: how they end and what they say, their arguments, what they need."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import torch
 
 Number = TypeVar("Number", int, float)
+_OUTPUT_FAILED = 74  # EX_IOERR of sysexits.h
 
 
 class BadInputError(ValueError):
@@ -24,8 +27,11 @@ def status_of(name: str, command: Callable[[], int]) -> int:
         command: returns its exit status.
 
     Returns:
-        That status, 2 for bad input, 130 after Ctrl-C, 141 where nobody reads its output any more.
+        That status, 2 for bad input, 74 where its output cannot be written, on a full disk, say,
+        130 after Ctrl-C, 141 where nobody reads its output any more.
     """
+    if sys.stderr is None:  # closed by the shell; progress bars write to it, unlike print
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     try:
         status = command()
         if sys.stdout is not None:  # closed by the shell
@@ -37,22 +43,65 @@ def status_of(name: str, command: Callable[[], int]) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # What is still buffered must not be written there when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
+    except OSError as error:
+        if _can_print():
+            raise
+        _drop_output()
+        print(f"{name}: the output cannot be written: {error}", file=sys.stderr)
+        return _OUTPUT_FAILED
     return status
 
 
-def not_empty(text: str) -> str:
+def _can_print() -> bool:
+    """Tell whether stdout takes a line, where something failed that may have been it."""
+    try:
+        print(flush=True)  # to flush alone tells nothing where nothing is buffered
+    except OSError:
+        return False
+    return True
+
+
+def _drop_output() -> None:
+    """Let nothing that is still buffered be written to stdout when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says; of one without a message, its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return an exception's type and the first line of what it says."""
+    kind, line = type(error).__name__, first_line(error)
+    return line if line == kind else f"{kind}: {line}"
+
+
+def transformers() -> ModuleType:
+    """Return the package, which `--model` needs.
+
+    Raises:
+        BadInputError: it is not installed.
+    """
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise BadInputError("--model needs transformers: pip install transformers") from error
+
+
+def not_empty(text: str, what: str = "a name") -> str:
     """Return an argument that is not, as that of a variable which was never set, empty."""
     if not text:
-        raise argparse.ArgumentTypeError("expected a name, got ''")
+        raise argparse.ArgumentTypeError(f"expected {what}, got ''")
     return text
 
 
 def path(text: str) -> Path:
     """Return the path of an argument; an empty one would be that of the current folder."""
-    return Path(not_empty(text))
+    return Path(not_empty(text, "a path"))
 
 
 def number(kind: type[Number], text: str) -> Number:
@@ -80,14 +129,6 @@ def more_than_zero(text: str) -> float:
     return value
 
 
-def not_negative(text: str) -> float:
-    """Return the number of an argument, from 0 on and finite."""
-    value = number(float, text)
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
-    return value
-
-
 def share(text: str) -> float:
     """Return the number of an argument, from 0 to below 1."""
     value = number(float, text)
@@ -106,8 +147,7 @@ def device_named(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInputError(f"--device: cannot use {name!r}: {reason}") from error
+        raise BadInputError(f"--device: cannot use {name!r}: {first_line(error)}") from error
     if device.type == "meta":
         raise BadInputError(f"--device: expected a device that computes, got {name!r}")
     return device

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_fast import backend, decisions, functional, reference
+from lora_fast.commands import in_one_line
 from lora_fast.testing import budget_used
 
 N, K, R = 40, 24, 4
@@ -23,6 +24,7 @@ _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+_LOG = "lora_fast.dispatch"
 Tensors = dict[str, Tensor]
 
 
@@ -82,9 +84,10 @@ def _by_implementation(expected: Outcome, dtype: torch.dtype) -> Iterator[Outcom
     """The outcome of each implementation that the dispatch chose for a case, in their order."""
     found: dict[str, Outcome] = {}
     for case in _cases(expected.op, expected.device):
-        with _decisions(expected.op) as chosen:
+        chosen: dict[str, str] = {}
+        with decisions_told(chosen.__setitem__):
             outcome = _outcome(expected, case, dtype)
-        implementation = chosen[-1] if chosen else expected.implementation
+        implementation = chosen.get(expected.op, expected.implementation)
         outcome = replace(outcome, implementation=implementation)
         known = found.setdefault(implementation, outcome)
         is_worse = outcome.problem is not None or (outcome.used or 0.0) > (known.used or 0.0)
@@ -101,41 +104,42 @@ def _outcome(expected: Outcome, case: "_Case | None", dtype: torch.dtype) -> Out
         else:
             used = _case_error(op, case, device, dtype)
     except Exception as error:  # whatever it is, it belongs into the report
-        lines = str(error).strip().splitlines()
-        problem = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-        return replace(expected, problem=problem)
+        return replace(expected, problem=in_one_line(error))
     if not used <= 1.0:
         return replace(expected, used=used, problem=f"error {used:.3g} times the budget")
     return replace(expected, used=used)
 
 
 class _Listener(logging.Handler):
-    """Which implementations were chosen for an op, by what the dispatch logs."""
+    """Passes on which implementation was chosen for an op, by what the dispatch logs."""
 
-    def __init__(self, op: str) -> None:
+    def __init__(self, note: Callable[[str, str], object]) -> None:
         super().__init__(logging.DEBUG)
-        self.op = op
-        self.chosen: list[str] = []
+        self.note = note
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take note of a decision; pass on what else is logged, of tables that are ignored, say."""
         if record.levelno > logging.DEBUG:
             logging.getLogger("lora_fast").handle(record)
             return
-        op, implementation, _ = cast("tuple[str, str, str]", record.args)
-        if op == self.op:
-            self.chosen.append(implementation)
+        if record.name == _LOG:  # and not the choice of a plan, which loggers below it tell
+            op, implementation, _ = cast("tuple[str, str, str]", record.args)
+            self.note(op, implementation)
 
 
 @contextmanager
-def _decisions(op: str) -> Iterator[list[str]]:
-    log = logging.getLogger("lora_fast.dispatch")
-    level, propagate, listener = log.level, log.propagate, _Listener(op)
+def decisions_told(note: Callable[[str, str], object]) -> Iterator[None]:
+    """Call `note` with an op and its implementation whenever the dispatch chooses in the body.
+
+    The log stays silent of it; what else the dispatch's logger says goes its way.
+    """
+    log = logging.getLogger(_LOG)
+    level, propagate, listener = log.level, log.propagate, _Listener(note)
     log.addHandler(listener)
     log.setLevel(logging.DEBUG)
     log.propagate = False
     try:
-        yield listener.chosen
+        yield
     finally:
         log.propagate = propagate
         log.setLevel(level)

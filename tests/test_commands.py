@@ -13,7 +13,10 @@ import pytest
 import lora_fast
 from lora_fast.commands import (
     BadInputError,
+    first_line,
+    in_one_line,
     more_than_zero,
+    path,
     positive,
     share,
     status_of,
@@ -99,6 +102,12 @@ def test_numbers(read: Callable[[str], float], good: tuple[str, ...], bad: tuple
             read(text)
 
 
+def test_an_empty_path_is_refused(tmp_path: Path) -> None:
+    assert path(str(tmp_path)) == tmp_path
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^expected a path, got ''$"):
+        path("")
+
+
 def test_a_folder_is_made_or_refused(tmp_path: Path) -> None:
     writable_folder(tmp_path / "a" / "b", "--out")
     assert (tmp_path / "a" / "b").is_dir()
@@ -112,3 +121,51 @@ def test_a_command_may_have_no_output() -> None:
     closed = f"exec >&-; exec {sys.executable} -c {shlex.quote(code)}"
     done = subprocess.run(["sh", "-c", closed], stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_command_may_have_nowhere_for_its_progress() -> None:
+    code = (
+        "import sys; from tqdm import tqdm; from lora_fast.commands import status_of\n"
+        "sys.exit(status_of('a', lambda: print(sum(tqdm(range(3)))) or 0))"
+    )
+    closed = f"exec 2>&-; exec {sys.executable} -c {shlex.quote(code)}"
+    done = subprocess.run(["sh", "-c", closed], stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "3\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no file that is always full")
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("flushes", [True, False])
+def test_output_that_cannot_be_written_is_one_line(options: list[str], flushes: bool) -> None:
+    code = (
+        "import sys; from lora_fast.commands import status_of\n"
+        f"sys.exit(status_of('a', lambda: print('b', flush={flushes}) or 0))"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, *options, "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 74
+    (line,) = done.stderr.splitlines()
+    assert line == "a: the output cannot be written: [Errno 28] No space left on device"
+
+
+def test_what_the_system_refuses_elsewhere_is_no_matter_of_the_output() -> None:
+    with pytest.raises(FileNotFoundError):
+        status_of("a", raising(FileNotFoundError(2, "No such file or directory", "b")))
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "typed"),
+    [
+        (ValueError("\n one\ntwo"), "one", "ValueError: one"),
+        (MemoryError(), "MemoryError", "MemoryError"),
+        (OSError("\n"), "OSError", "OSError"),
+    ],
+)
+def test_an_exception_is_one_line(error: Exception, line: str, typed: str) -> None:
+    assert (first_line(error), in_one_line(error)) == (line, typed)

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,18 @@ def test_without_triton(
     status, text = report(capsys)
     assert status == 0
     assert "triton is not installed" in sections(text)["measured tables"][0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no file that is always full")
+def test_a_report_that_cannot_be_written_is_no_failed_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["doctor"]) == 74
+        monkeypatch.undo()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lora-fast doctor: the output cannot be written: ")
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +329,15 @@ def test_what_else_is_logged_is_passed_on(
     monkeypatch.setattr(functional, "lora_embedding", warning)
     assert failures(list(outcomes())) == set()
     assert "a table is ignored" in caplog.text
+
+
+def test_plans_are_no_decisions(no_kernels: None) -> None:
+    """Loggers below the dispatch's tell them, by which kernel's call and plan."""
+    told: list[tuple[str, str]] = []
+    with selftest.decisions_told(lambda *decision: told.append(decision)):
+        logging.getLogger("lora_fast.dispatch.plan").debug("%s -> %s: %s", "call", "plan", "rule")
+        backend.choose("merged_weight", torch.empty(2, 2))
+    assert [op for op, _ in told] == ["merged_weight"]
 
 
 def test_every_op_has_a_case() -> None:

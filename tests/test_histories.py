@@ -216,6 +216,6 @@ class History(RuleBasedStateMachine):
 # To shrink a failure takes minutes.
 WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
 History.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=25, phases=WITHOUT_SHRINKING
+    max_examples=50, stateful_step_count=25, phases=WITHOUT_SHRINKING
 )
 TestHistory = pytest.mark.slow(History.TestCase)

@@ -68,7 +68,7 @@ def test_kernels_know_nothing_of_the_rest(name):
         ("reference", {"autocast", "blocks"}),
         ("testing", set()),
         ("decisions", {"backend", "ops"}),
-        ("selftest", {"backend", "decisions", "functional", "reference", "testing"}),
+        ("selftest", {"backend", "commands", "decisions", "functional", "reference", "testing"}),
         ("commands", set()),
         ("torch_internals", set()),
         (

@@ -258,6 +258,7 @@ def test_no_layer_takes_its_own_merged_weight_for_anothers(
             layer.lora_B.normal_().mul_(size)
             weight[torch.rand(weight.shape) < zeros] = 0.0
         base = weight.detach().clone()
+        del weight  # of which nobody else must know, or each merge looks for who does
         for merged in (copy.deepcopy(layer.eval()), layer):
             merged.train()
             restored = merged.weight if kind == "linear" else merged.conv.weight

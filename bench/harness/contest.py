@@ -16,9 +16,12 @@ from harness.floor import Ceilings
 from harness.names import FROZEN, OURS
 from harness.selection import Level
 from harness.shapes import dtype_name
+from lora_fast.commands import in_one_line
 from lora_fast.testing import budget_used, saved_bytes
 
 Outputs = dict[str, Tensor]
+OUT_OF_MEMORY = "out of memory"
+_LONGEST_REASON = 200
 
 
 class Absent(Exception):  # noqa: N818 - nothing went wrong
@@ -210,7 +213,9 @@ def _add_errors(
         return
     try:
         expected = row.oracle(lab)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return  # the row has its times; the error is that of the float64 oracle
     if expected is None:
         return
@@ -237,10 +242,14 @@ def _guarded(entry: dict[str, Any], more: Callable[[], dict[str, Any]]) -> None:
 
 def explain(error: BaseException) -> str:
     """Return one line that says what went wrong."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return "out of memory"
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
+    return OUT_OF_MEMORY if is_out_of_memory(error) else in_one_line(error)[:_LONGEST_REASON]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory was too small, on a GPU or a CPU, for which torch has no class."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    )
 
 
 def _free(lab: Lab) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.contest import Lab, Row, measure
+from harness.contest import OUT_OF_MEMORY, Lab, Row, measure
 from harness.names import is_ours
 from harness.profiling import profile
 from harness.rendered import write_folder
@@ -59,7 +59,7 @@ class Measured:
         """Hand the samples on, and fail if the peer failed or is wrong."""
         if "absent" in self.entry:
             pytest.skip(self.entry["absent"])
-        if self.entry.get("failed", "").endswith("out of memory"):
+        if self.entry.get("failed", "").endswith(OUT_OF_MEMORY):
             pytest.skip(self.entry["failed"])
         problem = self.entry.get("failed") or self.entry.get("incomplete")
         if problem:  # told from inside, so that pytest-benchmark knows of it

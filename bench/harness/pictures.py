@@ -90,7 +90,7 @@ def _efficiency(rows: Sequence[Row]) -> Figure | None:
     for row in rows:
         columns, own = row["columns"], row["peers"].get(OURS, {})
         if "efficiency" in own and columns.get("r") == 16 and "M" in columns:
-            drop = f" p {columns['dropout']}" if columns["dropout"] else ""
+            drop = f" p {columns['dropout']}" if columns.get("dropout") else ""
             name = f"{layer_name(columns)} {columns['dtype']} {columns['pass']}"
             mode = " graph" if columns.get("mode") == "graph" else ""
             lines.setdefault(name + drop + mode, []).append((columns["M"], own["efficiency"]))

@@ -6,6 +6,11 @@ from pathlib import Path
 from harness.results import markdown, read
 from harness.tables import facts_line, full_rows, ordered
 
+_RATIOS = (
+    "Columns that end in / are how many times as long as lora_fast the others take, above 1 where "
+    "lora_fast is faster, with quartiles. `error` is in units of the error budget, at most 1."
+)
+
 
 def write_folder(folder: Path) -> None:
     """Write the Markdown tables and the pictures of a folder.
@@ -16,12 +21,10 @@ def write_folder(folder: Path) -> None:
     tables = read(folder)
     for name, table in ordered(tables):
         rows = full_rows(table["rows"])
-        text = (
-            f"{facts_line(table['machine'])}\n\nColumns that end in / are how many times as long "
-            "as lora_fast the others take, above 1 where lora_fast is faster, with quartiles. "
-            f"`error` is in units of the error budget, at most 1.\n\n{markdown(rows)}\n"
-        )
-        (folder / f"{name}.md").write_text(text)
+        parts = [facts_line(table["machine"])]
+        if any(column.endswith(" /") for line in rows for column in line):
+            parts.append(_RATIOS)
+        (folder / f"{name}.md").write_text("\n\n".join([*parts, markdown(rows)]) + "\n")
     try:
         from harness.pictures import draw
     except ImportError as error:  # matplotlib is an extra

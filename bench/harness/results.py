@@ -1,7 +1,6 @@
 """Results on disk: which machine they belong to, as JSON, and as Markdown tables."""
 
 import json
-import math
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from harness.clock import nvidia_smi
+from harness.form import check_rows, is_table
 from lora_fast.files import written_whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +121,7 @@ def tables_in(folder: Path) -> dict[str, dict[str, Any]]:
     """Return every table of a folder, by name; JSON of another form is passed over.
 
     Raises:
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or lacks what the readers of its table need.
     """
     tables = {}
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
@@ -131,44 +131,10 @@ def tables_in(folder: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{path} is no JSON: {error}") from None
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
-        if _is_table(found):
-            for row in found["rows"]:
-                _check_numbers(f"{path}: row {row['id']}", row["peers"])
+        if is_table(found):
+            check_rows(str(path), path.stem, found["rows"])
             tables[path.stem] = found
     return tables
-
-
-def _check_numbers(where: str, peers: dict[str, Any]) -> None:
-    """Refuse times and ratios that are none: every comparison with NaN comes out well."""
-    for peer, entry in peers.items():
-        for key, lengths in (("us", (1,)), ("ratio", (1, 3))):
-            if key not in entry:
-                continue
-            numbers = entry[key] if key == "ratio" else [entry[key]]
-            if (
-                not isinstance(numbers, list)
-                or len(numbers) not in lengths
-                or not all(type(n) in (int, float) and 0 < n < math.inf for n in numbers)
-            ):
-                raise ValueError(
-                    f"{where}: {key} of {peer} must be {' or '.join(map(str, lengths))} finite "
-                    f"numbers above 0, got {entry[key]!r}"
-                )
-
-
-def _is_table(found: Any) -> bool:
-    if not isinstance(found, dict) or not isinstance(found.get("machine"), dict):
-        return False
-    rows = found.get("rows")
-    return isinstance(rows, list) and all(
-        isinstance(row, dict)
-        and isinstance(row.get("peers"), dict)
-        and all(isinstance(entry, dict) for entry in row["peers"].values())
-        and isinstance(row.get("columns"), dict)
-        and {"layer", "shape", "dtype"} <= row["columns"].keys()
-        and "id" in row
-        for row in rows
-    )
 
 
 def result_folders() -> list[Path]:

@@ -39,11 +39,6 @@ class Selection:
         """Whether a GPU is measured."""
         return self.device.type == "cuda"
 
-    @property
-    def narrowed(self) -> bool:
-        """Whether anything was asked for beyond a level."""
-        return any((self.shapes, self.tokens, self.ranks, self.dtypes, self.peers))
-
     def wants(self, *, tokens: int, r: int, dtype: torch.dtype) -> bool:
         """Tell whether a row with these values passes what was asked for."""
         return (

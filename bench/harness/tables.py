@@ -87,9 +87,10 @@ def full_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for peer in peers_of([row], forced=True):
             entry = row["peers"][peer]
             cell = ratio_cell(entry, spread=True)
-            if not cell and "us" in entry:  # a table without ours: times
-                cell = f"{number(entry['us'] / 1e3)} ms"
-            line[f"{label(peer)} /"] = cell
+            if "us" in own or "ratio" in entry:
+                line[f"{label(peer)} /"] = cell
+            else:  # there is no time of ours to hold it against
+                line[f"{label(peer)} ms"] = entry["us"] / 1e3 if "us" in entry else cell
         line["efficiency"] = own.get("efficiency", "")
         for peer in (OURS, LORALIB):
             entry = row["peers"].get(peer, {})
@@ -105,10 +106,7 @@ def full_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if "chosen" in own:
             line["chosen"] = ", ".join(f"{what} {name}" for what, name in own["chosen"].items())
         lines.append(line)
-    return [
-        {k: v for k, v in line.items() if any(k in x and x[k] != "" for x in lines)}
-        for line in lines
-    ]
+    return _without_empty_columns(lines)
 
 
 def facts_line(facts: dict[str, Any]) -> str:
@@ -118,6 +116,9 @@ def facts_line(facts: dict[str, Any]) -> str:
         for key, value in facts.items()
         if not isinstance(value, dict) and value != "missing"
     ]
+    narrowed = facts.get("narrowed by", {})
+    if narrowed:
+        parts.append("narrowed by " + ", ".join(f"`{k} {v}`" for k, v in narrowed.items()))
     missing = facts.get("missing", {})
     if missing:
         reasons: dict[str, list[str]] = {}

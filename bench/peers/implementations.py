@@ -6,7 +6,6 @@ part here without being listed.
 
 import importlib
 import importlib.util
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ import lora_fast
 from harness.contest import Absent
 from harness.names import OURS
 from lora_fast import backend, functional
+from lora_fast.selftest import decisions_told
 
 REFERENCE = f"{OURS}:reference"
 EAGER_LORA_FIRST = f"{OURS}:eager_lora_first"
@@ -151,37 +151,11 @@ def noted() -> Iterator[dict[str, str]]:
     """
     seen: dict[str, str] = {}
     with ExitStack() as stack:
-        stack.enter_context(_noted_backends(seen))
+        stack.enter_context(decisions_told(seen.__setitem__))
         if _HAS_TRITON:
             for what in _PLANS:
                 stack.enter_context(_noted_plan(what, seen))
         yield seen
-
-
-@contextmanager
-def _noted_backends(seen: dict[str, str]) -> Iterator[None]:
-    """Read the log on which `lora_fast.backend` tells every decision."""
-    log = logging.getLogger("lora_fast.dispatch")
-    handler = _Decisions(seen)
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-
-
-class _Decisions(logging.Handler):
-    def __init__(self, seen: dict[str, str]) -> None:
-        super().__init__()
-        self._seen = seen
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.name == "lora_fast.dispatch" and isinstance(record.args, tuple):
-            op, backend, _ = record.args
-            self._seen[str(op)] = str(backend)
 
 
 @contextmanager

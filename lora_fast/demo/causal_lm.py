@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fast.commands import BadInputError
+from lora_fast.commands import BadInputError, first_line, transformers
 from lora_fast.demo.gpt import BYTES, Adapter
 from lora_fast.demo.text import byte_ids
 
@@ -36,16 +36,11 @@ def load(name: str) -> CausalLM:
     Raises:
         BadInputError: transformers is not installed, or has no such model.
     """
+    package = transformers()
     try:
-        from transformers import (  # type: ignore[import-not-found, unused-ignore]
-            AutoModelForCausalLM,
-        )
-    except ImportError as error:
-        raise BadInputError("--model needs transformers: pip install transformers") from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = package.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except Exception as error:  # of many kinds, where a file is damaged
-        raise BadInputError(f"--model: cannot load {name!r}: {_first_line(error)}") from error
+        raise BadInputError(f"--model: cannot load {name!r}: {first_line(error)}") from error
     return CausalLM(model)
 
 
@@ -56,14 +51,12 @@ def encode(name: str, data: bytes, vocabulary: int) -> Tensor:
         BadInputError: the tokenizer cannot be read; or there is none, and bytes don't fit the
             vocabulary.
     """
-    from transformers import AutoTokenizer  # type: ignore[import-not-found, unused-ignore]
-
     has_tokenizer = not Path(name).is_dir() or any(Path(name).glob("*token*"))
     if has_tokenizer:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = transformers().AutoTokenizer.from_pretrained(name)
         except Exception as error:
-            message = f"--model: cannot load the tokenizer of {name!r}: {_first_line(error)}"
+            message = f"--model: cannot load the tokenizer of {name!r}: {first_line(error)}"
             raise BadInputError(message) from error
         ids = tokenizer(data.decode("utf-8", "replace"), verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
@@ -72,11 +65,6 @@ def encode(name: str, data: bytes, vocabulary: int) -> Tensor:
             f"--model: {name!r} has no tokenizer, and fewer than 256 tokens for bytes"
         )
     return byte_ids(data)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def adapted(library: ModuleType, base: CausalLM, adapter: Adapter, seed: int) -> CausalLM:

@@ -85,16 +85,13 @@ def exchanged_difference(
     return (got - expected).abs().max().item()
 
 
-def save_adapter(model: nn.Module, library: ModuleType, folder: Path) -> Path:
-    """Write the adapter as users of the library do; return the file."""
+def save_adapter(model: nn.Module, library: ModuleType, path: Path) -> None:
+    """Write the adapter as users of the library do."""
     if library is lora_fast:
-        path = folder / "adapter.safetensors"
         lora_fast.save(model, path)
     else:
-        path = folder / "adapter-loralib.pt"
         with written_whole(path) as part:
             torch.save(library.lora_state_dict(model), part)
-    return path
 
 
 def _without_dropout(model: nn.Module, ids: Tensor) -> Tensor:

@@ -58,16 +58,10 @@ class Report:
             text += ["", "Interrupted: this is what was done until then."]
         return "\n".join(text)
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write metrics.json and, once a step was made, loss.png; return the files."""
-        folder.mkdir(parents=True, exist_ok=True)
-        metrics = folder / "metrics.json"
-        with written_whole(metrics) as part:
+    def write_metrics(self, path: Path) -> None:
+        """Write everything as JSON."""
+        with written_whole(path) as part:
             part.write_text(json.dumps(self._metrics(), indent=2))
-        files = [metrics]
-        if any(run.losses for run in self.runs):
-            files.append(self._picture(folder / "loss.png"))
-        return files
 
     def _metrics(self) -> dict[str, Any]:
         runs = {
@@ -91,7 +85,8 @@ class Report:
             "table": [vars(row) for row in self.rows],
         }
 
-    def _picture(self, path: Path) -> Path:
+    def write_picture(self, path: Path) -> None:
+        """Draw the loss curves as PNG."""
         import matplotlib  # type: ignore[import-not-found, unused-ignore]
 
         matplotlib.use("Agg")
@@ -108,4 +103,3 @@ class Report:
         with written_whole(path) as part:
             figure.savefig(part, format="png", dpi=120)
         plt.close(figure)
-        return path

@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_fast
 from lora_fast import backend
-from lora_fast.commands import BadInputError, device_named, writable_folder
+from lora_fast.commands import BadInputError, device_named, first_line, writable_folder
 from lora_fast.demo import causal_lm, compare, gpt, text
 from lora_fast.demo.report import Report
 from lora_fast.demo.training import Run, fine_tune, pretrain
@@ -58,12 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         if not report.rows:
             _training_rows(report)
     try:
-        files = [*_save_adapters(report, loralib, arguments.out), *report.write(arguments.out)]
-    except (OSError, RuntimeError) as error:  # a full disk; torch's writer has an error of its own
-        raise BadInputError(f"--out: not all could be written: {error}") from error
+        files, problems = _written(report, loralib, arguments.out)
     finally:
         print("\n" + report.table() + "\n")
-    print("written:", ", ".join(map(str, files)))
+    print("written:", ", ".join(map(str, files)) or "nothing")
+    if problems:
+        raise BadInputError(f"--out: not all could be written: {'; '.join(problems)}")
     if report.interrupted:
         return 130
     return 0 if report.passed else 1
@@ -219,15 +219,29 @@ def _merge_rows(report: Report, ids: torch.Tensor) -> None:
         )
 
 
-def _save_adapters(report: Report, loralib: ModuleType, out: Path) -> list[Path]:
-    """Write what both have learnt, as far as they got."""
-    if not report.runs or not all(run.losses for run in report.runs):
-        return []
-    libraries = (loralib, lora_fast)
-    files = [
-        compare.save_adapter(run.model, library, out)
-        for run, library in zip(report.runs, libraries, strict=True)
-    ]
-    sizes = (file.stat().st_size for file in files)
-    report.add("adapter on disk (KiB)", (f"{size / 1024:.1f}" for size in sizes))
-    return files
+def _written(report: Report, loralib: ModuleType, out: Path) -> tuple[list[Path], list[str]]:
+    """Write what there is room for, first what took the longest; return the files, and failures."""
+    files: list[Path] = []
+    problems: list[str] = []
+
+    def write(name: str, writer: Callable[..., None], *arguments: object) -> None:
+        try:
+            writer(*arguments, out / name)
+        except (OSError, RuntimeError) as error:  # torch's writer has an error of its own
+            problems.append(f"{name}: {first_line(error)}")
+        else:
+            if out / name not in files:
+                files.append(out / name)
+
+    write("metrics.json", report.write_metrics)
+    if any(run.losses for run in report.runs):
+        write("loss.png", report.write_picture)
+    if report.runs and all(run.losses for run in report.runs):
+        adapters = ("adapter-loralib.pt", "adapter.safetensors")
+        for run, library, name in zip(report.runs, (loralib, lora_fast), adapters, strict=True):
+            write(name, compare.save_adapter, run.model, library)
+        if not problems:
+            sizes = ((out / name).stat().st_size for name in adapters)
+            report.add("adapter on disk (KiB)", (f"{size / 1024:.1f}" for size in sizes))
+            write("metrics.json", report.write_metrics)  # with that line
+    return files, problems

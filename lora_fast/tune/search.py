@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lora_fast.commands import in_one_line
 from lora_fast.tune.problems import Job, Problem
 
 # Rounds in which candidates are told apart, and in which the best is held against the rule.
@@ -136,7 +137,7 @@ def search(
             problem = job.prepare(device)
             problem.check(job.rule)
         except Exception as error:  # too large for this GPU, or a kernel that is wrong on it
-            reason = _reason(error)
+            reason = in_one_line(error)
         if reason is not None:
             found.dropped.append(f"{job.call}, the default: {reason}")
             for _ in range(sum(map(len, job.steps))):
@@ -203,13 +204,8 @@ def _why_wrong(problem: Problem, plan: Any) -> str | None:
     try:
         problem.check(plan)
     except Exception as error:  # it does not compile, fit the chip, or compute the right thing
-        return _reason(error)
+        return in_one_line(error)
     return None
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from lora_fast.commands import BadInputError
+from lora_fast.commands import BadInputError, first_line, transformers
 
 _CONVS = ("conv1d", "conv2d", "conv3d")
 
@@ -102,22 +102,18 @@ def of_model(name: str, rows: Sequence[int], ranks: Sequence[int]) -> list[Shape
 
 
 def _model(name: str) -> nn.Module:
+    package = transformers()
     try:
-        import transformers  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise BadInputError("--model needs transformers: pip install transformers") from error
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = package.AutoConfig.from_pretrained(name)
         with torch.device("meta"):
             try:
-                model = transformers.AutoModelForCausalLM.from_config(config)
+                model = package.AutoModelForCausalLM.from_config(config)
             except ValueError:  # not a causal language model
-                model = transformers.AutoModel.from_config(config)
+                model = package.AutoModel.from_config(config)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise BadInputError(
             f"--model: expected a folder with a config.json or a name on the hub, got {name!r}: "
-            f"{reason}"
+            f"{first_line(error)}"
         ) from error
     assert isinstance(model, nn.Module)
     return model

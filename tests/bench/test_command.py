@@ -97,6 +97,10 @@ def test_a_missing_peft_is_listed_and_the_row_goes_on(tmp_path):
     table = json.loads((tmp_path / "layers.json").read_text())
     assert table["machine"]["missing"]["peft"] == "peft is not installed"
     assert {peer for row in table["rows"] for peer in row["peers"]} == {"frozen", "lora_fast"}
+    narrowed = {"--peers": "peft", "-k": "Conv2d and layers"}
+    assert table["machine"]["narrowed by"] == narrowed
+    heading = (tmp_path / "layers.md").read_text().splitlines()[0]
+    assert "; narrowed by `--peers peft`, `-k Conv2d and layers`; missing: " in heading
 
 
 def test_profile_of_one_row(tmp_path):
@@ -116,6 +120,7 @@ def test_profile_of_one_row(tmp_path):
         (("--shapes", "llama-9"), "unknown shape set 'llama-9'; known are square"),
         (("--profile", "Linear"), "unknown row 'Linear'; known are"),
         (("--out", __file__), "--out: expected a folder that can be written to"),
+        (("--full",), "--quick, --full: expected at most one of them, got both; leave one out"),
     ],
 )
 def test_bad_options_are_one_line(options, message):
@@ -125,8 +130,25 @@ def test_bad_options_are_one_line(options, message):
     assert line.startswith(f"ERROR: {message}")
 
 
-@pytest.mark.parametrize("option", ["--rounds", "--threads"])
-def test_numbers_begin_at_one(option):
-    done = run("--benchmark", *SMALL, option, "0")
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--rounds", "0", "must be at least 1, got 0"),
+        ("--threads", "0", "must be at least 1, got 0"),
+        ("--budget", "-1", "must be at least 0, got -1"),
+        ("--device", "", "expected a name, got ''"),
+        ("--out", "", "expected a path, got ''"),
+    ],
+)
+def test_values_that_argparse_refuses(option, value, message):
+    done = run("--benchmark", *SMALL, f"{option}={value}")
     assert done.returncode == 4
-    assert f"argument {option}: must be at least 1, got 0" in done.stdout + done.stderr
+    assert f"argument {option}: {message}" in done.stdout + done.stderr
+
+
+def test_a_report_of_kernels_needs_a_process():
+    pytest.importorskip("triton")
+    script = str(ROOT / "bench" / "compile_report.py")
+    done = subprocess.run([sys.executable, script, "--jobs", "0"], text=True, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith("argument --jobs: must be at least 1, got 0\n")

@@ -11,7 +11,8 @@ from harness.results import result_folders
 
 def row(name: str, ratio: list[float], **more: Any) -> dict[str, Any]:
     ours = more.get("ours", {"us": 1.0})
-    columns = {"layer": "Linear", "shape": "square-1024", "dtype": "float32"}
+    columns = {"layer": "Linear", "shape": "square-1024", "M": 8, "K": 1024, "N": 1024, "r": 16}
+    columns |= {"dropout": 0.0, "dtype": "float32", "pass": "fwd"}
     return {
         "id": name,
         "columns": columns,

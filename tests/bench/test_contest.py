@@ -6,13 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from harness.contest import Absent, Contestant, measure
+from harness.contest import Absent, Contestant, explain, measure
 from harness.measured import Measured, Replay, Store
 from harness.selection import Selection
 
 
 def out_of_memory() -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+
+def out_of_memory_on_a_cpu() -> Any:
+    torch.empty(2**62, dtype=torch.int8)
 
 
 def quick() -> Contestant:
@@ -31,14 +35,17 @@ def test_out_of_memory_is_told_and_the_row_goes_on(fake_row, lab):
     builders = {
         "builds too much": out_of_memory,
         "runs too much": lambda: Contestant([out_of_memory]),
+        "builds too much on a CPU": out_of_memory_on_a_cpu,
+        "runs too much on a CPU": lambda: Contestant([out_of_memory_on_a_cpu]),
         "absent": absent,
         "broken": lambda: Contestant([lambda: 1 // 0]),
         "frozen": quick,
         "lora_fast": quick,
     }
     found = measure(fake_row("a", builders), lab, list(builders))["peers"]
-    assert found["builds too much"] == {"failed": "out of memory"}
-    assert found["runs too much"] == {"failed": "out of memory"}
+    for peer in ("builds too much", "runs too much"):
+        for name in (peer, f"{peer} on a CPU"):
+            assert found[name] == {"failed": "out of memory"}
     assert found["absent"] == {"absent": "has no such layer"}
     assert found["broken"]["failed"].startswith("ZeroDivisionError")
     for peer in ("frozen", "lora_fast"):
@@ -76,6 +83,26 @@ def test_error_is_in_units_of_the_budget(fake_row, lab, value, right):
     row = fake_row("a", builders, oracle=({"y": oracle.float()}, {"y": oracle}))
     error = measure(row, lab, ["lora_fast"])["peers"]["lora_fast"]["error"]
     assert (error <= 1.0) is right
+
+
+@pytest.mark.parametrize("raises", [out_of_memory, out_of_memory_on_a_cpu])
+def test_an_oracle_too_large_costs_the_error_alone(fake_row, lab, monkeypatch, raises):
+    monkeypatch.setattr(fake_row, "oracle", lambda self, lab: raises())
+    row = fake_row("a", {"lora_fast": lambda: outputs(2.0)})
+    entry = measure(row, lab, ["lora_fast"])["peers"]["lora_fast"]
+    assert "us" in entry
+    assert "error" not in entry
+
+
+def test_another_failure_of_the_oracle_is_told(fake_row, lab, monkeypatch):
+    monkeypatch.setattr(fake_row, "oracle", lambda self, lab: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        measure(fake_row("a", {"lora_fast": lambda: outputs(2.0)}), lab, ["lora_fast"])
+
+
+def test_a_failure_without_words_is_one_line():
+    assert explain(RuntimeError()) == "RuntimeError"
+    assert explain(RuntimeError("x" * 500 + "\ny")) == ("RuntimeError: " + "x" * 500)[:200]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -163,7 +190,18 @@ def test_the_ratios_that_ci_demands(monkeypatch, capsys, lab):
     assert guard.held(first, lab) == (low, 3)
     monkeypatch.setattr(guard, "pin_cpu", lambda threads: None)
     monkeypatch.setattr(guard, "measured_ratio", lambda row, peer, lab: 0.3)
-    assert guard.main() == 1
+    assert guard.main([]) == 1
     assert capsys.readouterr().out.count("TOO SLOW") == len(guard.GUARDS)
     monkeypatch.setattr(guard, "measured_ratio", lambda row, peer, lab: 9.0)
-    assert guard.main() == 0
+    assert guard.main([]) == 0
+
+
+def test_help_of_the_ratios_measures_nothing(monkeypatch, capsys):
+    import guard
+
+    monkeypatch.setattr(guard, "pin_cpu", lambda threads: pytest.fail("it measures"))
+    for argument, status in (("--help", 0), ("--unknown", 2)):
+        with pytest.raises(SystemExit) as ended:
+            guard.main([argument])
+        assert ended.value.code == status
+    assert "CPU ratios that must hold" in capsys.readouterr().out

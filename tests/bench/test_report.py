@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import model_table
 import report
-from harness import results, tables
+from harness import rendered, results, tables
 from harness.results import device_name, number, read
 
 
@@ -121,6 +122,92 @@ def test_the_folder_table_has_everything(folder):
     assert (line["efficiency"], line["error"], line["GB/s"]) == (0.91, 0.4, 3.0)
     assert (line["lora_fast saved MiB"], line["loralib saved MiB"]) == (1.0, 4.0)
     assert "LoRA-first order /" not in line  # absent everywhere: no empty column
+
+
+def product(name: str, **times: float) -> dict[str, Any]:
+    columns = {"layer": "product", "shape": name, "M": 8, "K": 4, "N": 4, "dtype": "bfloat16"}
+    return {"id": name, "columns": columns, "peers": {p: {"us": us} for p, us in times.items()}}
+
+
+def test_times_are_not_called_ratios(tmp_path):
+    rows = [product("a", mm=400.0, triton=500.0), product("b", mm=40.0)]
+    rows[1]["peers"] |= {"triton": {"failed": "out of memory"}}
+    results.write_json(tmp_path, "gemm", {"cpu": "a cpu"}, rows)
+    rendered.write_folder(tmp_path)
+    heading, _, *table = (tmp_path / "gemm.md").read_text().splitlines()
+    assert heading == "cpu a cpu"
+    assert table == [
+        "| layer | shape | M | K | N | dtype | mm ms | triton ms |",
+        "|---|---|---|---|---|---|---|---|",
+        "| product | a | 8 | 4 | 4 | bfloat16 | 0.4 | 0.5 |",
+        "| product | b | 8 | 4 | 4 | bfloat16 | 0.04 | out of memory |",
+    ]
+
+
+def test_ratios_are_explained(folder):
+    rendered.write_folder(folder)
+    text = (folder / "linear.md").read_text()
+    assert "\n\nColumns that end in / are how many times as long as lora_fast" in text
+
+
+def test_the_options_that_narrowed_a_run_are_told():
+    facts = {"cpu": "a cpu", "narrowed by": {"--peers": "loralib,lora_fast:*"}}
+    assert tables.facts_line(facts) == "cpu a cpu; narrowed by `--peers loralib,lora_fast:*`"
+
+
+@pytest.mark.parametrize("main", [report.main, model_table.main], ids=["report", "model_table"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"K": None}, "row a: column K must be a whole number from 1 on, got nothing"),
+        ({"N": None}, "row a: column N must be a whole number from 1 on, got nothing"),
+        ({"M": 0}, "row a: column M must be a whole number from 1 on, got 0"),
+        ({"r": "16"}, "row a: column r must be a whole number from 1 on, got '16'"),
+        ({"pass": None}, "row a: column pass must be a text, got nothing"),
+        ({"shape": 7}, "row a: column shape must be a text, got 7"),
+        ({"dropout": -0.1}, "row a: column dropout must be a number from 0 to 1, got -0.1"),
+    ],
+)
+def test_columns_that_readers_need_are_checked(main, changed, message, save, capsys):
+    damaged = row("a", **changed)
+    damaged["columns"] = {k: v for k, v in damaged["columns"].items() if v is not None}
+    folder = save("damaged", damaged, **CEILINGS)
+    assert main([str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"linear.json: {message}; measure again or delete the file")
+
+
+def test_tables_without_rows_and_broken_rows_are_refused(save, capsys):
+    broken = row("b")
+    del broken["peers"]
+    for rows, message in (
+        ([], "linear.json: expected rows, got none; measure again or delete the file"),
+        ([row("a"), broken], "linear.json: row 1 must have an id, columns and peers, as the"),
+    ):
+        before = report.README.read_bytes()
+        assert report.main([str(save("bad", *rows))]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+        assert report.README.read_bytes() == before
+
+
+@pytest.mark.parametrize("refused", ["README.md", "linear.md"])
+def test_what_cannot_be_written_is_one_line(refused, folder, monkeypatch, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# a\n\n{report.BEGIN}\n{report.END}\n")
+    monkeypatch.setattr(report, "README", readme)
+    write = Path.write_text
+
+    def refusing(path: Path, *arguments: Any, **options: Any) -> int:
+        if path.name == refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return write(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", refusing)
+    assert report.main([str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("report.py: [Errno 13] Permission denied: ")
+    assert refused in line
 
 
 def test_the_readme_shows_rank_16_and_the_most_rows(folder):

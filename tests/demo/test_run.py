@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import lora_fast
 from lora_fast.cli import main
-from lora_fast.demo import text, training
+from lora_fast.demo import compare, text, training
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -133,12 +133,46 @@ def test_a_full_disk_costs_no_results(
     def full(*args: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_fast.demo.compare.save_adapter", full)
+    monkeypatch.setattr("torch.save", full)
     result = demo()
     assert result.status == 2
     assert "validation loss after" in result.stdout
+    names = {"metrics.json", "loss.png", "adapter.safetensors"}
+    assert {path.name for path in result.out.iterdir()} == names
+    assert len(result.metrics["runs"]["lora_fast"]["loss"]) == 4
+    assert all(name in result.stdout.split("written:")[1] for name in names)
     (line,) = (line for line in result.stderr.splitlines() if "lora-fast demo" in line)
-    assert line.endswith("--out: not all could be written: [Errno 28] No space left on device")
+    expected = "--out: not all could be written: adapter-loralib.pt: [Errno 28] No space left on"
+    assert expected in line
+
+
+def test_the_numbers_are_written_before_the_adapters(
+    demo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = []
+    save = compare.save_adapter
+
+    def noting(model: Any, library: Any, path: Path) -> None:
+        there.append((path.parent / "metrics.json").exists())
+        save(model, library, path)
+
+    monkeypatch.setattr(compare, "save_adapter", noting)
+    assert demo().status == 0
+    assert there == [True, True]
+
+
+def test_numbers_that_cannot_be_written_cost_no_adapter(
+    demo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lora_fast.demo.report.Report.write_metrics", full)
+    result = demo()
+    assert result.status == 2
+    names = {"loss.png", "adapter.safetensors", "adapter-loralib.pt"}
+    assert {path.name for path in result.out.iterdir()} == names
+    assert "not all could be written: metrics.json: [Errno 28]" in result.stderr
 
 
 def test_a_failed_check_shows_and_sets_the_status(
@@ -258,7 +292,9 @@ def test_a_forced_backend_that_cannot_run(
         (("--dropout", "p"), "argument --dropout: expected a number, got 'p'"),
         (("--seed", "-1"), "argument --seed: must be from 0 to below 2^63, got -1"),
         (("--seed", "1e3"), "argument --seed: expected a whole number, got '1e3'"),
-        (("--data", ""), "argument --data: expected a name, got ''"),
+        (("--data", ""), "argument --data: expected a path, got ''"),
+        (("--out", ""), "argument --out: expected a path, got ''"),
+        (("--device", ""), "argument --device: expected a name, got ''"),
         (("--model", ""), "argument --model: expected a name, got ''"),
         (("--unknown",), "unrecognized arguments: --unknown"),
     ],
@@ -279,6 +315,15 @@ def test_without_loralib_it_says_what_to_install(
     result = demo()
     assert result.status == 2
     assert "lora_fast[demo]" in result.stderr
+
+
+def test_without_transformers_it_says_what_to_install(
+    demo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = demo("--model", "x")
+    assert result.status == 2
+    assert "--model needs transformers: pip install transformers" in result.stderr
 
 
 def test_version_and_help_need_no_extras(capsys: pytest.CaptureFixture[str]) -> None:
