@@ -7,12 +7,14 @@ generator's name in `CALLS`.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.shapes import dtype_name
 from lora_fast.kernels import configs, plans
+from lora_fast.kernels.candidates import candidates
 from lora_fast.kernels.configs import Architecture
 from lora_fast.kernels.decode_configs import DecodeSplits, decode_config
 from lora_fast.kernels.lora_decode import lora_decode
@@ -21,7 +23,9 @@ from lora_fast.kernels.lora_embedding_fwd import lora_embedding_fwd
 from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
 from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
 from lora_fast.kernels.merged_weight import merged_weight
+from lora_fast.kernels.shared_memory import bytes_taken
 from lora_fast.kernels.sizes import MAX_BLOCK_R
+from lora_fast.kernels.tables import Call
 
 WIDTH = 4096  # features in and out; the kernels see only what divides it
 EDGES = (0, 2064, 3072, 4096)  # of a merged layer's blocks; tiles cross one of them
@@ -175,18 +179,20 @@ def linear_sizes(arch: Architecture, everything: bool) -> list[Sizes]:
 def linear(arch: Architecture, everything: bool) -> Iterator[Case]:
     """Yield the cases of the linear layer: each implementation, with and without dropout."""
     forwards: tuple[plans.ForwardImpl, ...] = ("one_pass", "split", "lora_first")
-    backwards: tuple[plans.InputGradImpl, ...] = ("fused", "lora_first")
     for sizes in linear_sizes(arch, everything):
         for dropout in (False, True):
             for impl in forwards:
-                if impl == "one_pass" and (dropout or sizes.ranks > MAX_BLOCK_R):
+                if impl != "split" and sizes.ranks > MAX_BLOCK_R:
+                    continue
+                if impl == "one_pass" and dropout:
                     continue
                 if impl == "one_pass" and sizes.dtype is FP32:  # that the rule never chooses
                     continue
                 call = partial(linear_forward, sizes=sizes, impl=impl, dropout=dropout)
                 words = sizes.describe("forward", impl, *["dropout"] * dropout)
                 yield Case(arch.name, words, call)
-            for input_grad in backwards:
+            adding = plans.adding_input_grad(sizes.ranks, dropout)
+            for input_grad in dict.fromkeys(("fused", adding)):
                 call = partial(linear_backward, sizes=sizes, input_grad=input_grad, dropout=dropout)
                 words = sizes.describe("backward", input_grad, *["dropout"] * dropout)
                 yield Case(arch.name, words, call)
@@ -260,26 +266,69 @@ def embedding(arch: Architecture, everything: bool) -> Iterator[Case]:
 
 
 def merge_kernel(
-    arch: Architecture, dtype: torch.dtype, rank: int, layout: torch.memory_format
+    arch: Architecture,
+    dtype: torch.dtype,
+    rank: int,
+    layout: torch.memory_format,
+    adapter_dtype: torch.dtype,
 ) -> None:
     """Form the merged 3 x 3 kernel of a convolution."""
     channels = 512
     weight = meta(channels, channels, 3, 3, dtype=dtype).to(memory_format=layout)
-    lora_a, lora_b = meta(rank, 3 * channels, dtype=dtype), meta(3 * channels, rank, dtype=dtype)
+    lora_a = meta(rank, 3 * channels, dtype=adapter_dtype)
+    lora_b = meta(3 * channels, rank, dtype=adapter_dtype)
     merged_weight(weight, lora_a, lora_b, 1.0)
 
 
 def convolution(arch: Architecture, everything: bool) -> Iterator[Case]:
     """Yield the cases of a convolution's weight: contiguous, and with channels last."""
-    sizes = ((BF16, 16), (BF16, 256), (FP16, 16), (FP32, 16), (FP32, 256))
-    for dtype, rank in sizes if everything else sizes[:1]:
+    sizes = [(dtype, rank, dtype) for dtype in (BF16, FP32) for rank in (16, 256)]
+    sizes += [(FP16, 16, FP16), (BF16, 256, FP32)]
+    for dtype, rank, adapter in sizes if everything else sizes[:1]:
         for layout in (torch.contiguous_format, torch.channels_last):
-            words = f"{dtype_name(dtype)} r={rank} merged weight {layout}"
-            call = partial(merge_kernel, dtype=dtype, rank=rank, layout=layout)
+            wide = [] if adapter is dtype else [f"{dtype_name(adapter)} adapter"]
+            words = " ".join((dtype_name(dtype), f"r={rank}", *wide, f"merged weight {layout}"))
+            call = partial(
+                merge_kernel, dtype=dtype, rank=rank, layout=layout, adapter_dtype=adapter
+            )
             yield Case(arch.name, words.replace("torch.", ""), call)
 
 
-CALLS: tuple[Cases, ...] = (linear, specialised_linear, decode, embedding, convolution)
+def largest_measured(arch: Architecture, op: str) -> Any:
+    """Return, of the plans that `lora-fast tune` tries, the one whose tile takes most memory."""
+    call = Call.of(op, 8192, WIDTH, WIDTH, MAX_BLOCK_R, BF16, False)
+    rule = plans.rule_for(arch, call)
+    ways = [replace(rule, **way) for step in candidates(arch, call, rule) for way in step]
+    return max(ways, key=lambda plan: bytes_taken(arch, plans.tile_with_factors(plan), call.R))
+
+
+def run_measured(arch: Architecture, op: str) -> None:
+    """Make a call with A and B in fp32 by a plan that was measured with them in 16 bits."""
+    plan = largest_measured(arch, op)
+    x, weight, lora_a, lora_b = Sizes(BF16, 8192, MAX_BLOCK_R, adapter_dtype=FP32).tensors()
+    if op == "lora_linear_fwd":
+        shrink = configs.for_wide_adapters(arch, plan.shrink)
+        plan = replace(plan, impl="library_expand", shrink=shrink)
+        lora_linear_fwd(x, weight, None, lora_a, lora_b, 1.0, plan=plan)
+    elif op == "lora_embedding_fwd":
+        index = meta(8192, dtype=torch.int64)
+        lora_embedding_fwd(index, weight, lora_a, lora_b, 1.0, config=plan)
+    else:
+        merged_weight(weight, lora_a, lora_b, 1.0, config=plan.config)
+
+
+def measured(arch: Architecture, everything: bool) -> Iterator[Case]:
+    """Yield the cases of the largest tiles that a measured table may choose on a small chip.
+
+    Not of the pass over dY, whose largest spills: that costs time, which the measurement tells.
+    """
+    ops = ("lora_linear_fwd", "lora_embedding_fwd", "merged_weight")
+    for op in ops if everything and arch.shared_memory < 100 * 1024 else ():
+        words = describe(BF16, 8192, MAX_BLOCK_R, "fp32 adapter", op, "largest tile measured")
+        yield Case(arch.name, words, partial(run_measured, op=op))
+
+
+CALLS: tuple[Cases, ...] = (linear, specialised_linear, decode, embedding, convolution, measured)
 
 
 def cases(*, everything: bool) -> list[Case]:

@@ -197,8 +197,10 @@ def _gemms(arch: Architecture, call: Call, *, one_pass: bool = False) -> Iterato
         parts = 2 if block_n > 128 else 1
         # The accelerator also stores out of shared memory, and needs a few barriers.
         stored = block_m * block_n // parts * element_size + 128
+        # A row serves factors in fp32 as well, of which one pass holds A.
+        wide = pace[1] * rank * sizes[2] * (4 - element_size)
         serves = arch.gemm.tma and block_m >= 64 and element_size == 2
-        if serves and loop + stored <= arch.shared_memory:
+        if serves and loop + stored + wide <= arch.shared_memory:
             yield GemmConfig(*sizes, *pace, tma=True, parts=parts)
         if block_m * block_n <= _LARGEST_WITH_POINTERS and loop <= arch.shared_memory:
             yield GemmConfig(*sizes, *pace)

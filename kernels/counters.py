@@ -23,12 +23,16 @@ class Counters:
 
     Captured launches share chunks that were cleared before the capture began: inside it, clearing
     would be one more node that runs at every replay. Graphs know the addresses, so chunks stay.
+    So do counters that a stream has outgrown, in which a launch that is under way may still count:
+    the allocator, which knows them of another stream, would hand them out at once. As sizes double,
+    they are no more than those in use.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.of_stream: dict[int, Tensor] = {}
         self.chunks: list[Tensor] = []
+        self.outgrown: list[Tensor] = []
         self.used = RESERVE
         self.lock = threading.Lock()
 
@@ -38,9 +42,19 @@ class Counters:
             self.refill()
         counters = self.of_stream.get(stream)
         if counters is None or counters.numel() < count:
-            size = max(FEWEST, next_power_of_2(count))
-            counters = self.of_stream[stream] = self.kept(size)
+            counters = self.more(count, stream)
         return counters
+
+    def more(self, count: int, stream: int) -> Tensor:
+        """Counters for a launch that needs more than its stream has so far."""
+        with self.lock:
+            counters = self.of_stream.get(stream)
+            if counters is None or counters.numel() < count:
+                if counters is not None:
+                    self.outgrown.append(counters)
+                counters = self.kept(max(FEWEST, next_power_of_2(count)))
+                self.of_stream[stream] = counters
+            return counters
 
     def captured(self, count: int) -> Tensor:
         """Counters that no other launch has had or will have."""

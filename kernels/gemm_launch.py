@@ -1,5 +1,6 @@
 """How a call of the large product is launched: its tile, grid and constants, once for its sizes."""
 
+import logging
 from dataclasses import replace
 from functools import lru_cache
 
@@ -9,6 +10,8 @@ from lora_fast.kernels.column_blocks import Blocks
 from lora_fast.kernels.configs import GemmConfig, processor_count
 from lora_fast.kernels.launch import Launch
 from lora_fast.kernels.sizes import MAX_BLOCK_R, cdiv, rank_blocks
+
+_log = logging.getLogger("lora_fast.dispatch.plan")
 
 
 @lru_cache(maxsize=4096)
@@ -33,7 +36,9 @@ def gemm_launch(
     M, N, K, R = sizes
     block_r, r_blocks = rank_blocks(R if one_pass else rank_of_up)
     crowded = blocks is not None or (has_keep and R > MAX_BLOCK_R)
-    config = fitting(config, dtype, tma_fits, crowded)
+    chosen, config = config, fitting(config, dtype, tma_fits, crowded)
+    if config != chosen:
+        _log.debug("lora_gemm of %s -> %s in the place of %s", sizes, config, chosen)
     tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
     constants: dict[str, object] = {
         "BLOCK_M": config.block_m,
@@ -55,7 +60,11 @@ def gemm_launch(
 
 
 def fitting(config: GemmConfig, dtype: torch.dtype, tma_fits: bool, crowded: bool) -> GemmConfig:
-    """The tile for operands that the accelerator takes or not, and for few or many of them."""
+    """The tile for operands that the accelerator takes or not, and for few or many of them.
+
+    Warps with a work of their own are of another kernel, which does not serve here.
+    """
+    config = replace(config, specialised=False)
     if config.tma and not tma_fits:
         config = config.without_tma()
     if not crowded:

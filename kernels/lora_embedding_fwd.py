@@ -49,6 +49,31 @@ def gather_columns_kernel(
     tl.store(tile_ptrs(s_ptr, (R, 1), offs_m, offs_r), s, mask=mask)
 
 
+@triton.jit
+def add_ranks(
+    acc,
+    s_ptr,
+    b_ptr,
+    b_strides,
+    offs_m,
+    offs_d,
+    sizes,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + s b^T over all blocks of the rank, s as it was gathered before."""
+    M, D, R = sizes
+    for start_r in range(0, R, BLOCK_R):
+        offs_r = start_r + tl.arange(0, BLOCK_R).to(tl.int64)
+        mask_r = (offs_r < R)[None, :]
+        s_ptrs = tile_ptrs(s_ptr, (R, 1), offs_m, offs_r)
+        s = tl.load(s_ptrs, mask=(offs_m < M)[:, None] & mask_r, other=0.0)
+        b_ptrs = tile_ptrs(b_ptr, b_strides, offs_d, offs_r)
+        b = tl.load(b_ptrs, mask=(offs_d < D)[:, None] & mask_r, other=0.0)
+        acc = mma(s, tl.trans(b.to(s.dtype)), acc, PRECISION)
+    return acc
+
+
 # Outside debug mode Triton drops device_assert, and a wrong index would read foreign memory.
 @prepared
 @triton.jit(debug=True)
@@ -104,14 +129,10 @@ def lora_embedding_fwd_kernel(
             b = tl.load(b_ptrs, mask=mask_d[:, None] & (offs_r < R)[None, :], other=0.0)
             acc = mma(s, tl.trans(b.to(dtype)), acc, PRECISION)
         else:
-            for start_r in range(0, R, BLOCK_R):
-                cols = start_r + offs_r
-                mask_r = (cols < R)[None, :]
-                s_ptrs = tile_ptrs(s_ptr, (R, 1), offs_m, cols)
-                s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r, other=0.0)
-                b_ptrs = tile_ptrs(b_ptr, b_strides, offs_d, cols)
-                b = tl.load(b_ptrs, mask=mask_d[:, None] & mask_r, other=0.0)
-                acc = mma(s, tl.trans(b.to(dtype)), acc, PRECISION)
+            acc = add_ranks(
+                *(acc, s_ptr, b_ptr, b_strides, offs_m, offs_d, (M, D, R)),
+                *(BLOCK_R, PRECISION),
+            )
         y = (w.to(tl.float32) + acc).to(dtype)
         y_ptrs = tile_ptrs(y_ptr, (D, 1), offs_m, offs_d)
         tl.store(y_ptrs, y, mask=mask_m[:, None] & mask_d[None, :])

@@ -4,26 +4,21 @@ Forward: t = S, U = lora_B. One pass: t comes out of the same loop, t = multipli
 D = lora_A. Backward: x = dY, W = weight^T, t = dS, U = lora_A^T and `keep` is the dropout mask.
 """
 
-import logging
-
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from lora_fast.kernels.column_blocks import Blocks
 from lora_fast.kernels.configs import GemmConfig
 from lora_fast.kernels.descriptors import descriptor_fits, tiled
 from lora_fast.kernels.dropout import apply_keep, load_keep
 from lora_fast.kernels.gemm_launch import gemm_launch
+from lora_fast.kernels.hopper_product import specialised_product
 from lora_fast.kernels.launch import launch, prepared
 from lora_fast.kernels.lora_update import add_update
 from lora_fast.kernels.primitives import block_offsets, grouped_tile, mma, tile_ptrs
 from lora_fast.kernels.sizes import rank_blocks
 from lora_fast.kernels.torch_rules import dot_precision
-
-_log = logging.getLogger("lora_fast.dispatch")
 
 
 @triton.jit
@@ -317,40 +312,6 @@ def lora_gemm(
             *rest,
         )
     return y, t
-
-
-def specialised_product(*operands: Tensor, config: GemmConfig, **options: object) -> bool:
-    """Run `lora_gemm_hopper`; False where the Triton that is here can't compile it.
-
-    Gluon is experimental: its names and rules change from one Triton to the next.
-    """
-    if _refused and config in _refused:
-        return False
-    try:
-        from lora_fast.kernels.lora_gemm_hopper import lora_gemm_hopper  # Gluon, for it alone
-
-        lora_gemm_hopper(*operands, config=config, **options)
-    except (ImportError, AttributeError, CompilationError, OutOfResources, PTXASError) as error:
-        _refuse(config, error)
-        return False
-    except RuntimeError as error:
-        if not any(word in str(error) for word in ("parsing", "PassManager")):
-            raise  # not the compiler's
-        _refuse(config, error)
-        return False
-    return True
-
-
-_refused: set[GemmConfig] = set()
-
-
-def _refuse(config: GemmConfig, error: Exception) -> None:
-    _refused.add(config)
-    _log.warning(
-        "Triton %s does not compile the product for Hopper (%s: %s); the one for all chips, which "
-        "takes a few percent longer, serves in the place of %s",
-        *(triton.__version__, type(error).__name__, str(error).strip().partition("\n")[0], config),
-    )
 
 
 def tma_operands_fit(x: Tensor, w: Tensor, down: Tensor | None) -> bool:

@@ -21,7 +21,7 @@ from lora_fast.kernels.dropout import apply_keep, keep_scale, load_keep
 from lora_fast.kernels.launch import Launch, launch, prepared
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.lora_grad_sb import library_grad_sb, lora_grad_sb
-from lora_fast.kernels.plans import BackwardPlan, backward_plan
+from lora_fast.kernels.plans import BackwardPlan, backward_plan, check_named
 from lora_fast.kernels.primitives import block_offsets, mma, tile_ptrs
 from lora_fast.kernels.reduce_partials import reduce_partials
 from lora_fast.kernels.sizes import cdiv, chunk_length, rank_blocks
@@ -180,8 +180,10 @@ def lora_linear_bwd(
         sizes = (M, N, K, lora_b.shape[1])
         plan = backward_plan(
             *(architecture(dy.device), *sizes, dy.dtype, mask is not None),
-            lora_b.itemsize > dy.itemsize,
+            *(lora_b.itemsize > dy.itemsize, lora_a.shape[0]),
         )
+    else:
+        check_named(plan, M, lora_a.shape[0], mask is not None)
     rows = x.reshape(-1, K) if x is not None else None
     with on_device_of(dy):
         ds, db, dbias = rank_grads(
@@ -248,23 +250,20 @@ def input_grads(
     """dA, None without x, and dx, None without weight, by the plan's way."""
     if ds is None:
         return None, None
+    # Beyond one block of the rank a vendor GEMM reads x once, the kernel once for each block.
     one_block = rank_blocks(lora_a.shape[0])[1] == 1
-    # Beyond one block of rank only the GEMM's epilogue can apply the mask to dS A.
-    allowed = weight is not None and (one_block or keep is None)
-    by_library = plan.input_grad == "library" and keep is None
-    lora_first = allowed and plan.input_grad != "fused"
+    lora_first = weight is not None and plan.input_grad == "lora_first"
     da = dx = None
-    if (one_block and not by_library) or keep is not None:
-        if x is not None or lora_first:
-            da, dx = lora_grad_a(
-                *(x, ds, lora_a, keep), config=plan.grad_a, need_dx=lora_first and one_block
-            )
-    elif x is not None:
-        da = (ds.t() @ x).to(lora_a.dtype)
-    if lora_first:
-        if dx is None:
-            dx = ds @ lora_a.to(ds.dtype)
-        return da, dx.addmm_(dy, weight)
-    if weight is not None:
+    if plan.input_grad == "library" or (keep is None and not one_block):
+        if x is not None:
+            da = (ds.t() @ x).to(lora_a.dtype)
+    elif x is not None or lora_first:
+        da, dx = lora_grad_a(x, ds, lora_a, keep, config=plan.grad_a, need_dx=lora_first)
+    if weight is None:
+        return da, None
+    if plan.input_grad == "fused":
         dx, _ = lora_gemm(dy, weight.t(), lora_a.t(), t=ds, keep=keep, config=plan.gemm)
-    return da, dx
+        return da, dx
+    if plan.input_grad == "library":
+        dx = ds @ lora_a.to(ds.dtype)
+    return da, dx.addmm_(dy, weight)

@@ -22,7 +22,7 @@ from lora_fast.kernels.launch import Launch, launch, prepared
 from lora_fast.kernels.lora_decode import lora_decode
 from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.lora_update import add_update
-from lora_fast.kernels.plans import ForwardPlan, forward_plan
+from lora_fast.kernels.plans import ForwardPlan, check_named, forward_plan
 from lora_fast.kernels.primitives import block_offsets, mma, tile_ptrs
 from lora_fast.kernels.sizes import MAX_SIZE, cdiv, rank_blocks
 from lora_fast.kernels.torch_rules import as_own, dot_precision, on_device_of
@@ -215,7 +215,8 @@ def lora_linear_fwd(
 
     Returns y (..., N), S (M, R) with every factor applied, and the packed mask
     (M, ceil(K / 8)) uint8 or, without dropout, (0,); all contiguous.
-    Raises: ValueError for a dimension that 32 bits can't index; products of two can be larger.
+    Raises: ValueError for a dimension that 32 bits can't index; products of two can be larger;
+    and for a plan of the caller's own that cannot serve.
     Note: fp32 accumulation; the same bits for the same inputs and seed.
     """
     scaling = float(scaling)  # a kernel for an integer is another one
@@ -239,6 +240,8 @@ def lora_linear_fwd(
             *(architecture(x.device), M, N, K, R, x.dtype, seed is not None),
             lora_a.itemsize > x.itemsize,
         )
+    else:
+        check_named(plan, M, R, seed is not None)
     with on_device_of(x):
         y, s, keep = run_plan(
             *(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed),
@@ -269,10 +272,10 @@ def run_plan(
         y, s = lora_gemm(rows, weight, lora_b, down=lora_a, multiplier=scaling, **options)
         return y, s, None
     N, y = weight.shape[0], None
-    if plan.impl == "library" and seed is None:
+    if plan.impl == "library":
         s = library_shrink(rows, lora_a, scaling)
         return library_expand(s, lora_b, bias, N, blocks).addmm_(rows, weight.t()), s, None
-    if plan.impl == "lora_first" and rank_blocks(lora_a.shape[0])[1] == 1:
+    if plan.impl == "lora_first":
         y = torch.empty((rows.shape[0], N), device=rows.device, dtype=rows.dtype)
     s, keep = lora_shrink(
         *(rows, lora_a, scaling),

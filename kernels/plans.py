@@ -38,15 +38,16 @@ from lora_fast.kernels.decode_configs import (
     decode_config,
     decode_serves,
 )
+from lora_fast.kernels.shared_memory import AnyTile, memory_misfit
 from lora_fast.kernels.sizes import MAX_BLOCK_R, cdiv
 from lora_fast.kernels.tables import Call
 
 _log = logging.getLogger("lora_fast.dispatch.plan")
 
-ForwardImpl = Literal["decode", "one_pass", "split", "lora_first", "library"]
-# The others have S in registers: one block of the rank, and no mask to be kept.
-SERVE_EVERY_CALL: tuple[ForwardImpl, ...] = ("split", "lora_first", "library")
+ForwardImpl = Literal["decode", "one_pass", "split", "lora_first", "library_expand", "library"]
 InputGradImpl = Literal["fused", "lora_first", "library"]
+NO_DROPOUT = ("decode", "one_pass", "library")
+ONE_BLOCK = ("decode", "one_pass", "lora_first")  # a program holds the whole rank
 
 ONE_PASS_MAX_N = 3072  # beyond it, x A^T per column tile costs more than a second read of x
 BUSY = 0.75  # the part of the chip that must have a tile, on average, for the largest tiles to pay
@@ -61,7 +62,13 @@ MERGED_WEIGHT_MIN_NUMEL = 2**23
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """How one forward call runs."""
+    """How one forward call runs.
+
+    `decode`: one launch for a few rows. `one_pass`: one product, whose loop makes S as well. The
+    others make S first: `split` adds S B^T in the product's epilogue, `lora_first` writes it where
+    it makes S, and the vendor's product adds to it. In `library_expand` that is the vendor's, too;
+    in `library` everything is.
+    """
 
     impl: ForwardImpl
     gemm: GemmConfig
@@ -71,7 +78,12 @@ class ForwardPlan:
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """How one backward call runs. `library_sb`: dS and dB by two vendor GEMMs."""
+    """How one backward call runs.
+
+    `input_grad`: dx by one product with dS A in its epilogue; or dS A first, by the pass over x or
+    by the vendor, who then makes dA too, and the vendor's product adds to it.
+    `library_sb`: dS and dB by two vendor GEMMs.
+    """
 
     input_grad: InputGradImpl
     library_sb: bool
@@ -130,18 +142,30 @@ def forward_plan(
     wide_adapters: bool = False,
 ) -> ForwardPlan:  # fmt: skip
     """How a forward call runs. `wide_adapters`: A and B have more bytes an element than x."""
-    plan: ForwardPlan = plan_for(arch, Call.of("lora_linear_fwd", M, N, K, R, dtype, dropout))
-    return replace(plan, shrink=for_wide_adapters(arch, plan.shrink)) if wide_adapters else plan
+    call = Call.of("lora_linear_fwd", M, N, K, R, dtype, dropout)
+    plan, source = measured(arch, call, rule_for(arch, call))
+    if wide_adapters:
+        plan = replace(plan, shrink=for_wide_adapters(arch, plan.shrink))
+    return logged(call, plan, source)
 
 
 @lru_cache(maxsize=4096)
 def backward_plan(
     arch: Architecture, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool = False,
-    wide_adapters: bool = False,
+    wide_adapters: bool = False, all_ranks: int = 0,
 ) -> BackwardPlan:  # fmt: skip
-    """How a backward call runs. `wide_adapters`: A and B have more bytes an element than x."""
-    plan: BackwardPlan = plan_for(arch, Call.of("lora_linear_bwd", M, N, K, R, dtype, dropout))
-    return replace(plan, grad_sb=for_wide_adapters(arch, plan.grad_sb)) if wide_adapters else plan
+    """How a backward call runs.
+
+    `wide_adapters`: A and B have more bytes an element than x. `all_ranks`: the ranks of all blocks
+    of columns together, where there are some.
+    """
+    call = Call.of("lora_linear_bwd", M, N, K, R, dtype, dropout)
+    plan, source = measured(arch, call, rule_for(arch, call))
+    if plan.input_grad == "lora_first":
+        plan = replace(plan, input_grad=adding_input_grad(max(R, all_ranks), dropout))
+    if wide_adapters:
+        plan = replace(plan, grad_sb=for_wide_adapters(arch, plan.grad_sb))
+    return logged(call, plan, source)
 
 
 @lru_cache(maxsize=4096)
@@ -149,7 +173,8 @@ def embedding_plan(
     arch: Architecture, M: int, D: int, num: int, R: int, dtype: torch.dtype
 ) -> EmbeddingConfig:
     """How a look-up of M tokens in (num, D) runs."""
-    return plan_for(arch, Call.of("lora_embedding_fwd", M, D, num, R, dtype, False))
+    call = Call.of("lora_embedding_fwd", M, D, num, R, dtype, False)
+    return logged(call, *measured(arch, call, rule_for(arch, call)))
 
 
 @lru_cache(maxsize=4096)
@@ -159,28 +184,30 @@ def embedding_backward_plan(
 ) -> EmbeddingBackwardPlan:  # fmt: skip
     """How the backward of a look-up runs. `wide_adapters`: they have more bytes than the table."""
     call = Call.of("lora_embedding_bwd", M, D, num, R, dtype, False)
-    plan: EmbeddingBackwardPlan = plan_for(arch, call)
-    return replace(plan, grad_sb=for_wide_adapters(arch, plan.grad_sb)) if wide_adapters else plan
+    plan, source = measured(arch, call, rule_for(arch, call))
+    if wide_adapters:
+        plan = replace(plan, grad_sb=for_wide_adapters(arch, plan.grad_sb))
+    return logged(call, plan, source)
 
 
 @lru_cache(maxsize=4096)
 def weight_plan(arch: Architecture, N: int, K: int, R: int, dtype: torch.dtype) -> WeightPlan:
     """How the merged weight W + B A of N K elements is formed."""
-    return plan_for(arch, Call.of("merged_weight", 1, N, K, R, dtype, False))
+    call = Call.of("merged_weight", 1, N, K, R, dtype, False)
+    return logged(call, *measured(arch, call, rule_for(arch, call)))
 
 
-def plan_for(arch: Architecture, call: Call) -> Any:
-    """How a call runs: the measured row, else the rule.
+def logged(call: Call, plan: Plan, source: str) -> Plan:
+    """Log a plan as it will run, and return it."""
+    _log.debug("%s -> %s: %s", call, plan, source)
+    return plan
 
-    Raises:
-        ValueError: no plan is made for such an op.
+
+def measured(arch: Architecture, call: Call, rule: Plan) -> tuple[Plan, str]:
+    """The rule's plan with what the tables have for the call, and whose it is.
+
+    A bad row is ignored.
     """
-    return measured(arch, call, rule_for(arch, call))
-
-
-def measured(arch: Architecture, call: Call, rule: Plan) -> Plan:
-    """The rule's plan with what the tables in force have for the call; a bad row is ignored."""
-    plan, source = rule, "the rule"
     found = tables.find(arch.gpu, arch.name, call)
     if found is not None:
         row, path = found
@@ -189,31 +216,64 @@ def measured(arch: Architecture, call: Call, rule: Plan) -> Plan:
             reason = why_not(arch, changed, call)
             if reason is not None:
                 raise ValueError(reason)
-            plan, source = changed, str(path)
+            return changed, str(path)
         except ValueError as error:
             tables.warn_once(path, f"{path}: the row for {call} is ignored: {error}")
-    _log.debug("%s -> %s: %s", call, plan, source)
-    return plan
+    return rule, "the rule"
 
 
 def why_not(arch: Architecture, plan: object, call: Call) -> str | None:
-    """Say why a plan cannot serve a call, if so."""
-    if not isinstance(plan, (ForwardPlan, BackwardPlan)):
-        return None  # the other kernels serve every call with every tile
-    if plan.gemm.specialised:
-        misfit = specialised_misfit(arch, call.torch_dtype, plan.gemm)
-        if misfit is not None:
-            return misfit
-    if isinstance(plan, BackwardPlan) and plan.input_grad == "library" and call.dropout:
-        return "no vendor GEMM applies a dropout mask"
-    if isinstance(plan, ForwardPlan) and plan.impl not in SERVE_EVERY_CALL:
-        if call.dropout:
-            return f"{plan.impl} draws no dropout"
-        if call.R > MAX_BLOCK_R:
-            return f"{plan.impl} takes a rank of at most {MAX_BLOCK_R}, got {call.R}"
-        if plan.impl == "decode" and not decode_serves(call.M, call.R):
-            return f"decode takes at most {MAX_M} rows, got {call.M}"
+    """Say why a plan cannot serve a call as it is named, if so."""
+    if isinstance(plan, (ForwardPlan, BackwardPlan)):
+        reason = why_not_named(plan, call.M, call.R, call.dropout)
+        if reason is None and plan.gemm.specialised:
+            reason = specialised_misfit(arch, call.torch_dtype, plan.gemm)
+        if reason is not None:
+            return reason
+    if call.torch_dtype.itemsize > 2:
+        return None  # A and B have no more bytes than the rest, as when the row was measured
+    return memory_misfit(arch, tile_with_factors(plan), call.R)
+
+
+def why_not_named(plan: ForwardPlan | BackwardPlan, M: int, R: int, dropout: bool) -> str | None:
+    """Say why the implementation that a plan names cannot run, if so: another one would."""
+    name = plan.impl if isinstance(plan, ForwardPlan) else plan.input_grad
+    if dropout and name in NO_DROPOUT:
+        return f"{name} draws no dropout and applies no mask"
+    if R > MAX_BLOCK_R and name in ONE_BLOCK:
+        return f"{name} takes a rank of at most {MAX_BLOCK_R}, got {R}"
+    if name == "decode" and not decode_serves(M, R):
+        return f"decode takes at most {MAX_M} rows, got {M}"
     return None
+
+
+def check_named(plan: ForwardPlan | BackwardPlan, M: int, R: int, dropout: bool) -> None:
+    """Refuse a plan, of the caller's own, that cannot run as it is named."""
+    reason = why_not_named(plan, M, R, dropout)
+    if reason is not None:
+        raise ValueError(f"plan: {reason}; take another implementation")
+
+
+def tile_with_factors(plan: Any) -> AnyTile:
+    """The tile of a plan that holds A or B in shared memory."""
+    match plan:
+        case ForwardPlan():
+            return plan.shrink
+        case WeightPlan():
+            return plan.config
+        case EmbeddingConfig():
+            return plan
+    return plan.grad_sb
+
+
+def adding_input_grad(ranks: int, dropout: bool) -> InputGradImpl:
+    """Who makes dx where the vendor's product should add to dS A.
+
+    Beyond one block of the rank no pass over x makes dS A, and only an epilogue masks it.
+    """
+    if ranks <= MAX_BLOCK_R:
+        return "lora_first"
+    return "fused" if dropout else "library"
 
 
 def reload_tables() -> None:
@@ -243,6 +303,8 @@ def forward_rule(arch: Architecture, call: Call) -> ForwardPlan:
         impl = "one_pass"
     else:
         impl = "split" if fused else "lora_first"
+    if impl == "lora_first" and R > MAX_BLOCK_R:
+        impl = "library_expand"
     gemm = gemm_config(arch, M, dtype, one_pass=impl == "one_pass")
     if specialised and arch.gemm_specialised is not None:
         gemm = arch.gemm_specialised
@@ -252,14 +314,14 @@ def forward_rule(arch: Architecture, call: Call) -> ForwardPlan:
 
 def backward_rule(arch: Architecture, call: Call) -> BackwardPlan:
     """Choose by the model the implementation of dx (a product of depth N) and of dS and dB."""
-    _, M, N, K, R, _, _ = call
+    _, M, N, K, R, _, dropout = call
     dtype = call.torch_dtype
     gemm, fused = gemm_config(arch, M, dtype), fused_gemm_pays(arch, N, dtype)
     if arch.gemm_specialised is not None:
         fused = specialised_pays(arch, M, K, N, dtype)
         gemm = arch.gemm_specialised if fused else gemm
     return BackwardPlan(
-        input_grad="fused" if fused else "lora_first",
+        input_grad="fused" if fused else adding_input_grad(R, dropout),
         library_sb=R >= LIBRARY_RANK or (R > WIDE_RANK and dtype is torch.float32),
         gemm=gemm,
         grad_sb=grad_sb_config(arch, R, dtype),

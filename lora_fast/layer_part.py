@@ -29,6 +29,7 @@ class LayerPart:
     effective_weight: Callable[[], Tensor]
     # Of the merge.
     _merge: Callable[[], None]
+    _merge_arguments: Callable[[], tuple[Tensor, Tensor, Tensor, float]]
     _unmerge: Callable[[], None]
     _merged_itself: Callable[[], bool]
     _merged_target: Callable[[], Tensor]

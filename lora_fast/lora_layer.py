@@ -14,7 +14,7 @@ from lora_fast.interrupts import merge_lock
 from lora_fast.loaded_state import LoadedState
 from lora_fast.moving import MovesWeight
 from lora_fast.record import MergeRecord
-from lora_fast.restoring import RestoresWeight, remember_merges
+from lora_fast.restoring import RestoresWeight, merge_layers, settle
 from lora_fast.saved_state import SavedState, remember_view
 
 Layer = TypeVar("Layer", bound="MergingLayer")
@@ -261,9 +261,9 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
 
     def _fold(self) -> None:
         if self._has_adapter():
-            arguments = self._merge_arguments()
-            record = functional.merge_(*arguments, **self._blocks())
-            remember_merges([(self, arguments[0], record)])
+            (why_not,) = merge_layers([self])
+            if why_not is not None:
+                raise OverflowError(why_not)
         else:  # as in loralib; but nothing must be subtracted of an adapter that comes later
             self._remember(True, None)
             self.__dict__["_merged_nothing"] = True
@@ -286,9 +286,15 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
                 return
             record = self._record
             by_hand = self._has_adapter() and "_merged_nothing" not in self.__dict__
-            if record is not None or by_hand:
-                self._restore(self._merged_target(), record)
-            self._remember(False, None)
+            target = self._merged_target() if record is not None or by_hand else None
+            try:
+                if target is not None:
+                    self._restore(target, record)
+                self._remember(False, None)
+            except BaseException:
+                if self.merged and target is not None and record is not None:
+                    settle(self, target, record)
+                raise
 
     def _merged_target(self) -> Tensor:
         owner = self._weight_owner()

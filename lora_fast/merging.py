@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_fast import checks, native, ops, reference, shapes, sharded, versions
 from lora_fast.backend import Backend, choose_merge
-from lora_fast.native import Merge
+from lora_fast.native import Done, Merge
 from lora_fast.record import MergeRecord, some_of
 
 
@@ -44,57 +44,62 @@ def merge_(
         NaN that the weight held before stay. Source: loralib/layers.py:126-141.
     """
     enable, widths = checks.blocks("merge_", enable_lora, out_splits)
-    (record,) = merge_many([Merge(weight, lora_A, lora_B, scaling, enable, widths)])
-    if record is None:
-        raise OverflowError(reference.why_not_finite(weight, lora_A, lora_B))
-    return record
+    done: Done = []
+    try:
+        merge_many([Merge(weight, lora_A, lora_B, scaling, enable, widths)], done)
+        if done:
+            return done[0][1]
+    except BaseException:
+        undo(done)
+        raise
+    raise OverflowError(reference.why_not_finite(weight, lora_A, lora_B))
 
 
 @torch.no_grad()
-def merge_many(requests: Sequence[Merge]) -> list[MergeRecord | None]:
+def merge_many(requests: Sequence[Merge], done: Done) -> list[MergeRecord | None]:
     """`merge_` weights of one device and dtype, in one call of the native ops.
 
     Args:
         requests: the arguments of `merge_` for each; no two weights share memory.
+        done: an empty list, to be handed to `undo` after any error.
 
     Returns:
         For each the record with which `unmerge_` restores the weight, or None where a finite
         element would become infinite or NaN; that weight is as it was.
 
     Raises:
-        ValueError: factors do not fit their weight. After this or any other error no weight has
-            changed.
+        ValueError: factors do not fit their weight.
     """
     requests = [_checked(request) for request in requests]
     if any([request.weight.is_inference() for request in requests]):
         with torch.inference_mode():  # only there they may be written to
-            return _merge_checked(requests)
-    return _merge_checked(requests)
+            return _merge_checked(requests, done)
+    return _merge_checked(requests, done)
 
 
-def _merge_checked(requests: Sequence[Merge]) -> list[MergeRecord | None]:
+def undo(done: Done) -> None:
+    """Unmerge what `merge_many` had merged when something came in between."""
+    for weight, record in done:
+        if not record.spent:
+            unmerge_(weight, record)
+
+
+def _merge_checked(requests: Sequence[Merge], done: Done) -> list[MergeRecord | None]:
     originals = [versions.current(request.weight) for request in requests]
     served = [i for i, request in enumerate(requests) if _is_served(request)]
     records: list[MergeRecord | None] = [None] * len(requests)
-    try:
-        if served:
-            before = [some_of(requests[i].weight) for i in served]
-            found = native.merge([requests[i] for i in served])
-            for i, record in zip(served, found, strict=True):
-                records[i] = record
-            for record, i, elements in zip(found, served, before, strict=True):
-                if record is not None and record.original is None:
-                    record.before, record.after = elements, some_of(requests[i].weight)
-        for i in sorted(set(range(len(requests))) - set(served)):
-            records[i] = _merge_alone(requests[i])
-        for request, record, original in zip(requests, records, originals, strict=True):
-            if record is not None and not record.of_shard:  # a DTensor counts by itself
-                record.versions = versions.merged(request.weight, original)
-    except BaseException:
-        for request, record in zip(requests, records, strict=True):
-            if record is not None:
-                unmerge_(request.weight, record)
-        raise
+    if served:
+        before = [some_of(requests[i].weight) for i in served]
+        found = native.merge([requests[i] for i in served], done)
+        for i, record, elements in zip(served, found, before, strict=True):
+            records[i] = record
+            if record is not None and record.original is None:
+                record.before, record.after = elements, some_of(requests[i].weight)
+    for i in sorted(set(range(len(requests))) - set(served)):
+        records[i] = _merge_alone(requests[i], done)
+    for request, record, original in zip(requests, records, originals, strict=True):
+        if record is not None and not record.of_shard:  # a DTensor counts by itself
+            record.versions = versions.merged(request.weight, original)
     return records
 
 
@@ -125,19 +130,28 @@ def _is_served(request: Merge) -> bool:
     return chosen is Backend.NATIVE
 
 
-def _merge_alone(request: Merge) -> MergeRecord | None:
+def _merge_alone(request: Merge, done: Done) -> MergeRecord | None:
     weight, lora_A, lora_B, scaling, enable_lora, out_splits = request
+    if sharded.is_dtensor(weight):
+        try:
+            record = sharded.merge_(*request)
+        except OverflowError:
+            return None
+        done.append((weight, record))
+        return record
+    # What is merged is what is kept; see native._with_copies.
+    original, lora_A, lora_B = weight.clone(), lora_A.clone(), lora_B.clone()
+    what = (lora_A, lora_B, scaling, enable_lora, out_splits)
+    record = MergeRecord(original.shape, original.dtype, original, *what, is_native=False)
+    done.append((weight, record))  # the copy is right before the merge, too
     try:
-        if sharded.is_dtensor(weight):
-            return sharded.merge_(*request)
-        # What is merged is what is kept; see native._with_copies.
-        kept = (lora_A.clone(), lora_B.clone(), scaling, enable_lora, out_splits)
-        original = reference.merge_(
-            weight, *kept[:3], enable_lora=enable_lora, out_splits=out_splits
+        reference.merge_(
+            weight, lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits
         )
     except OverflowError:
+        done.pop()
         return None
-    return MergeRecord(original.shape, original.dtype, original, *kept, is_native=False)
+    return record
 
 
 @torch.no_grad()
@@ -155,7 +169,7 @@ def merge_again(weight: Tensor, record: MergeRecord) -> MergeRecord | None:
     request = Merge(weight, *what)
     if record.is_native and ops.load_native(weight.device.type) is None:  # from another process
         return native.merge([request])[0]
-    return _merge_alone(request)
+    return _merge_alone(request, [])
 
 
 def unmerge_(weight: Tensor, record: MergeRecord) -> None:

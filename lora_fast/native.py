@@ -68,51 +68,55 @@ def _overlaps(weight: Tensor) -> bool:
     return False
 
 
-def merge(requests: Sequence[Merge]) -> list[MergeRecord | None]:
+Done = list[tuple[Tensor, MergeRecord]]
+"""Weights that are merged, each with its record: what whoever made the list undoes after an error.
+It is added to as soon as there is a record, so that an error on the way back loses none."""
+
+
+def merge(requests: Sequence[Merge], done: Done | None = None) -> list[MergeRecord | None]:
     """Merge weights of one device and dtype, in one launch where the device has launches.
 
     Args:
         requests: merges that `why_not` has nothing against.
+        done: where each merge is noted; after an error what is not in it is not merged.
 
     Returns:
         A record for each, or None where a finite element would become infinite or NaN; that weight
         is as it was.
     """
+    done = [] if done is None else done
     requests = _with_copies(requests)
     jobs = list(map(_new_job, requests))
-    status = _new_status(jobs)
+    status, known = _new_status(jobs), len(done)
     try:
         _run(ops.merge_, jobs, status)
         lengths = _of_jobs(jobs, status)
         if min(map(min, lengths)) >= 0:
-            return [job.record(found) for job, found in zip(jobs, lengths, strict=True)]
-    except BaseException:  # no memory for a list, say: what has no record must not stay merged
-        if _is_done(status):
+            records = [job.record(found) for job, found in zip(jobs, lengths, strict=True)]
+            done += [(job.request.weight, r) for job, r in zip(jobs, records, strict=True)]
+            return list(records)
+    except BaseException:  # no memory for a list, say
+        if _is_done(status) and len(done) == known:
             found = _of_jobs(jobs, status)
             cut = [job.cut(n) for job, n in zip(jobs, found, strict=True)]
             _run(ops.unmerge_, cut, _new_status(cut))
         raise
     del jobs  # their codes are large, and what follows makes its own
-    return _merge_apart(requests, lengths)  # the op has put every weight back
+    return _merge_apart(requests, lengths, done)  # the op has put every weight back
 
 
 def _merge_apart(
-    requests: Sequence[Merge], status: Sequence[Sequence[int]]
+    requests: Sequence[Merge], status: Sequence[Sequence[int]], done: Done
 ) -> list[MergeRecord | None]:
     """Merge together what can be, and with a copy what a code is not enough for."""
     together = [i for i, lengths in enumerate(status) if min(lengths) >= 0]
     records: list[MergeRecord | None] = [None] * len(requests)
-    try:
-        if together:
-            for i, record in zip(together, merge([requests[i] for i in together]), strict=True):
-                records[i] = record
-        for i, lengths in enumerate(status):
-            if min(lengths) < 0 and _NOT_FINITE not in lengths:
-                records[i] = _merge_with_copy(requests[i])
-    except BaseException:
-        done = [(r.weight, record) for r, record in zip(requests, records, strict=True) if record]
-        unmerge([weight for weight, _ in done], [record for _, record in done])
-        raise
+    if together:
+        for i, record in zip(together, merge([requests[i] for i in together], done), strict=True):
+            records[i] = record
+    for i, lengths in enumerate(status):
+        if min(lengths) < 0 and _NOT_FINITE not in lengths:
+            records[i] = _merge_with_copy(requests[i], done)
     return records
 
 
@@ -291,7 +295,7 @@ def _empty_overflow(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, T
         return index, torch.empty(0, dtype=dtype, device=device)
 
 
-def _merge_with_copy(request: Merge) -> MergeRecord | None:
+def _merge_with_copy(request: Merge, done: Done) -> MergeRecord | None:
     weight = request.weight
     _log.debug(
         "deltas far above the weights: keeping a copy of a %s %s weight",
@@ -300,14 +304,17 @@ def _merge_with_copy(request: Merge) -> MergeRecord | None:
     )
     original = weight.clone()
     (request,) = _with_copies([request])
-    job = _codeless_job(request, original)
+    job, known = _codeless_job(request, original), len(done)
     try:
         status = _new_status([job])
         _run(ops.merge_, [job], status)
         if _is_done(status):
-            return _record(job, ())
+            record = _record(job, ())
+            done.append((weight, record))
+            return record
     except BaseException:
-        weight.copy_(original)
+        if len(done) == known:
+            weight.copy_(original)
         raise
     weight.copy_(original)
     return None

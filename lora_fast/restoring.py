@@ -1,15 +1,17 @@
 """Taking a merge out of a weight again, also where somebody wrote to the weight meanwhile."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fast import functional, readers, shapes, sharded, sums
+from lora_fast import functional, readers, reference, shapes, sharded, sums
 from lora_fast.layer_part import LayerPart
-from lora_fast.merging import merge_again
+from lora_fast.merging import merge_again, merge_many, undo
+from lora_fast.native import Done, Merge
 from lora_fast.record import Code, MergeRecord, some_of
 from lora_fast.torch_internals import is_fake_tensor
 
@@ -140,16 +142,40 @@ class RestoresWeight(LayerPart):
         return adds_nothing and self._other_factors(record)
 
 
-def remember_merges(merges: list[tuple[RestoresWeight, Tensor, MergeRecord]]) -> None:
-    """Count layers as merged, into these weights; if anything comes in between, undo all of it."""
+def merge_layers(layers: Sequence[RestoresWeight]) -> list[str | None]:
+    """Merge layers, and count them as merged: all, or after any error none.
+
+    Args:
+        layers: of weights of one device and dtype.
+
+    Returns:
+        For each None, or why it was not merged: a finite element would become infinite or NaN.
+    """
+    done: Done = []
     try:
-        for layer, _, record in merges:
-            layer._remember(True, record)
+        requests = [Merge(*layer._merge_arguments(), **layer._blocks()) for layer in layers]
+        records = merge_many(requests, done)
+        for layer, record in zip(layers, records, strict=True):
+            if record is not None:
+                layer._remember(True, record)
+        return [
+            reference.why_not_finite(*request[:3]) if record is None else None
+            for request, record in zip(requests, records, strict=True)
+        ]
     except BaseException:
-        for layer, target, record in merges:
-            layer.__dict__.update(merged=False, _record=None)
-            functional.unmerge_(target, record)
+        records_done = [record for _, record in done]
+        for layer in layers:
+            if any(layer._record is record for record in records_done):
+                layer.__dict__.update(merged=False, _record=None)
+        undo(done)
         raise
+
+
+def settle(layer: RestoresWeight, target: Tensor, record: MergeRecord) -> None:
+    """After an unmerge that was stopped: count a layer as unmerged if it has its base weight."""
+    shard = sharded.local(target)
+    if (record.spent and record.has_restored(shard)) or _is_base(shard, record):
+        layer._remember(False, None)
 
 
 def is_as_merged(shard: Tensor, record: MergeRecord) -> bool:

@@ -5,12 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fast import checks, interrupts, merging, readers, reference, sharded
+from lora_fast import checks, interrupts, merging, readers, sharded
 from lora_fast.interrupts import merge_lock
 from lora_fast.lora_layer import MergingLayer
-from lora_fast.native import Merge
 from lora_fast.record import MergeRecord
-from lora_fast.restoring import remember_merges
+from lora_fast.restoring import merge_layers, settle
 
 Layers = dict[str, MergingLayer]
 # Weights from which a batch is merged, and Ctrl-C heard, before the next begins.
@@ -118,14 +117,9 @@ def _unmerge(layers: Layers, progress: bool) -> int:
 def _merge_batch(batch: Layers) -> None:
     """Merge layers of one device and dtype together, on a GPU by one launch."""
     with interrupts.held_back():
-        requests = [Merge(*m._merge_arguments(), **m._blocks()) for m in batch.values()]
-        records = merging.merge_many(requests)
-        trios = zip(batch.values(), requests, records, strict=True)
-        remember_merges([(layer, r.weight, record) for layer, r, record in trios if record])
-    for (name, layer), record in zip(batch.items(), records, strict=True):
-        if record is None:
-            weight: Any = layer._weight_owner().weight
-            why = reference.why_not_finite(weight, layer.lora_A, layer.lora_B)
+        obstacles = merge_layers(list(batch.values()))
+    for name, why in zip(batch, obstacles, strict=True):
+        if why is not None:
             raise RuntimeError(f"merge: nothing was merged. {name or 'the model'}: {why}")
 
 
@@ -136,9 +130,15 @@ def _unmerge_batch(batch: Layers) -> None:
         # Copies share a record, which serves one at a time.
         by_record = {id(pair[1]): (layer, *pair) for layer, pair in found if pair is not None}
         together = list(by_record.values())
-        merging.unmerge_many([t for _, t, _ in together], [r for _, _, r in together])
-        for layer, _, _ in together:
-            layer._remember(False, None)
+        try:
+            merging.unmerge_many([t for _, t, _ in together], [r for _, _, r in together])
+            for layer, _, _ in together:
+                layer._remember(False, None)
+        except BaseException:
+            for layer, target, record in together:
+                if layer.merged:
+                    settle(layer, target, record)
+            raise
         for layer, _ in found:
             if layer.merged:
                 layer._unmerge()

@@ -207,7 +207,7 @@ def test_no_memory_for_a_copy_leaves_every_layer_as_it_was(
         close[3].lora_B.mul_(1e9)
     before = weights(close)
 
-    def no_memory(request: Any) -> Any:
+    def no_memory(*arguments: Any) -> Any:
         raise MemoryError
 
     monkeypatch.setattr(native, what, no_memory)

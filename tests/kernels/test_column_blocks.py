@@ -16,7 +16,7 @@ from lora_fast.kernels.configs import GemmConfig, GradAConfig, GradSBConfig, Shr
 from lora_fast.kernels.dropout import keep_scale, unpack_mask
 from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
 from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
-from lora_fast.kernels.plans import BackwardPlan, ForwardPlan
+from lora_fast.kernels.plans import ONE_BLOCK, BackwardPlan, ForwardPlan
 
 # Tiles small enough to interpret, and smaller than most inputs here.
 GEMMS = {
@@ -27,7 +27,9 @@ FORWARD = {
     f"{impl}-{gemm}": ForwardPlan(
         impl, GEMMS[gemm], ShrinkConfig(16, 32, 32, num_warps=4, num_stages=2)
     )
-    for impl, gemm in product(("one_pass", "split", "lora_first", "library"), GEMMS)
+    for impl, gemm in product(
+        ("one_pass", "split", "lora_first", "library_expand", "library"), GEMMS
+    )
 }
 BACKWARD = {
     f"{input_grad}-{'library' if library else 'kernel'}": BackwardPlan(
@@ -132,8 +134,8 @@ def test_forward_of_few_rows(edges: str, make_inputs: Any) -> None:
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("plan", ONE_OF_EACH)
 def test_forward_at_large_ranks(plan: str, bias: bool, rank: int, make_inputs: Any) -> None:
-    if plan.startswith("one_pass") and rank > 16:
-        pytest.skip("one pass keeps S in registers: a single block of the rank")
+    if FORWARD[plan].impl in ONE_BLOCK and rank > 16:
+        pytest.skip("it keeps S in registers: a single block of the rank")
     inputs = make_inputs(18, N, 40, rank, bias=bias, edges=EDGES["one_column_wide"])
     check_output(inputs, forward(inputs, plan)[0])
 
@@ -209,10 +211,11 @@ def test_backward(plan: str, edges: str, make_inputs: Any) -> None:
 @pytest.mark.parametrize(("rank", "p"), [(4, 0.1), (24, 0.5)])
 def test_dropout(rank: int, p: float, make_inputs: Any) -> None:
     inputs = make_inputs(18, N, 37, rank, edges=EDGES["one_column_wide"])
-    for plan in ("split-pointers", "lora_first-pointers"):
+    one_block = 3 * rank <= 64  # of all blocks together
+    for plan in ("split-pointers", f"{'lora_first' if one_block else 'library_expand'}-pointers"):
         y, _, mask = forward(inputs, plan, p)
         check_output(inputs, y, scaled(mask, inputs, p))
-    for plan in ("fused-kernel", "lora_first-library"):
+    for plan in ("fused-kernel", "lora_first-library" if one_block else "fused-library"):
         found, keep = backward(inputs, plan, p)
         check_gradients(inputs, found, keep)
 

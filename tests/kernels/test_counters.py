@@ -1,4 +1,8 @@
+import gc
 import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -22,6 +26,32 @@ def test_a_stream_uses_the_same_counters_again() -> None:
     assert torch.count_nonzero(first) == 0
     assert found.eager(FEWEST, 1) is first
     assert found.eager(FEWEST + 1, 1).numel() == 2 * FEWEST
+
+
+def test_counters_that_a_stream_has_outgrown_are_not_freed() -> None:
+    """A launch on it may still count in them."""
+    found = Counters(torch.device("cpu"))
+    before = [weakref.ref(found.eager(count, 1)) for count in (5, FEWEST + 1, 4 * FEWEST)]
+    gc.collect()
+    assert all(counters() is not None for counters in before)
+
+
+def test_two_threads_on_one_stream_make_room_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes second uses the counters of the first: one launch runs after the other there."""
+    made, zeros = [], Counters.zeros
+
+    def slow(self: Counters, count: int) -> torch.Tensor:
+        made.append(count)
+        time.sleep(0.05)
+        return zeros(self, count)
+
+    found = Counters(torch.device("cpu"))
+    found.eager(5, 1)
+    monkeypatch.setattr(Counters, "zeros", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: found.eager(FEWEST + 1, 1), range(2))
+    assert first is second
+    assert made == [2 * FEWEST]
 
 
 def test_two_streams_do_not_share_them() -> None:

@@ -19,8 +19,7 @@ from hopper_machine import Descriptor, Pointer
 from hopper_model import Kernel
 from triton.compiler.errors import CompilationError
 
-from lora_fast.kernels import hopper_launch, lora_gemm_hopper, primitives
-from lora_fast.kernels import lora_gemm as module
+from lora_fast.kernels import hopper_launch, hopper_product, lora_gemm_hopper, primitives
 from lora_fast.kernels.configs import ARCHITECTURES, architecture
 from lora_fast.kernels.descriptors import descriptor_fits
 from lora_fast.kernels.dropout import packed_width, unpack_mask
@@ -261,7 +260,7 @@ def test_what_triton_cannot_compile_is_left_to_the_other_kernel(
         raise error
 
     monkeypatch.setattr(lora_gemm_hopper, "lora_gemm_hopper", refuse)
-    monkeypatch.setattr(module, "_refused", set())
+    monkeypatch.setattr(hopper_product, "_refused", set())
     x, w, up, t = (torch.randn(64, 64, device=kernel_device).half() for _ in range(4))
     if not serves:
         with pytest.raises(type(error)) as raised:

@@ -8,12 +8,13 @@ from lora_fast.testing import assert_within_budget
 
 pytest.importorskip("triton")
 
+from lora_fast.kernels import lora_linear_bwd as module
 from lora_fast.kernels import sizes
 from lora_fast.kernels.configs import GemmConfig, GradAConfig, GradSBConfig
 from lora_fast.kernels.dropout import keep_scale, unpack_mask
 from lora_fast.kernels.lora_linear_bwd import lora_linear_bwd
 from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
-from lora_fast.kernels.plans import BackwardPlan
+from lora_fast.kernels.plans import BackwardPlan, why_not_named
 
 # Tiles small enough to interpret, and smaller than most inputs here.
 GEMMS = {
@@ -34,6 +35,12 @@ BACKWARD = {
 }
 SHAPES = [(1, 7, 5, 1), (33, 65, 40, 4), (70, 32, 129, 16), (40, 96, 64, 70)]
 NAMES = ("x", "weight", "bias", "lora_a", "lora_b")
+
+
+def skip_unless_served(plan: str, rank: int, *, dropout: bool) -> None:
+    reason = why_not_named(BACKWARD[plan], 1, rank, dropout)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def run(inputs: Any, plan: str | None, p: float = 0.0, needs: Any = (True,) * 5) -> Any:
@@ -63,6 +70,7 @@ def check(inputs: Any, found: Any, keep: Any = None, names: Any = NAMES) -> None
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("plan", BACKWARD)
 def test_every_implementation_on_odd_shapes(plan: str, shape: Any, make_inputs: Any) -> None:
+    skip_unless_served(plan, shape[3], dropout=False)
     inputs = make_inputs(*shape)
     check(inputs, run(inputs, plan)[0])
 
@@ -71,6 +79,7 @@ def test_every_implementation_on_odd_shapes(plan: str, shape: Any, make_inputs: 
 @pytest.mark.parametrize("rank", [4, 70])
 @pytest.mark.parametrize("plan", BACKWARD)
 def test_dropout(plan: str, rank: int, p: float, make_inputs: Any) -> None:
+    skip_unless_served(plan, rank, dropout=True)
     inputs = make_inputs(40, 36, 77, rank)
     found, keep = run(inputs, plan, p)
     check(inputs, found, keep)
@@ -111,6 +120,51 @@ def test_strides(plan: str, make_inputs: Any) -> None:
     check(inputs, run(inputs, plan)[0])
 
 
+@pytest.mark.parametrize(
+    ("input_grad", "rank", "p", "reason"),
+    [
+        ("library", 4, 0.5, "plan: library draws no dropout and applies no mask"),
+        ("lora_first", 65, 0.0, "plan: lora_first takes a rank of at most 64, got 65"),
+    ],
+)
+def test_a_plan_that_would_run_as_another_is_refused(
+    input_grad: str, rank: int, p: float, reason: str, make_inputs: Any
+) -> None:
+    inputs = make_inputs(9, 12, 20, rank)
+    with pytest.raises(ValueError, match=reason):
+        run(inputs, f"{input_grad}-kernel-pointers", p)
+
+
+@pytest.mark.parametrize("edges", [None, [0, 24, 40, 64]], ids=["whole", "blocks"])
+@pytest.mark.parametrize(("rank", "p"), [(20, 0.0), (20, 0.5), (40, 0.0), (40, 0.5)])
+def test_dx_is_made_as_the_plan_says(
+    edges: list[int] | None, rank: int, p: float, make_inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks of 40 ranks are 80: no program holds them, and only the product masks them."""
+    ran: list[str] = []
+    plans: list[BackwardPlan] = []
+    for name in ("lora_grad_a", "lora_gemm"):
+        step = getattr(module, name)
+        noting = lambda *a, step=step, name=name, **k: ran.append(name) or step(*a, **k)  # noqa: E731
+        monkeypatch.setattr(module, name, noting)
+    planned = module.backward_plan
+    monkeypatch.setattr(module, "backward_plan", lambda *a: plans.append(planned(*a)) or plans[-1])
+    i = make_inputs(40, 64, 20, rank, edges=edges)
+    s = torch.zeros(40, i.lora_a.shape[0], device=i.x.device)
+    mask = torch.zeros(40, 3, device=i.x.device, dtype=torch.uint8) if p else None
+    args = (i.dy, i.x, i.weight, i.lora_a, i.lora_b, s, mask, i.scaling, p, [True] * 5)
+    module.lora_linear_bwd(*args, torch.float32, edges)
+    crowded = edges is not None and rank == 40
+    (plan,) = plans
+    assert plan.input_grad == ("lora_first" if not crowded else "fused" if p else "library")
+    expected = {
+        "lora_first": ["lora_grad_a"],
+        "fused": ["lora_grad_a", "lora_gemm"],
+        "library": [],
+    }
+    assert ran == expected[plan.input_grad]
+
+
 def test_no_rows(make_inputs: Any) -> None:
     inputs = make_inputs(0, 6, 20, 3)
     found, _ = run(inputs, None)
@@ -123,7 +177,8 @@ def test_no_rows(make_inputs: Any) -> None:
 @pytest.mark.parametrize("plan", BACKWARD)
 def test_the_same_bits_every_time(plan: str, make_inputs: Any) -> None:
     inputs = make_inputs(50, 40, 60, 8, torch.float16)
-    first, second = run(inputs, plan, 0.2)[0], run(inputs, plan, 0.2)[0]
+    p = 0.0 if plan.startswith("library") else 0.2
+    first, second = run(inputs, plan, p)[0], run(inputs, plan, p)[0]
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
@@ -138,6 +193,7 @@ def test_long_axes_take_longer_chunks(make_inputs: Any, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("plan", BACKWARD)
 def test_a_mask_shifted_by_a_column_is_seen(plan: str, make_inputs: Any) -> None:
     """The tests can fail: the gradients of another mask are out of the budget."""
+    skip_unless_served(plan, 8, dropout=True)
     inputs = make_inputs(40, 36, 77, 8)
     found, keep = run(inputs, plan, 0.5)
     with pytest.raises(AssertionError, match="gradient of lora_a"):

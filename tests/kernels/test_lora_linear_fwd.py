@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -8,10 +9,11 @@ from lora_fast.testing import assert_within_budget
 
 pytest.importorskip("triton")
 
+from lora_fast.kernels import lora_linear_fwd as module
 from lora_fast.kernels.configs import GemmConfig, ShrinkConfig
 from lora_fast.kernels.dropout import keep_scale, unpack_mask
 from lora_fast.kernels.lora_linear_fwd import lora_linear_fwd
-from lora_fast.kernels.plans import ForwardPlan
+from lora_fast.kernels.plans import NO_DROPOUT, ONE_BLOCK, ForwardPlan
 
 # Tiles small enough to interpret, and smaller than most inputs here.
 GEMMS = {
@@ -22,8 +24,11 @@ FORWARD = {
     f"{impl}-{gemm}": ForwardPlan(
         impl, GEMMS[gemm], ShrinkConfig(16, 32, 32, num_warps=4, num_stages=2)
     )
-    for impl, gemm in product(("one_pass", "split", "lora_first", "library"), GEMMS)
+    for impl, gemm in product(
+        ("one_pass", "split", "lora_first", "library_expand", "library"), GEMMS
+    )
 }
+DROPPING = [name for name, plan in FORWARD.items() if plan.impl not in NO_DROPOUT]
 # The interpreter has no bf16 arithmetic, so it upcasts; a GPU runs the real thing.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 7, 5, 1), (33, 65, 40, 4), (70, 32, 129, 16), (16, 96, 64, 70)]
@@ -45,8 +50,8 @@ def check(inputs: Any, y: torch.Tensor, keep: torch.Tensor | None = None) -> Non
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("plan", FORWARD)
 def test_every_implementation_on_odd_shapes(plan: str, shape: Any, make_inputs: Any) -> None:
-    if plan.startswith("one_pass") and shape[3] > 64:
-        pytest.skip("one pass keeps S in registers: a single block of the rank")
+    if FORWARD[plan].impl in ONE_BLOCK and shape[3] > 64:
+        pytest.skip("it keeps S in registers: a single block of the rank")
     inputs = make_inputs(*shape)
     y, s, mask = run(inputs, plan)
     check(inputs, y)
@@ -62,13 +67,58 @@ def test_dtypes(plan: str, dtype: torch.dtype, make_inputs: Any) -> None:
     check(inputs, run(inputs, plan)[0])
 
 
-@pytest.mark.parametrize("plan", [p for p in FORWARD if not p.startswith("one_pass")])
+@pytest.mark.parametrize("rank", [8, 70])
+@pytest.mark.parametrize("plan", DROPPING)
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_by_the_mask_that_it_returns(plan: str, p: float, make_inputs: Any) -> None:
-    inputs = make_inputs(33, 40, 77, 8)
+def test_dropout_by_the_mask_that_it_returns(
+    plan: str, p: float, rank: int, make_inputs: Any
+) -> None:
+    if FORWARD[plan].impl in ONE_BLOCK and rank > 64:
+        pytest.skip("it keeps S in registers: a single block of the rank")
+    inputs = make_inputs(33, 40, 77, rank)
     y, _, mask = run(inputs, plan, p, seed=123)
     keep = unpack_mask(mask, 77).double() * keep_scale(p)
     check(inputs, y, keep)
+
+
+@pytest.mark.parametrize(
+    ("impl", "rank", "p", "reason"),
+    [
+        ("library", 4, 0.5, "plan: library draws no dropout"),
+        ("one_pass", 4, 0.5, "plan: one_pass draws no dropout"),
+        ("lora_first", 65, 0.0, "plan: lora_first takes a rank of at most 64, got 65"),
+        ("one_pass", 65, 0.0, "plan: one_pass takes a rank of at most 64, got 65"),
+    ],
+)
+def test_a_plan_that_would_run_as_another_is_refused(
+    impl: str, rank: int, p: float, reason: str, make_inputs: Any
+) -> None:
+    inputs = make_inputs(9, 12, 20, rank)
+    with pytest.raises(ValueError, match=reason):
+        run(inputs, f"{impl}-pointers", p, seed=1 if p else None)
+
+
+def test_who_makes_s_and_who_expands_it(make_inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = ("lora_decode", "lora_shrink", "library_shrink", "library_expand", "lora_gemm")
+    ran: list[str] = []
+    for name in steps:
+        step = getattr(module, name)
+        noting = lambda *a, step=step, name=name, **k: ran.append(name) or step(*a, **k)  # noqa: E731
+        monkeypatch.setattr(module, name, noting)
+    inputs = make_inputs(9, 12, 20, 4)
+    for impl, expected in (
+        ("decode", ["lora_decode"]),
+        ("one_pass", ["lora_gemm"]),
+        ("split", ["lora_shrink", "lora_gemm"]),
+        ("lora_first", ["lora_shrink"]),
+        ("library_expand", ["lora_shrink", "library_expand"]),
+        ("library", ["library_shrink", "library_expand"]),
+    ):
+        ran.clear()
+        plan = replace(FORWARD["split-pointers"], impl=impl)
+        operands = (inputs.x, inputs.weight, inputs.bias, inputs.lora_a, inputs.lora_b)
+        module.lora_linear_fwd(*operands, inputs.scaling, plan=plan)
+        assert ran == expected
 
 
 def test_the_mask_depends_on_the_seed_alone(make_inputs: Any) -> None:
@@ -131,7 +181,7 @@ def test_the_same_bits_every_time(plan: str, make_inputs: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which interprets the kernels
-@pytest.mark.parametrize("plan", [p for p in FORWARD if not p.startswith("lora_first")])
+@pytest.mark.parametrize("plan", [p for p in FORWARD if not p.startswith(("lora_f", "library-"))])
 def test_a_row_does_not_depend_on_the_others(plan: str, make_inputs: Any) -> None:
     """The same bits for the first rows, however many follow and whatever they hold.
 

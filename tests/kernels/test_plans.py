@@ -18,6 +18,8 @@ from lora_fast.kernels.plans import (
     forward_plan,
     rule_for,
     weight_plan,
+    why_not,
+    why_not_named,
 )
 from lora_fast.kernels.sizes import MAX_BLOCK_R
 from lora_fast.kernels.tables import Call
@@ -90,6 +92,11 @@ def test_hopper_has_a_kernel_of_its_own_where_it_has_work_for_all(
     for m, n, k in ((512, 4096, 4096), (128, 34304, 34304), (8192, 4095, 4096), (8192, 4096, 4090)):
         assert forward(m, n, k, 16, dtype, dropout=dropout) == alone
         assert input_grad(m, n, k, 16, dtype) == "lora_first"
+    # 88 tiles keep two thirds of 132 multiprocessors busy, which is too few; 104 keep four fifths.
+    for n, serves in ((11 * 256, False), (13 * 256, True)):
+        plan = forward_plan(chip, 1024, n, 4096, 16, dtype, dropout)
+        assert plan.gemm.specialised is serves
+        assert backward_plan(chip, 1024, 4096, n, 16, dtype, dropout).gemm.specialised is serves
     # 64 tiles: too few for 132 multiprocessors, enough for the 78 of an H20.
     small = replace(chip, processors=78)
     assert forward_plan(small, 512, 4096, 4096, 16, dtype, dropout).gemm == chip.gemm_specialised
@@ -108,6 +115,35 @@ def test_large_ranks_read_dy_twice_by_the_vendor(rank: int, library: bool) -> No
     assert plan.library_sb == library
     wide = backward_plan(ARCHITECTURES["sm_90"], 8192, 4096, 4096, rank, torch.float32)
     assert wide.library_sb == (rank > 32)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dropout", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_rule_names_what_runs(arch: str, dtype: torch.dtype, dropout: bool) -> None:
+    chip = ARCHITECTURES[arch]
+    for rank in (1, MAX_BLOCK_R, MAX_BLOCK_R + 1, 200):
+        for m in (1, MAX_M, MAX_M + 1, 8192):
+            for n in (64, 1024, 4096, 14336):
+                call = Call.of("lora_linear_fwd", m, n, 4096, rank, dtype, dropout)
+                assert why_not(chip, rule_for(chip, call), call) is None
+                back = Call.of("lora_linear_bwd", m, n, 4096, rank, dtype, dropout)
+                assert why_not(chip, rule_for(chip, back), back) is None
+                # Two blocks of columns, each of this rank.
+                plan = backward_plan(chip, m, n, 4096, rank, dtype, dropout, False, 2 * rank)
+                assert why_not_named(plan, m, 2 * rank, dropout) is None
+
+
+def test_beyond_a_block_of_the_rank_the_vendor_expands() -> None:
+    chip = {"arch": "sm_89"}
+    assert forward(8192, 4096, 14336, 64, dropout=True, **chip) == "lora_first"
+    for dropout in (True, False):
+        assert forward(8192, 4096, 14336, 65, dropout=dropout, **chip) == "library_expand"
+    assert input_grad(8192, 14336, 1024, 64, torch.bfloat16, "sm_89") == "lora_first"
+    assert input_grad(8192, 14336, 1024, 65, torch.bfloat16, "sm_89") == "library"
+    sizes = (ARCHITECTURES["sm_89"], 8192, 14336, 1024)
+    assert backward_plan(*sizes, 65, torch.bfloat16, True).input_grad == "fused"
+    assert backward_plan(*sizes, 33, torch.bfloat16, True, False, 66).input_grad == "fused"
 
 
 def test_wide_adapters_take_a_stage_fewer_where_memory_is_scarce() -> None:

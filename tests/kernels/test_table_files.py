@@ -1,5 +1,6 @@
 """Files of measured choices: what is written is read, and what is refused fails nothing."""
 
+import importlib
 import json
 import logging
 import os
@@ -38,6 +39,23 @@ def test_the_folder_is_the_variables_or_the_platforms(monkeypatch: pytest.Monkey
             unset()
         assert tables.user_folder().is_absolute()
         assert "lora_fast" in tables.user_folder().parts
+
+
+@pytest.mark.parametrize("package", ["torch", "triton"])
+def test_the_users_table_is_for_one_minor_version(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of torch 2.10 does not serve 2.13; another patch, or build, is the same."""
+    module = importlib.import_module(package)
+    monkeypatch.setattr(module, "__version__", "2.10.1+cu130")
+    machine = tables.this_machine(GPU, "sm_90")
+    assert getattr(machine, package) == "2.10"
+    put(table({"impl": OTHER}))
+    assert plan().impl == OTHER
+    for version, serves in (("2.10.0", True), ("2.13.0", False)):
+        monkeypatch.setattr(module, "__version__", version)
+        plans.reload_tables()
+        assert (plan().impl == OTHER) is serves
 
 
 def test_the_file_name_has_the_gpu_and_the_versions() -> None:
@@ -109,6 +127,10 @@ BROKEN = {
         "row_bytes must be from 64 to 4096, got 2",
     ),
     "three parts": (with_row(plan={"gemm": {"parts": 3}}), "parts must be a power of two, got 3"),
+    "sixteen parts": (
+        with_row(plan={"gemm": {"block_n": 256, "parts": 16}}),
+        "parts must be from 1 to 8, got 16",
+    ),
     "a huge tile": (
         with_row(plan={"gemm": {"block_m": 2**25}}),
         "block_m must be from 16 to 1024, got 33554432",
@@ -185,6 +207,33 @@ def test_a_plan_that_cannot_serve_the_call_is_ignored(
 
 
 @pytest.mark.parametrize(
+    ("changes", "rank", "dropout", "reason"),
+    [
+        ({"input_grad": "library"}, 16, True, "library draws no dropout and applies no mask"),
+        ({"input_grad": "lora_first"}, 65, False, "lora_first takes a rank of at most 64, got 65"),
+        ({"input_grad": "library"}, 65, False, None),
+    ],
+)
+def test_a_row_that_would_run_as_another_is_ignored(
+    changes: dict[str, str],
+    rank: int,
+    dropout: bool,
+    reason: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    call = Call.of("lora_linear_bwd", 4096, 4096, 4096, rank, torch.bfloat16, dropout)
+    path = put(table(changes, call))
+    rule = plans.rule_for(ARCH, call)
+    found, source = plans.measured(ARCH, call, rule)
+    assert source == ("the rule" if reason else str(path))
+    assert found == (rule if reason else replace(rule, **changes))
+    assert (reason or "") in caplog.text
+    forward = call._replace(op="lora_linear_fwd")
+    library = replace(plans.rule_for(ARCH, forward), impl="library")
+    assert (plans.why_not(ARCH, library, forward) is not None) is dropout
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [({}, None), ({"block_m": 64}, "block_m=128 or 256"), ({"num_warps": 4}, "num_warps=8 and")],
 )
@@ -232,7 +281,8 @@ def test_a_plan_that_no_kernel_can_run_is_ignored_with_one_warning(
     for _ in range(2):
         plans.reload_tables()
         caplog.clear()
-        assert plans.measured(ARCH, call, rule) == plans.measured(ARCH, call, rule) == rule
+        for _ in range(2):
+            assert plans.measured(ARCH, call, rule) == (rule, "the rule")
         (record,) = caplog.records
         assert f"{path}: the row for {call} is ignored: " in record.getMessage()
         assert reason in record.getMessage()
@@ -246,10 +296,16 @@ def test_the_other_rows_of_the_table_still_serve() -> None:
     assert plan().impl == OTHER
 
 
-@pytest.mark.skipif(not list(tables.SHIPPED.glob("*.json")), reason="no table ships yet")
-@pytest.mark.parametrize("path", sorted(tables.SHIPPED.glob("*.json")), ids=os.path.basename)
+MEASURED = Path(__file__).parents[2] / "bench" / "results" / "nvidia-h200" / "tuned.json"
+
+
+# None ships yet: the one among the results is what `lora-fast tune` wrote on an H200.
+@pytest.mark.parametrize(
+    "path", [MEASURED, *sorted(tables.SHIPPED.glob("*.json"))], ids=os.path.basename
+)
 def test_what_ships_is_valid(path: Path) -> None:
     found = tables.read(path)
+    assert found.rows
     chip = replace(configs.ARCHITECTURES[found.machine.arch], gpu=found.machine.gpu)
     for row in found.rows:
         rule = plans.rule_for(chip, row.call)

@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 from made_tables import ARCH, CALL, OTHER, RULE, SIZES, TILE, plan, put, table, write
 
 from lora_fast.kernels import configs, plans, tables
+from lora_fast.kernels.gemm_launch import gemm_launch
+from lora_fast.kernels.lora_gemm import lora_gemm
 from lora_fast.kernels.tables import Call
 
 pytestmark = pytest.mark.usefixtures("no_tables")
@@ -94,6 +96,29 @@ def test_the_log_says_which_plan_serves_a_call_and_where_it_is_from(
     assert measured.endswith(f": {path}")
     assert ruled.startswith(f"{CALL._replace(R=8)} -> ForwardPlan(impl={RULE.impl!r}")
     assert ruled.endswith(": the rule")
+
+
+def test_the_log_tells_of_the_tile_for_factors_in_fp32(caplog: pytest.LogCaptureFixture) -> None:
+    chip = configs.ARCHITECTURES["sm_89"]
+    with caplog.at_level(logging.DEBUG, logger="lora_fast.dispatch"):
+        found = plans.forward_plan(chip, *SIZES, False, True)
+        back = plans.backward_plan(chip, 4096, 14336, 1024, 40, torch.bfloat16, True, True, 80)
+    assert [record.args[1] for record in caplog.records] == [found, back]
+    assert (found.shrink.num_stages, back.input_grad) == (chip.shrink.num_stages - 1, "fused")
+
+
+def test_the_log_says_which_tile_takes_the_place_of_another(
+    caplog: pytest.LogCaptureFixture, kernel_device: torch.device
+) -> None:
+    """What the accelerator does not take, only the launch knows."""
+    gemm_launch.cache_clear()
+    tma = replace(configs.GemmConfig(32, 32, 32, 4, 2, tma=True), block_n=64)
+    x, w, up, t = on(kernel_device, *(torch.randn(s) for s in ((5, 7), (6, 7), (6, 4), (5, 4))))
+    with caplog.at_level(logging.DEBUG, logger="lora_fast.dispatch.plan"):
+        for _ in range(2):
+            lora_gemm(x, w, up, t=t, config=tma)
+    (record,) = caplog.records
+    assert record.args == ((5, 6, 7, 4), tma.without_tma(), tma)
 
 
 def test_interpreted_and_offline_plans_know_no_table() -> None:
