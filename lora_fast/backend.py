@@ -48,7 +48,7 @@ _MANY_DROPPED = 2**16
 # With dropout the fused kernels save more, so the limit is lower: this many elements of x.
 _FEW_OPERATIONS = 2**34
 _FEW_DROPPED = 2**21
-_MOST_DECODE_ROWS = 64  # kernels/decode_configs.py: MAX_M, which needs Triton
+_MOST_DECODE_ROWS = 64  # MAX_M of kernels/decode_configs.py; kernels are imported when they run
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHOSEN = "chosen by set_backend"
 _TENSOR_SCALING = "scaling is a tensor, which may want a gradient"

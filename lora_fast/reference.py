@@ -1,6 +1,6 @@
 """The operators in plain, differentiable PyTorch: the oracle, and the path that runs anywhere.
 
-Every fused implementation has the name and the arguments of a function here. Nothing but torch
+Each function of `lora_fast.functional` has its name and its arguments here. Nothing but torch
 computes, so functorch transforms, double backward, export, DTensor and any device work as they are.
 Arguments are documented in `lora_fast.functional`, which checks them first.
 """

@@ -42,7 +42,8 @@ def grouped_update(
 def _scaled_factors(s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """S and B, one of them times `scaling`, as `lora_fast.reference.scaled_factors` chooses."""
     if s.dtype == torch.float16 and abs(scaling) > 1.0:
-        return s, lora_B * scaling
+        wide = lora_B.float() if lora_B.dtype == torch.bfloat16 else lora_B
+        return s, wide * scaling
     return s * scaling, lora_B
 
 
