@@ -145,9 +145,7 @@ def _merge_alone(request: Merge, done: Done) -> MergeRecord | None:
     record = MergeRecord(original.shape, original.dtype, original, *what, is_native=False)
     done.append((weight, record))  # the copy is right before the merge, too
     try:
-        reference.merge_(
-            weight, lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits
-        )
+        reference.merge_beside_(original, weight, *what)
     except OverflowError:
         done.pop()
         return None

@@ -144,15 +144,12 @@ def unmerge(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
 
 def _merge_back(job: "_Job", is_native: bool) -> None:
     """Merge, by what merged it, a weight of which there is a copy, whether it is the copy now."""
-    weight, lora_A, lora_B, scaling, enable_lora, out_splits = job.request
-    if job.original is not None:
-        weight.copy_(job.original)
-    if is_native and ops.load_native(weight.device.type) is None:
+    assert job.original is not None
+    job.request.weight.copy_(job.original)
+    if is_native and ops.load_native(job.original.device.type) is None:
         _run(ops.merge_, [job], _new_status([job]))
     else:
-        reference.merge_(
-            weight, lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=out_splits
-        )
+        reference.merge_beside_(job.original, *job.request)
 
 
 def _keep_until_read(record: MergeRecord) -> None:

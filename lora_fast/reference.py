@@ -290,6 +290,21 @@ def merge_(
         OverflowError: a finite element of W would become infinite or NaN; W is as it was.
     """
     original = weight.clone()
+    merge_beside_(original, weight, lora_A, lora_B, scaling, enable_lora, out_splits)
+    return original
+
+
+@torch.no_grad()
+def merge_beside_(
+    original: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    enable_lora: list[bool] | None,
+    out_splits: list[int] | None,
+) -> None:
+    """`merge_` of a weight of which the caller has made a copy."""
     try:
         with no_autocast(weight):
             _add_delta_(weight, lora_A, lora_B, scaling, enable_lora, out_splits)
@@ -298,7 +313,6 @@ def merge_(
     except BaseException:
         weight.copy_(original)
         raise
-    return original
 
 
 @torch.no_grad()
