@@ -282,19 +282,21 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
 
     def _unmerge(self) -> None:
         with merge_lock, interrupts.held_back():
-            if not self.__dict__.get("merged"):
-                return
-            record = self._record
-            by_hand = self._has_adapter() and "_merged_nothing" not in self.__dict__
-            target = self._merged_target() if record is not None or by_hand else None
-            try:
-                if target is not None:
-                    self._restore(target, record)
-                self._remember(False, None)
-            except BaseException:
-                if self.merged and target is not None and record is not None:
-                    settle(self, target, record)
-                raise
+            if self.__dict__.get("merged"):
+                self._take_out()
+
+    def _take_out(self) -> None:  # by itself: views of the weight must be gone before the lock is
+        record = self._record
+        by_hand = self._has_adapter() and "_merged_nothing" not in self.__dict__
+        target = self._merged_target() if record is not None or by_hand else None
+        try:
+            if target is not None:
+                self._restore(target, record)
+            self._remember(False, None)
+        except BaseException:
+            if self.merged and target is not None and record is not None:
+                settle(self, target, record)
+            raise
 
     def _merged_target(self) -> Tensor:
         owner = self._weight_owner()
