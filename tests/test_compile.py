@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_fast as lora
-from lora_fast import reference, scripting
 from lora_fast.testing import randomize_
 
 QKV = {"enable_lora": [True, False, True]}
@@ -324,21 +323,6 @@ def test_a_trace_serves_any_number_of_dimensions(name: str, traced_as: tuple[int
     for shape in ((), (4,), (3, 2), (2, 1, 3), (0,)):
         x = drawn(shape)
         assert_same(traced(x), layer(x))
-
-
-@JIT_WARNINGS
-@pytest.mark.parametrize("scaling", [0.3, 3.3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_a_script_scales_what_the_reference_scales(dtype: torch.dtype, scaling: float) -> None:
-    scaled_factors = torch.jit.script(scripting._scaled_factors)
-    s, lora_B = torch.randn(5, 3).half(), torch.randn(4, 3).to(dtype)
-    for found, expected in zip(
-        scaled_factors(s, lora_B, scaling),
-        reference.scaled_factors(s, lora_B, scaling),
-        strict=True,
-    ):
-        assert found.dtype is expected.dtype
-        assert torch.equal(found, expected)
 
 
 @JIT_WARNINGS

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_fast import reference
+from lora_fast import reference, scripting
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -82,3 +82,18 @@ def test_merge_and_unmerge(dtype: torch.dtype) -> None:
     assert_is(weight, [[7, 10], [15, 20]], dtype)
     reference.unmerge_(weight, original)
     assert_is(weight, [[1, 2], [3, 4]], dtype)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("scaling", [0.3, 3.3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_script_scales_what_the_reference_scales(dtype: torch.dtype, scaling: float) -> None:
+    scaled_factors = torch.jit.script(scripting._scaled_factors)
+    s, lora_B = torch.randn(5, 3).half(), torch.randn(4, 3).to(dtype)
+    for found, expected in zip(
+        scaled_factors(s, lora_B, scaling),
+        reference.scaled_factors(s, lora_B, scaling),
+        strict=True,
+    ):
+        assert found.dtype is expected.dtype
+        assert torch.equal(found, expected)

@@ -1,12 +1,14 @@
-"""Training and initialisation under FSDP2 (`fully_shard`), and training under FSDP1."""
+"""Training under FSDP2 (`fully_shard`), also where it fails; initialisation; FSDP1."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from spmd import (
     Trainer,
+    assert_same_bits,
     assert_same_gradients,
     assert_same_parameters,
+    base_shards,
     batch,
     local,
     mine,
@@ -21,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import lora_fast as lora
-from lora_fast.testing import assert_within_budget
+from lora_fast.testing import assert_within_budget, randomize_
 
 
 @pytest.mark.parametrize("each_layer", [True, False])
@@ -161,3 +163,38 @@ def test_fsdp1(each_layer: bool) -> None:
 
 def _fsdp1(module: nn.Module) -> FullyShardedDataParallel:
     return FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+class _Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_after_a_backward_that_failed(mode: str) -> None:
+    """Which had begun to gather the weights of the layer before, as they were then."""
+    model = nn.Sequential(lora.Linear(7, 9, r=2), lora.Linear(9, 3, r=2))
+    randomize_(model)
+    x = torch.randn(4, 7)
+    expected = model(x).detach()
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    base = base_shards(model)
+    if mode == "train":
+        model.eval()
+    failing = model[0].register_forward_hook(lambda layer, args, y: _Failing.apply(y))
+    loss = model(x.requires_grad_()).sum()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loss.backward()
+    failing.remove()
+    model.train(mode == "train")
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(x), expected)
+    assert_same_bits(base_shards(model.train()), base)
