@@ -236,11 +236,12 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
             try:
                 self._fold()
             except Exception as error:  # whatever it was: unmerged, the layer is right
-                caller.warn(
-                    f"{self._described()} was not merged: {error}. It goes on unmerged, with "
-                    "the same results; merge_weights=False avoids the attempt.",
-                    RuntimeWarning,
-                )
+                if not self.merged:  # the way back may fail too; merged, it is as right
+                    caller.warn(
+                        f"{self._described()} was not merged: {error}. It goes on unmerged, with "
+                        "the same results; merge_weights=False avoids the attempt.",
+                        RuntimeWarning,
+                    )
 
     def _tell_obstacle(self, obstacle: str) -> None:
         """Log, once a layer, that `eval()` does not merge it: who exports its weight must know."""

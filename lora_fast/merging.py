@@ -1,6 +1,7 @@
 """The merge of `eval()` and `train()` as functions, and which implementation runs it."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -78,10 +79,11 @@ def merge_many(requests: Sequence[Merge], done: Done) -> list[MergeRecord | None
 
 
 def undo(done: Done) -> None:
-    """Unmerge what `merge_many` had merged when something came in between."""
-    for weight, record in done:
-        if not record.spent:
-            unmerge_(weight, record)
+    """Unmerge what `merge_many` had merged when something came in between, each if it can be."""
+    with ExitStack() as each:  # which goes on after an error, and raises it at its end
+        for weight, record in done:
+            if not record.spent:
+                each.callback(unmerge_, weight, record)
 
 
 def _merge_checked(requests: Sequence[Merge], done: Done) -> list[MergeRecord | None]:

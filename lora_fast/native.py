@@ -97,9 +97,8 @@ def merge(requests: Sequence[Merge], done: Done | None = None) -> list[MergeReco
             return list(records)
     except BaseException:  # no memory for a list, say
         if _is_done(status) and len(done) == known:
-            found = _of_jobs(jobs, status)
-            cut = [job.cut(n) for job, n in zip(jobs, found, strict=True)]
-            _run(ops.unmerge_, cut, _new_status(cut))
+            cut = [job.cut(n) for job, n in zip(jobs, _of_jobs(jobs, status), strict=True)]
+            done += [(job.request.weight, _record(job, tuple(job.codes))) for job in cut]
         raise
     del jobs  # their codes are large, and what follows makes its own
     return _merge_apart(requests, lengths, done)  # the op has put every weight back
@@ -111,12 +110,14 @@ def _merge_apart(
     """Merge together what can be, and with a copy what a code is not enough for."""
     together = [i for i, lengths in enumerate(status) if min(lengths) >= 0]
     records: list[MergeRecord | None] = [None] * len(requests)
-    if together:
-        for i, record in zip(together, merge([requests[i] for i in together], done), strict=True):
-            records[i] = record
+    # These first: they need most memory, and where there is none for the next of them, copying one
+    # back takes none.
     for i, lengths in enumerate(status):
         if min(lengths) < 0 and _NOT_FINITE not in lengths:
             records[i] = _merge_with_copy(requests[i], done)
+    if together:
+        for i, record in zip(together, merge([requests[i] for i in together], done), strict=True):
+            records[i] = record
     return records
 
 

@@ -150,10 +150,13 @@ def merge_layers(layers: Sequence[RestoresWeight]) -> list[str | None]:
 
     Returns:
         For each None, or why it was not merged: a finite element would become infinite or NaN.
+
+    Note:
+        Where the way back fails too, for want of memory, say, a layer that is merged counts so.
     """
     done: Done = []
+    requests = [Merge(*layer._merge_arguments(), **layer._blocks()) for layer in layers]
     try:
-        requests = [Merge(*layer._merge_arguments(), **layer._blocks()) for layer in layers]
         records = merge_many(requests, done)
         for layer, record in zip(layers, records, strict=True):
             if record is not None:
@@ -163,11 +166,17 @@ def merge_layers(layers: Sequence[RestoresWeight]) -> list[str | None]:
             for request, record in zip(requests, records, strict=True)
         ]
     except BaseException:
-        records_done = [record for _, record in done]
-        for layer in layers:
-            if any(layer._record is record for record in records_done):
-                layer.__dict__.update(merged=False, _record=None)
-        undo(done)
+        layer_of = {id(r.weight): layer for r, layer in zip(requests, layers, strict=True)}
+        for weight, record in done:
+            layer_of[id(weight)].__dict__.update(
+                merged=True, _record=record, _merged_version=None, _merged_marks=None
+            )
+        try:
+            undo(done)
+        finally:
+            for weight, record in done:
+                if record.spent:
+                    layer_of[id(weight)].__dict__.update(merged=False, _record=None)
         raise
 
 

@@ -1,6 +1,7 @@
 """Merging and unmerging all adapters of a model at once."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,15 +66,19 @@ def _merge(layers: Layers, progress: bool) -> int:
             done += batch.values()
             _merge_batch(batch)
     except BaseException:
-        with interrupts.held_back():
-            for layer in done:
-                layer._unmerge()
+        # The stack goes on after an error, from the last to the first.
+        with interrupts.held_back(), ExitStack() as each:
             for name, layer in stale.items():
-                record = records[name]
-                if record is not None and not layer.merged:
-                    layer._fold_again(record)
+                each.callback(_fold_again, layer, records[name])
+            for layer in done:
+                each.callback(layer._unmerge)
         raise
     return len(done)
+
+
+def _fold_again(layer: MergingLayer, record: MergeRecord | None) -> None:
+    if record is not None and not layer.merged:
+        layer._fold_again(record)
 
 
 def unmerge(model: nn.Module, *, progress: bool = False) -> int:
@@ -106,10 +111,10 @@ def _unmerge(layers: Layers, progress: bool) -> int:
             done += batch.values()
             _unmerge_batch(batch)
     except BaseException:
-        with interrupts.held_back():
+        with interrupts.held_back(), ExitStack() as each:
             for layer in done:
                 if not layer.merged and layer._has_adapter():
-                    layer._merge_now()
+                    each.callback(layer._merge_now)
         raise
     return len(done)
 

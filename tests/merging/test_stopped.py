@@ -1,5 +1,6 @@
 """What comes in the middle of a merge or an unmerge, in any thread: no weight loses its base."""
 
+import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -110,6 +111,40 @@ def test_no_memory_for_what_a_merge_notes_down(monkeypatch: pytest.MonkeyPatch) 
             lora.merge(model)
         assert not any(layer.merged for layer in model)
         assert all(torch.equal(m.weight, base) for m, base in zip(model, bases, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*was not merged. no memory:RuntimeWarning")
+@pytest.mark.parametrize("merge", [lora.merge, nn.Module.eval])
+def test_no_memory_for_the_way_back_either(
+    merge: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can't be unmerged counts as merged, by its record, and what can be is."""
+    model = nn.Sequential(*(randomize_(lora.Linear(8, 8, r=2)) for _ in range(3)))
+    bases, x = [weight_of(layer).clone() for layer in model], torch.randn(2, 8)
+    with torch.no_grad():
+        expected = model(x)
+    unmerge, restored = merging.unmerge_many, []
+
+    def unmerge_many(weights: list[torch.Tensor], records: Any) -> None:
+        restored.append(weights[0])
+        if len(restored) % 2:
+            raise MemoryError("no memory")
+        unmerge(weights, records)
+
+    def merged(weight: torch.Tensor, original: int | None) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(merging, "unmerge_many", unmerge_many)
+    monkeypatch.setattr(merging.versions, "merged", merged)
+    with pytest.raises(MemoryError) if merge is lora.merge else contextlib.nullcontext():
+        merge(model)
+    monkeypatch.undo()
+    assert any(layer.merged for layer in model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    model.train()
+    assert not any(layer.merged for layer in model)
+    assert all(torch.equal(m.weight, base) for m, base in zip(model, bases, strict=True))
 
 
 @pytest.mark.parametrize("kind", LAYERS)
