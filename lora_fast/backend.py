@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_fast import delta, ops, torch_internals
 from lora_fast.autocast import autocasts
+from lora_fast.products import are_slow
 
 _log = logging.getLogger("lora_fast.dispatch")
 
@@ -146,8 +147,7 @@ def choice(
         return Backend.REFERENCE, _CHOSEN
     x = tensors[0]
     on_gpu = x is not None and x.is_cuda
-    eager = op == "lora_merged_linear" or (op == "lora_linear" and _eager_pays(x, drops))
-    otherwise = Backend.EAGER if eager else Backend.REFERENCE
+    otherwise = Backend.EAGER if _eager_pays(op, tensors, drops) else Backend.REFERENCE
     if _selected == "auto" and not on_gpu and otherwise is Backend.REFERENCE:
         return otherwise, "not a CUDA tensor"
     special = _TENSOR_SCALING if isinstance(scaling, Tensor) else _needs_reference(tensors)
@@ -297,16 +297,26 @@ def _lacks_shared_memory(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) < (8, 0)
 
 
-def _eager_pays(x: Tensor | None, drops: bool) -> bool:
-    """Tell whether a dropout, a delta and a backward written by hand beat torch's on a CPU."""
-    if x is None or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
+def _eager_pays(op: str, tensors: tuple[Tensor | None, ...], drops: bool) -> bool:
+    """Tell whether a dropout, products and a backward written by hand beat torch's on a CPU."""
+    if op == "lora_merged_linear":
+        return True
+    if op == "lora_embedding":
+        weight = tensors[1] if len(tensors) > 1 else None  # `explain` asks about none
+        return weight is not None and _is_slow(weight)
+    x = tensors[0]
+    if op != "lora_linear" or x is None or not x.is_cpu or x.layout is not torch.strided:
         return False
-    if torch.compiler.is_compiling():
+    if x.is_nested or torch.compiler.is_compiling():
         return False
-    if drops and x.numel() >= _MANY_DROPPED and x.is_contiguous():
+    if _is_slow(x) or (drops and x.numel() >= _MANY_DROPPED and x.is_contiguous()):
         return True
     # In fp32 torch's products are as fast as the call of a backward in Python.
     return x.dtype is not torch.float32 and x.dim() > 0 and delta.op_pays(x)
+
+
+def _is_slow(x: Tensor) -> bool:
+    return x.dtype is not torch.float32 and not torch.compiler.is_compiling() and are_slow(x)
 
 
 def _launching_outlasts(tensors: tuple[Tensor | None, ...], drops: bool) -> bool:

@@ -4,13 +4,10 @@ With few rows on a CPU a product of torch's takes longer to begin than to sum, a
 each block and each factor; the ops do all of a direction in one call.
 """
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fast import blocks, ops, torch_internals
+from lora_fast import blocks, ops, products, torch_internals
 from lora_fast.blocks import Spans
 
 _OP_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
@@ -61,19 +58,12 @@ def add_(
         s = x.new_empty((x.shape[0], lora_A.shape[0]))
         if ops.lora_delta_fwd_(x, lora_A, lora_B, scaling, blocks.edges(spans), y, s):
             return s
-    s = F.linear(x, lora_A)
+    s = products.linear(x, lora_A)
     for (lo, hi), s_block, b_block in zip(
         spans, blocks.columns(s, lora_B.shape[1], spans), blocks.rows(lora_B, spans), strict=True
     ):
-        add_product_(y[:, lo:hi], s_block, b_block.t(), scaling)
+        products.add_mm_(y[:, lo:hi], s_block, b_block.t(), scaling)
     return s
-
-
-def add_product_(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """Y += alpha A B, and a FlopCounterMode counts it, which takes `addmm_` for no product."""
-    if torch_internals.mode_count() > 0 and torch_internals.functorch_level() is None:
-        return torch.addmm(y, a, b, alpha=alpha, out=y)
-    return y.addmm_(a, b, alpha=alpha)
 
 
 def gradients_(
@@ -114,39 +104,25 @@ def gradients_(
     if need_B:
         if s is None:
             assert dropped is not None
-            s = F.linear(dropped, lora_A).mul_(keep_scale)
+            s = products.linear(dropped, lora_A).mul_(keep_scale)
         s_blocks = blocks.columns(s, rank, spans)
-        dB = _scaled_products([part.t() for part in dy_blocks], s_blocks, scaling, 0)
+        pairs = zip(dy_blocks, s_blocks, strict=True)
+        dB = _joined([products.scaled_mm(part.t(), s, scaling) for part, s in pairs], 0)
     if dx is None and not need_A:
         return dA, dB
-    ds = _scaled_products(dy_blocks, blocks.rows(lora_B, spans), scaling * keep_scale, 1)
+    pairs = zip(dy_blocks, blocks.rows(lora_B, spans), strict=True)
+    ds = _joined([products.scaled_mm(part, b, scaling * keep_scale) for part, b in pairs], 1)
     if need_A:
         assert dropped is not None
-        dA = ds.t() @ dropped
+        dA = products.mm(ds.t(), dropped)
     if dx is None:
         return dA, dB
     if keep2 is None:
-        add_product_(dx, ds, lora_A)
+        products.add_mm_(dx, ds, lora_A)
     else:
         del dropped  # its memory serves the next product
-        dx.addcmul_(ds @ lora_A, keep2)
+        dx.addcmul_(products.mm(ds, lora_A), keep2)
     return dA, dB
-
-
-def _scaled_products(
-    left: Sequence[Tensor], right: Sequence[Tensor], scaling: float, dim: int
-) -> Tensor:
-    """The products `scaling * (a @ b)`, joined along `dim`.
-
-    In fp16 what is yet to be scaled may be too large or too small, so there the factor comes before
-    the rounding. In bf16 oneDNN takes longer to scale a product than another operation does.
-    """
-    pairs = zip(left, right, strict=True)
-    if left[0].dtype is not torch.float16 or torch_internals.functorch_level() is not None:
-        return _joined([a @ b for a, b in pairs], dim).mul_(scaling)
-    nothing = left[0].new_empty(())  # which beta=0 keeps from being read, but not under vmap
-    products = [torch.addmm(nothing, a, b, beta=0, alpha=scaling) for a, b in pairs]
-    return _joined(products, dim)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

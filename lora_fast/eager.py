@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fast import blocks, delta
+from lora_fast import blocks, delta, products
 from lora_fast.autocast import autocasts, no_autocast
 from lora_fast.blocks import Spans
 from lora_fast.dropout import dropout, keep_scale
-from lora_fast.reference import scaled_factors
+from lora_fast.reference import like, scaled_factors
 
 
 def low_rank_linear(
@@ -69,7 +69,7 @@ def _forward(
     if dropout_p > 0.0:
         dropped, keep = dropout(x, dropout_p)
         dropped = as_matrix(dropped)
-    y = F.linear(x2, weight, bias)
+    y = products.linear(x2, weight, bias)
     s = delta.add_(y, dropped, lora_A, lora_B, scaling, spans)
     return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1])), s, keep
 
@@ -115,12 +115,12 @@ class _LowRankLinear(torch.autograd.Function):
         need_x, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         dy = as_matrix(dy)
         rows: Any = None if x is None else as_matrix(x)
-        dx = dy @ weight if need_x else None
+        dx = products.mm(dy, weight) if need_x else None
         saved = (dy, rows, lora_A, lora_B, s, keep)
         dA, dB = delta.gradients_(
             dx, (need_A, need_B), saved, ctx.scaling, ctx.keep_scale, ctx.spans
         )
-        dW = dy.t() @ rows if need_weight else None
+        dW = products.mm(dy.t(), rows) if need_weight else None
         dbias = dy.sum(0) if need_bias else None
         if dx is not None and len(ctx.in_shape) != 2:
             dx = dx.view(ctx.in_shape)
@@ -176,6 +176,12 @@ def as_matrix(x: Tensor) -> Tensor:
     """Return x, (..., K), as its rows, (M, K), also where K is 0."""
     # Not flatten(), which vmap over the gradients has no rule for.
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Y + scaling S B^T, out of place, as `lora_fast.reference.lora_expand`."""
+    update = products.differentiable_mm(as_matrix(s), like(lora_B, y).t(), scaling)
+    return y + update.view(y.shape)
 
 
 def sparse_columns(

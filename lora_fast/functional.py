@@ -216,23 +216,35 @@ def lora_embedding(
         if backend is Backend.TRITON:
             return autograd_embedding.lora_embedding(*arguments)
         if input.dim() != 1 and _flattens(input):
-            y = _embedding_in_torch(input.flatten(), *arguments[1:])
+            y = _embedding_in_torch(backend, input.flatten(), *arguments[1:])
             return eager.as_own(y, (*input.shape, y.shape[-1]))
-        return _embedding_in_torch(*arguments)
+        return _embedding_in_torch(backend, *arguments)
     checks.tensors("lora_embedding", input=input)
     return reference.lora_embedding(*arguments)
 
 
 def _embedding_in_torch(
-    input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *options: Any
+    backend: Backend,
+    input: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *options: Any,
 ) -> Tensor:
     padding_idx, _, _, scale_grad_by_freq, sparse = options
-    if not (sparse and lora_A.requires_grad and torch.is_grad_enabled()):
+    makes_sparse = sparse and lora_A.requires_grad and torch.is_grad_enabled()
+    if not makes_sparse and backend is Backend.REFERENCE:
         return reference.lora_embedding(input, weight, lora_A, lora_B, scaling, *options)
     y = torch.nn.functional.embedding(input, weight, *options)
     # Converted afterwards: a sparse gradient does not pass through a change of dtype.
-    a = eager.sparse_columns(input, lora_A, padding_idx, scale_grad_by_freq)
-    return reference.lora_expand(y, reference.like(a, y), lora_B, scaling)
+    if makes_sparse:
+        a = eager.sparse_columns(input, lora_A, padding_idx, scale_grad_by_freq)
+    else:
+        by_freq = {"scale_grad_by_freq": scale_grad_by_freq}
+        a = torch.nn.functional.embedding(input, lora_A.t(), padding_idx, **by_freq)
+    expand = eager.expand if backend is Backend.EAGER else reference.lora_expand
+    return expand(y, reference.like(a, y), lora_B, scaling)
 
 
 def lora_conv(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lora_fast import checks, eager, torch_internals
 from lora_fast.autocast import no_autocast
-from lora_fast.delta import add_product_
 from lora_fast.dropout import keep_scale
+from lora_fast.products import add_mm_
 
 
 def lora_first(
@@ -65,7 +65,7 @@ class _LoraFirst(torch.autograd.Function):
             dropped, keep = dropped.reshape(rows.shape), keep.reshape(rows.shape)
         s, up = torch.mm(dropped, lora_A.t()), lora_B.t()
         y = _scaled(s, up, scaling) if bias is None else torch.addmm(bias, s, up, alpha=scaling)
-        add_product_(y, rows, weight.t())
+        add_mm_(y, rows, weight.t())
         need_x, need_weight, need_A, need_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need_weight or need_A else None,
@@ -107,7 +107,7 @@ class _LoraFirst(torch.autograd.Function):
                 dA = ds.t() @ _kept(rows, keep, ctx.keep_scale)
             if need_x:
                 delta = _kept(ds @ lora_A, keep, ctx.keep_scale)
-                dx = delta + dy @ weight if _transformed() else add_product_(delta, dy, weight)
+                dx = delta + dy @ weight if _transformed() else add_mm_(delta, dy, weight)
                 dx = dx if len(ctx.in_shape) == 2 else dx.view(ctx.in_shape)
         if need_B:
             dB = _scaled(dy.t(), s, ctx.scaling)

@@ -137,16 +137,15 @@ class _Holders:
             return
         self.is_stale, self.all_reachable = _are_hidden(), False
         self.modules, self.count, self.uses = weakref.WeakSet(), {}, {}
-        is_module: dict[type, bool] = {}
-        for candidate in gc.get_objects():
-            kind = type(candidate)
-            if kind not in is_module:
-                is_module[kind] = issubclass(kind, nn.Module)
-            if is_module[kind] and any(map(candidate.__dict__.get, _DICTS)):
+        objects, kinds = gc.get_objects(), _with_subclasses(nn.Module)
+        # In C: there may be millions, few of them modules.
+        are_modules = map(kinds.__contains__, map(type, objects))
+        for candidate in itertools.compress(objects, are_modules):
+            if any(map(candidate.__dict__.get, _DICTS)):
                 self.modules.add(candidate)
                 for tensor in set(map(id, _tensors(candidate))):
                     self.count[tensor] = self.count.get(tensor, 0) + 1
-                if hasattr(kind, "effective_weight"):
+                if hasattr(type(candidate), "effective_weight"):
                     self.uses.update(_uses_of_weights(candidate))
 
     def confirm(self, found: Callable[[], bool]) -> bool:
@@ -162,6 +161,14 @@ class _Holders:
     def tensors(self) -> Iterator[Any]:
         """Yield what the known modules hold."""
         return itertools.chain.from_iterable(map(_tensors, self.modules))
+
+
+def _with_subclasses(kind: type) -> set[type]:
+    found, new = {kind}, [kind]
+    while new:
+        new = [sub for base in new for sub in type.__subclasses__(base) if sub not in found]
+        found.update(new)
+    return found
 
 
 _DICTS = ("_parameters", "_buffers")

@@ -231,12 +231,25 @@ def merged_weight(
     if enable_lora is None and (not isinstance(weight, Tensor) or weight.is_contiguous()):
         # One product that adds while it multiplies: no dense delta, one rounding.
         flat = weight.reshape(lora_B.shape[0], lora_A.shape[1])
+        if _scales_products(lora_A, scaling):  # so that nothing but A and B is kept for backward
+            return torch.addmm(flat, lora_B, lora_A, alpha=scaling).view(weight.shape)
         return torch.addmm(flat, lora_B * scaling, lora_A).view(weight.shape)
     widths = None
     if enable_lora is not None:
         widths = block_widths(weight.shape[0], enable_lora, out_splits)
     delta = merged_delta(lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=widths)
     return weight + delta.view(weight.shape)
+
+
+def _scales_products(lora_A: Tensor, scaling: float) -> bool:
+    """Tell whether a product may be scaled as it is made.
+
+    Not by what may want a gradient; nor in 16 bits, where oneDNN takes longer to scale a product
+    than another operation does, and the gradients of fp16 overflow before they are scaled.
+    """
+    if isinstance(scaling, Tensor) or not isinstance(lora_A, Tensor):
+        return False
+    return lora_A.dtype.itemsize > 2 and not torch.compiler.is_dynamo_compiling()
 
 
 DeltaBlock = tuple[Tensor, Tensor, Tensor]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fast
-from lora_fast import backend, functional, ops
+from lora_fast import backend, functional, ops, products
 
 OPS = (
     *("lora_linear", "lora_merged_linear", "lora_embedding"),
@@ -98,10 +98,24 @@ def test_few_rows_of_16_bits_on_a_cpu(
     if is_built and ops.load_native("cpu") is not None:
         pytest.skip("the ops of csrc were not built")
     monkeypatch.setattr(ops, "load_native", lambda device: None if is_built else "not built")
+    monkeypatch.setattr(products, "slow_dtypes", frozenset)
     x, *rest = (torch.ones(shape, dtype=dtype) for shape in ((rows, 6), (4, 6), (2, 6), (4, 2)))
     said = decisions(caplog, lambda: functional.lora_linear(x, *rest, 1.0))
     assert said == [f"lora_linear -> {expected}: not a CUDA tensor"]
     assert "lora_linear          cpu   -> eager" in lora_fast.explain()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_that_torch_has_no_fast_products_of(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "slow_dtypes", lambda: frozenset((dtype,)))
+    x, *rest = (torch.ones(shape, dtype=dtype) for shape in ((99, 6), (4, 6), (2, 6), (4, 2)))
+    said = decisions(caplog, lambda: functional.lora_linear(x, *rest, 1.0))
+    index = torch.zeros(99, dtype=torch.int64)
+    said += decisions(caplog, lambda: functional.lora_embedding(index, rest[0].t(), *rest[1:], 1.0))
+    names = ("lora_linear", "lora_embedding")
+    assert said == [f"{name} -> eager: not a CUDA tensor" for name in names]
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -64,7 +64,7 @@ def test_b14_tied_weights_stay_unmerged_and_right(kind: str, share: str) -> None
 
 
 @pytest.mark.parametrize("share", ["parameter", "storage"])
-def test_b14_modules_that_gc_hides_are_not_overlooked(share: str) -> None:
+def test_b14_modules_that_gc_hides_are_not_overlooked(share: str, unfrozen: None) -> None:
     model, alone = tied(lora, "head", share), randomize_(lora.Linear(4, 4, r=2))
     x = torch.randint(0, 9, (3, 5))
     expected = model(x)

@@ -1,0 +1,156 @@
+"""The matrix products of the eager ops: torch's, or in fp32 where torch has none for 16 bits.
+
+torch multiplies 16-bit matrices on a CPU by oneDNN where oneDNN has kernels (of bf16 with AVX-512,
+of fp16 with AVX512-FP16), and elsewhere by loops of its own, which take up to 70 times as long as a
+conversion and a product in fp32. Here as much is converted at a time as makes a result of about the
+same size, sums are in fp32, and results are rounded once.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fast import torch_internals
+
+# Elements that are converted at a time, however small the result.
+_LEAST = 2**16
+# Rows up to which the loops of torch are as fast, where both factors lie as they are summed: 768 to
+# 4096 features, two threads of an EPYC of family 25 model 1, 2026-11-30.
+_FEW_ROWS = 16
+_ORACLES = {
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+
+
+@functools.cache
+def slow_dtypes() -> frozenset[torch.dtype]:
+    """The dtypes that torch multiplies by loops of its own on this CPU."""
+    asked = {dtype: getattr(torch.ops.mkldnn, name, None) for dtype, name in _ORACLES.items()}
+    return frozenset(dtype for dtype, ask in asked.items() if ask is not None and not ask())
+
+
+def are_slow(x: Tensor, *others: Tensor | None) -> bool:
+    """Tell whether torch would multiply these by loops of its own."""
+    if x.dtype not in slow_dtypes() or not x.is_cpu:
+        return False
+    if any([t is not None and t.dtype is not x.dtype for t in others]):
+        return False  # torch has no product of two dtypes, and says so
+    # For vmap over gradients and for their tangents torch has rules for its own products alone.
+    is_transformed = torch_internals.functorch_level() is not None
+    return not is_transformed and torch.autograd.forward_ad._current_level < 0
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`.
+
+    Args:
+        x: (M, K).
+        weight: (N, K), any strides.
+        bias: (N,) or None.
+
+    Returns:
+        (M, N), contiguous.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    if not are_slow(x, weight, bias) or (m <= _FEW_ROWS and weight.stride(1) == 1):
+        return F.linear(x, weight, bias)
+    y, bias = x.new_empty((m, n)), None if bias is None else bias.float()
+    if weight.numel() <= x.numel():
+        wide = weight.float()
+        for part in _parts(m, k + n, y.numel()):
+            y[part] = F.linear(x[part].float(), wide, bias)
+    else:
+        wide = x.float()
+        for part in _parts(n, k + m, y.numel()):
+            y[:, part] = F.linear(wide, weight[part].float(), None if bias is None else bias[part])
+    return y
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`.
+
+    Args:
+        a: (M, K), any strides.
+        b: (K, N), any strides.
+
+    Returns:
+        (M, N), contiguous.
+    """
+    return _mm_in_fp32(a, b, 1.0) if are_slow(a, b) else a @ b
+
+
+def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`scaling * (a @ b)`, in fp16 with the factor before the rounding.
+
+    There what is yet to be scaled may be too large or too small. In bf16 oneDNN takes longer to
+    scale a product than another operation does.
+    """
+    if are_slow(a, b):
+        return _mm_in_fp32(a, b, scaling)
+    if a.dtype is not torch.float16 or torch_internals.functorch_level() is not None:
+        return (a @ b).mul_(scaling)
+    # Nothing, which beta=0 keeps from being read, but not under vmap.
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+
+
+def _mm_in_fp32(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    (m, k), n = a.shape, b.shape[1]
+    y = a.new_empty((m, n))
+    sums = torch.zeros((m, n), dtype=torch.float32, device=a.device)
+    for part in _parts(k, m + n, y.numel()):
+        _add_counted_(sums, a[:, part].float(), b[part].float(), scaling)
+    return y.copy_(sums)
+
+
+def add_mm_(y: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
+    """`y += scaling * (a @ b)`, in the shapes of `mm`, any strides."""
+    if are_slow(y, a, b):
+        wide = b.float()
+        for part in _parts(y.shape[0], y.shape[1] + a.shape[1], y.numel()):
+            y[part] = torch.addmm(y[part].float(), a[part].float(), wide, alpha=scaling)
+        return y
+    return _add_counted_(y, a, b, scaling)
+
+
+def _add_counted_(y: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`addmm_`, also for a FlopCounterMode, which takes that for no product."""
+    if torch_internals.mode_count() > 0 and torch_internals.functorch_level() is None:
+        return torch.addmm(y, a, b, alpha=scaling, out=y)
+    return y.addmm_(a, b, alpha=scaling)
+
+
+def _parts(length: int, width: int, room: int) -> Iterator[slice]:
+    """Slices of a dimension, with no more elements in each than there is room for."""
+    step = max(1, max(room // 2, _LEAST) // max(1, width))
+    return (slice(i, i + step) for i in range(0, length, step))
+
+
+def differentiable_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`scaled_mm` with gradients, of any order."""
+    if torch_internals.functorch_level() is not None:
+        return a @ b * scaling
+    return _ScaledMM.apply(a, b, scaling)  # type: ignore[no-any-return]
+
+
+class _ScaledMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.scaling = scaling
+        return scaled_mm(a, b, scaling)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (a, b) = grads, ctx.saved_tensors
+        multiply = differentiable_mm if torch.is_grad_enabled() else scaled_mm
+        need_a, need_b = ctx.needs_input_grad[:2]
+        return (
+            multiply(dy, b.t(), ctx.scaling) if need_a else None,
+            multiply(a.t(), dy, ctx.scaling) if need_b else None,
+            None,
+        )
