@@ -18,9 +18,11 @@ from lora_fast import torch_internals
 
 # Elements that are converted at a time, however small the result.
 _LEAST = 2**16
-# Rows up to which the loops of torch are as fast, where both factors lie as they are summed: 768 to
-# 4096 features, two threads of an EPYC of family 25 model 1, 2026-11-30.
-_FEW_ROWS = 16
+# Rows up to which the loops of torch are as fast, where both factors lie as they are summed, and
+# multiply-adds where they do not: 768 to 4096 features, two threads of an EPYC of family 25 model
+# 1, 2026-11-30.
+FEW_ROWS = 16
+_FEW = 2**15
 _ORACLES = {
     torch.bfloat16: "_is_mkldnn_bf16_supported",
     torch.float16: "_is_mkldnn_fp16_supported",
@@ -45,6 +47,11 @@ def are_slow(x: Tensor, *others: Tensor | None) -> bool:
     return not is_transformed and torch.autograd.forward_ad._current_level < 0
 
 
+def _loops_serve(a: Tensor, b: Tensor) -> bool:
+    (m, k), n = a.shape, b.shape[1]
+    return m * k * n <= _FEW or (m <= FEW_ROWS and a.stride(1) == b.stride(0) == 1)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`.
 
@@ -56,9 +63,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (M, N), contiguous.
     """
-    (m, k), n = x.shape, weight.shape[0]
-    if not are_slow(x, weight, bias) or (m <= _FEW_ROWS and weight.stride(1) == 1):
+    if not are_slow(x, weight, bias) or _loops_serve(x, weight.t()):
         return F.linear(x, weight, bias)
+    (m, k), n = x.shape, weight.shape[0]
     y, bias = x.new_empty((m, n)), None if bias is None else bias.float()
     if weight.numel() <= x.numel():
         wide = weight.float()
@@ -81,7 +88,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (M, N), contiguous.
     """
-    return _mm_in_fp32(a, b, 1.0) if are_slow(a, b) else a @ b
+    return a @ b if not are_slow(a, b) or _loops_serve(a, b) else _mm_in_fp32(a, b, 1.0)
 
 
 def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -90,7 +97,7 @@ def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     There what is yet to be scaled may be too large or too small. In bf16 oneDNN takes longer to
     scale a product than another operation does.
     """
-    if are_slow(a, b):
+    if are_slow(a, b) and not _loops_serve(a, b):
         return _mm_in_fp32(a, b, scaling)
     if a.dtype is not torch.float16 or torch_internals.functorch_level() is not None:
         return (a @ b).mul_(scaling)
@@ -109,7 +116,7 @@ def _mm_in_fp32(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 def add_mm_(y: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
     """`y += scaling * (a @ b)`, in the shapes of `mm`, any strides."""
-    if are_slow(y, a, b):
+    if are_slow(y, a, b) and not _loops_serve(a, b):
         wide = b.float()
         for part in _parts(y.shape[0], y.shape[1] + a.shape[1], y.numel()):
             y[part] = torch.addmm(y[part].float(), a[part].float(), wide, alpha=scaling)
@@ -134,6 +141,8 @@ def differentiable_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """`scaled_mm` with gradients, of any order."""
     if torch_internals.functorch_level() is not None:
         return a @ b * scaling
+    if not torch.is_grad_enabled():
+        return scaled_mm(a, b, scaling)
     return _ScaledMM.apply(a, b, scaling)  # type: ignore[no-any-return]
 
 
