@@ -1,9 +1,10 @@
 """The matrix products of the eager ops: torch's, or in fp32 where torch has none for 16 bits.
 
 torch multiplies 16-bit matrices on a CPU by oneDNN where oneDNN has kernels (of bf16 with AVX-512,
-of fp16 with AVX512-FP16), and elsewhere by loops of its own, which take up to 70 times as long as a
-conversion and a product in fp32. Here as much is converted at a time as makes a result of about the
-same size, sums are in fp32, and results are rounded once.
+of fp16 with AVX512-FP16), and elsewhere by loops of its own. These take up to 60 times as long as a
+conversion and a product in fp32: dX of 512 rows, 768 to 2304 features in bf16, torch 2.13, two
+threads of an EPYC of family 25 model 1, 2026-11-30. Here no more is converted at a time than the
+result takes room, sums are in fp32, and results are rounded once.
 """
 
 import functools
@@ -17,23 +18,19 @@ from torch import Tensor
 from lora_fast import torch_internals
 
 # Elements that are converted at a time, however small the result.
-_LEAST = 2**16
+_LEAST = 2**15
 # Rows up to which the loops of torch are as fast, where both factors lie as they are summed, and
 # multiply-adds where they do not: 768 to 4096 features, two threads of an EPYC of family 25 model
 # 1, 2026-11-30.
 FEW_ROWS = 16
 _FEW = 2**15
-_ORACLES = {
-    torch.bfloat16: "_is_mkldnn_bf16_supported",
-    torch.float16: "_is_mkldnn_fp16_supported",
-}
 
 
 @functools.cache
 def slow_dtypes() -> frozenset[torch.dtype]:
     """The dtypes that torch multiplies by loops of its own on this CPU."""
-    asked = {dtype: getattr(torch.ops.mkldnn, name, None) for dtype, name in _ORACLES.items()}
-    return frozenset(dtype for dtype, ask in asked.items() if ask is not None and not ask())
+    kinds = (torch.bfloat16, torch.float16)
+    return frozenset(dtype for dtype in kinds if torch_internals.multiplies_in_loops(dtype))
 
 
 def are_slow(x: Tensor, *others: Tensor | None) -> bool:
@@ -67,14 +64,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     (m, k), n = x.shape, weight.shape[0]
     y, bias = x.new_empty((m, n)), None if bias is None else bias.float()
-    if weight.numel() <= x.numel():
-        wide = weight.float()
-        for part in _parts(m, k + n, y.numel()):
-            y[part] = F.linear(x[part].float(), wide, bias)
-    else:
-        wide = x.float()
-        for part in _parts(n, k + m, y.numel()):
-            y[:, part] = F.linear(wide, weight[part].float(), None if bias is None else bias[part])
+    for rows in _parts(m, k, y):
+        wide = x[rows].float()
+        for cols in _parts(n, k + wide.shape[0], y):
+            bias_part = None if bias is None else bias[cols]
+            y[rows, cols] = F.linear(wide, weight[cols].float(), bias_part)
     return y
 
 
@@ -108,18 +102,21 @@ def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 def _mm_in_fp32(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     (m, k), n = a.shape, b.shape[1]
     y = a.new_empty((m, n))
-    sums = torch.zeros((m, n), dtype=torch.float32, device=a.device)
-    for part in _parts(k, m + n, y.numel()):
-        _add_counted_(sums, a[:, part].float(), b[part].float(), scaling)
-    return y.copy_(sums)
+    for rows in _parts(m, n, y):
+        left = a[rows]
+        sums = torch.zeros((left.shape[0], n), dtype=torch.float32, device=a.device)
+        for steps in _parts(k, n + left.shape[0], y):
+            _add_counted_(sums, left[:, steps].float(), b[steps].float(), scaling)
+        y[rows] = sums
+    return y
 
 
 def add_mm_(y: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
     """`y += scaling * (a @ b)`, in the shapes of `mm`, any strides."""
     if are_slow(y, a, b) and not _loops_serve(a, b):
         wide = b.float()
-        for part in _parts(y.shape[0], y.shape[1] + a.shape[1], y.numel()):
-            y[part] = torch.addmm(y[part].float(), a[part].float(), wide, alpha=scaling)
+        for rows in _parts(y.shape[0], 2 * y.shape[1] + a.shape[1], y):
+            y[rows] = torch.addmm(y[rows].float(), a[rows].float(), wide, alpha=scaling)
         return y
     return _add_counted_(y, a, b, scaling)
 
@@ -131,9 +128,12 @@ def _add_counted_(y: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return y.addmm_(a, b, alpha=scaling)
 
 
-def _parts(length: int, width: int, room: int) -> Iterator[slice]:
-    """Slices of a dimension, with no more elements in each than there is room for."""
-    step = max(1, max(room // 2, _LEAST) // max(1, width))
+def _parts(length: int, width: int, y: Tensor) -> Iterator[slice]:
+    """Slices of a dimension, each so short that `width` times as much takes a third of y's room.
+
+    So do two operands two thirds of it, in fp32, of which a number takes twice the room.
+    """
+    step = max(1, max(y.numel() // 6, _LEAST) // max(1, width))
     return (slice(i, i + step) for i in range(0, length, step))
 
 

@@ -166,8 +166,10 @@ class _Holders:
 def _with_subclasses(kind: type) -> set[type]:
     found, new = {kind}, [kind]
     while new:
-        new = [sub for base in new for sub in type.__subclasses__(base) if sub not in found]
-        found.update(new)
+        for subclass in new.pop().__subclasses__():
+            if subclass not in found:
+                found.add(subclass)
+                new.append(subclass)
     return found
 
 

@@ -3,6 +3,7 @@
 What FSDP2 keeps to itself is in `lora_fast.fsdp`.
 """
 
+import platform
 import sys
 from collections.abc import Callable
 
@@ -40,6 +41,16 @@ _use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count"
 
 internal_overlap: Callable[[Tensor], int] = torch._debug_has_internal_overlap
 """Whether elements share memory: 0 no, 1 yes, 2 not looked at closely."""
+
+
+def multiplies_in_loops(dtype: torch.dtype) -> bool:
+    """Tell whether torch multiplies matrices of a 16-bit dtype on this CPU without oneDNN.
+
+    Only of x86-64: elsewhere nobody has measured what it does instead.
+    """
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    ask = getattr(torch.ops.mkldnn, f"_is_mkldnn_{names[dtype]}_supported", None)
+    return platform.machine() in ("x86_64", "AMD64") and ask is not None and not ask()
 
 
 def in_fake_mode() -> bool:
