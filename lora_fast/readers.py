@@ -163,7 +163,7 @@ class _Holders:
         return itertools.chain.from_iterable(map(_tensors, self.modules))
 
 
-def _with_subclasses(kind: type) -> set[type]:
+def _with_subclasses(kind: Any) -> set[Any]:
     found, new = {kind}, [kind]
     while new:
         for subclass in new.pop().__subclasses__():

@@ -83,9 +83,10 @@ def test_kernels_know_nothing_of_the_rest(name):
         ),
         ("native", {"ops", "record", "reference", "torch_internals"}),
         ("versions", {"torch_internals"}),
-        ("eager", {"autocast", "blocks", "delta", "dropout", "reference"}),
-        ("delta", {"blocks", "ops", "torch_internals"}),
-        ("lora_first", {"autocast", "checks", "delta", "dropout", "eager", "torch_internals"}),
+        ("eager", {"autocast", "blocks", "delta", "dropout", "products", "reference"}),
+        ("delta", {"blocks", "ops", "products", "torch_internals"}),
+        ("products", {"torch_internals"}),
+        ("lora_first", {"autocast", "checks", "dropout", "eager", "products", "torch_internals"}),
         ("sums", {"autocast", "reference"}),
         ("dropout", {"interrupts", "ops"}),
         ("scripting", set()),
@@ -107,7 +108,7 @@ def test_only_ops_names_the_native_part():
 @pytest.mark.parametrize("name", ["layers", "conv", "lora_layer"])
 def test_layers_know_no_implementation(name):
     """They reach it through `functional`; the reference serves what only they can be asked for."""
-    names = {"autograd", "delta", "eager", "lora_first", "ops", "native", "dropout"}
+    names = {"autograd", "delta", "eager", "lora_first", "ops", "native", "dropout", "products"}
     assert not ours(imports(f"lora_fast.{name}")) & {f"lora_fast.{other}" for other in names}
 
 
