@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -303,24 +303,19 @@ def _eager_pays(op: str, tensors: tuple[Tensor | None, ...], drops: bool) -> boo
     x = tensors[0]
     if op == "lora_embedding":
         weight = tensors[1] if len(tensors) > 1 else None  # `explain` asks about none
-        is_large = x is not None and weight is not None and x.numel() > products.FEW_ROWS
-        return is_large and _is_slow(weight)
+        if x is None or weight is None or x.numel() <= products.FEW_ROWS:
+            return False
+        return products.are_slow(weight)
     if op != "lora_linear" or x is None or not x.is_cpu or x.layout is not torch.strided:
         return False
     if x.is_nested or torch.compiler.is_compiling():
         return False
     if drops and x.numel() >= _MANY_DROPPED and x.is_contiguous():
         return True
-    if _is_slow(x):  # but for the products of one row with a matrix as it lies
+    if products.are_slow(x):  # but for the products of one row with a matrix as it lies
         return x.requires_grad or x.numel() > x.shape[-1]
     # In fp32 torch's products are as fast as the call of a backward in Python.
     return x.dtype is not torch.float32 and x.dim() > 0 and delta.op_pays(x)
-
-
-def _is_slow(x: Any) -> bool:
-    if x.dtype is torch.float32 or torch.compiler.is_compiling():
-        return False
-    return products.are_slow(x)
 
 
 def _launching_outlasts(tensors: tuple[Tensor | None, ...], drops: bool) -> bool:

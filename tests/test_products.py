@@ -1,10 +1,12 @@
 """The products of the eager ops where torch has none of its own for 16 bits, against float64."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fast as lora
@@ -138,3 +140,23 @@ def test_every_product_is_counted(dtype: torch.dtype) -> None:
         layer(x).sum().backward()
     # The frozen layer's, for whose input no gradient is asked; S, its update, dS, dA and dB.
     assert counter.get_total_flops() == 2 * 50 * (64 * 32 + 3 * 4 * 32 + 2 * 4 * 64)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_autograd_traces_a_backward(name: str, dtype: torch.dtype) -> None:
+    layer = randomize_(LAYERS[name]()).to(dtype)
+    is_lookup = isinstance(layer, lora.Embedding)
+    x = torch.randint(50, (40,)) if is_lookup else torch.randn(40, 33).to(dtype)
+
+    def grads(context: contextlib.AbstractContextManager[object]) -> list[Tensor]:
+        layer.zero_grad()
+        total = layer(x).sum()
+        with context:
+            total.backward()
+        return [p.grad.clone() for p in (layer.lora_A, layer.lora_B)]
+
+    expected = grads(contextlib.nullcontext())
+    compiled = compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager"))
+    for found, grad in zip(grads(compiled), expected, strict=True):
+        torch.testing.assert_close(found, grad)
