@@ -35,9 +35,9 @@ def slow_dtypes() -> frozenset[torch.dtype]:
 
 def are_slow(x: Tensor, *others: Tensor | None) -> bool:
     """Tell whether torch would multiply these by loops of its own."""
-    if x.dtype is torch.float32 or torch.compiler.is_compiling():  # as compiled autograd's backward
-        return False
-    if x.dtype not in slow_dtypes() or not x.is_cpu:
+    if x.dtype is torch.float32 or not x.is_cpu or torch.compiler.is_compiling():
+        return False  # compiled autograd traces a backward
+    if x.dtype not in slow_dtypes():
         return False
     if any([t is not None and t.dtype is not x.dtype for t in others]):
         return False  # torch has no product of two dtypes, and says so

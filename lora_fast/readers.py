@@ -33,7 +33,7 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
     _holders.heed(owner._parameters)
     if _is_tied(owner._parameters) or _shares_memory(owner._parameters):
         return "the weight is tied: another module holds it too"
-    if _are_hidden() and _has_other_holders(owner._parameters):
+    if _has_other_holders(owner._parameters) and _are_hidden():
         return "the weight may be tied: gc.freeze() hides who else holds it"
     return None
 
@@ -101,7 +101,10 @@ _FROZEN = gc.get_freeze_count()  # Python 3.12 begins with some
 
 
 def _are_hidden() -> bool:
-    """Tell whether there may be modules that a scan of all objects does not see."""
+    """Tell whether there may be modules that a scan of all objects does not see.
+
+    To be asked last: the frozen objects are counted one by one.
+    """
     return gc.get_freeze_count() > _FROZEN
 
 

@@ -82,6 +82,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def triton_backend() -> Iterator[None]:
+    """Force the kernels: what they can't serve raises."""
+    import lora_fast
+
+    with lora_fast.use_backend("triton"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Give each test the same random numbers, whichever tests ran before it."""

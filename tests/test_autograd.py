@@ -1,7 +1,6 @@
 """`lora.Linear` on the fused path; `tests/fused` goes into the parts."""
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,17 +11,13 @@ import lora_fast as lora
 from lora_fast.testing import assert_within_budget, randomize_
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="the kernels need a GPU or Triton's interpreter",
-)
-
-
-@pytest.fixture(autouse=True)
-def triton_backend() -> Iterator[None]:
-    """Force the kernels: what they can't serve raises."""
-    with lora.use_backend("triton"):
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("triton_backend"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+        reason="the kernels need a GPU or Triton's interpreter",
+    ),
+]
 
 
 def make(device: torch.device, dropout: float = 0.0, **options: Any) -> lora.Linear:

@@ -1,7 +1,6 @@
 """`lora.MergedLinear` on the fused path: what autograd, autocast and torch.compile make of it."""
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,10 +15,13 @@ from lora_fast import ops
 from lora_fast.testing import assert_within_budget, randomize_, saved_bytes
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="the kernels need a GPU or Triton's interpreter",
-)
+pytestmark = [
+    pytest.mark.usefixtures("triton_backend"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+        reason="the kernels need a GPU or Triton's interpreter",
+    ),
+]
 
 # enable_lora, out_splits; 30 columns.
 BLOCKS = {
@@ -30,13 +32,6 @@ BLOCKS = {
     "ints": ([0, 1, 0, 1], [1, 2, 3, 24]),
     "one": ([True], None),
 }
-
-
-@pytest.fixture(autouse=True)
-def triton_backend() -> Iterator[None]:
-    """Force the kernels: what they can't serve raises."""
-    with lora.use_backend("triton"):
-        yield
 
 
 def make(

@@ -63,6 +63,18 @@ def test_b14_tied_weights_stay_unmerged_and_right(kind: str, share: str) -> None
     torch.testing.assert_close(model(x), expected)
 
 
+def test_b14_frozen_objects_are_not_counted_for_a_weight_that_nobody_else_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python counts them one by one: of a million, 30 ms in each `eval()`."""
+    layer = randomize_(lora.Linear(4, 4, r=2))
+    counted: list[int] = []
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: counted.append(1) or 0)
+    layer.eval()
+    assert layer.merged
+    assert not counted
+
+
 @pytest.mark.parametrize("share", ["parameter", "storage"])
 def test_b14_modules_that_gc_hides_are_not_overlooked(share: str, unfrozen: None) -> None:
     model, alone = tied(lora, "head", share), randomize_(lora.Linear(4, 4, r=2))

@@ -3,23 +3,18 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-import lora_fast
-
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="the drawn layers are on the CPU"
-)
-
-
-@pytest.fixture(autouse=True)
-def triton_backend() -> Iterator[None]:
-    with lora_fast.use_backend("triton"):
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("triton_backend"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="the drawn layers are on the CPU"
+    ),
+]
 
 
 def test_in_train_mode(drawn_fused: Any, assert_same_results: Callable[..., None]) -> None:

@@ -1,7 +1,7 @@
 """`lora_linear` by the kernels, and what plain torch makes of the same arguments and mask."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,13 +80,11 @@ def mask_of(y: Tensor, p: float) -> Tensor | None:
 
 
 @pytest.fixture(autouse=True)
-def triton_backend() -> Iterator[None]:
-    """Force the kernels: what they can't serve raises."""
+def _kernels(request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the kernels need a GPU or Triton's interpreter")
-    with lora.use_backend("triton"):
-        yield
+    request.getfixturevalue("triton_backend")
 
 
 @pytest.fixture

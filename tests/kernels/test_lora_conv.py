@@ -1,6 +1,5 @@
 """`lora_conv`, `merged_weight` and the convolution layers on the fused kernel."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,15 +11,9 @@ from lora_fast import functional, ops
 from lora_fast.testing import assert_within_budget, randomize_, saved_bytes
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton_backend")
 
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def triton_backend() -> Iterator[None]:
-    with lora.use_backend("triton"):
-        yield
-
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "conv1d": (lambda: lora.Conv1d(4, 6, 3, r=2, padding=1), (2, 4, 7)),

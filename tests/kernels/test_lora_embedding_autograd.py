@@ -3,7 +3,6 @@
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,16 +15,11 @@ from lora_fast import functional, ops
 from lora_fast.testing import assert_within_budget, randomize_, saved_bytes
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton_backend")
 
 ROWS, WIDTH, RANK, SCALING = 7, 9, 2, 1.5
 NAMES = ("weight", "lora_A", "lora_B")
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def triton_backend() -> Iterator[None]:
-    with lora.use_backend("triton"):
-        yield
 
 
 @pytest.fixture
