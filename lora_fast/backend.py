@@ -303,9 +303,9 @@ def _eager_pays(op: str, tensors: tuple[Tensor | None, ...], drops: bool) -> boo
     x = tensors[0]
     if op == "lora_embedding":
         weight = tensors[1] if len(tensors) > 1 else None  # `explain` asks about none
-        if x is None or weight is None or x.numel() <= products.FEW_ROWS:
+        if x is None or weight is None or not products.are_slow(weight):
             return False
-        return products.are_slow(weight)
+        return x.numel() > products.FEW_ROWS  # asked last: a graph may leave the size open
     if op != "lora_linear" or x is None or not x.is_cpu or x.layout is not torch.strided:
         return False
     if x.is_nested or torch.compiler.is_compiling():

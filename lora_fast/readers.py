@@ -30,10 +30,10 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
         return "the adapter is computed before each forward (pruning or weight norm)"
     if is_on_meta(owner):
         return "the weight is on the meta device or under FakeTensorMode, and holds no values"
-    _holders.heed(owner._parameters)
+    may_be_hidden = _holders.heed(owner._parameters)
     if _is_tied(owner._parameters) or _shares_memory(owner._parameters):
         return "the weight is tied: another module holds it too"
-    if _has_other_holders(owner._parameters) and _are_hidden():
+    if may_be_hidden and _has_other_holders(owner._parameters):
         return "the weight may be tied: gc.freeze() hides who else holds it"
     return None
 
@@ -103,7 +103,7 @@ _FROZEN = gc.get_freeze_count()  # Python 3.12 begins with some
 def _are_hidden() -> bool:
     """Tell whether there may be modules that a scan of all objects does not see.
 
-    To be asked last: the frozen objects are counted one by one.
+    Not to be asked in each merge: the frozen objects are counted one by one.
     """
     return gc.get_freeze_count() > _FROZEN
 
@@ -123,16 +123,24 @@ class _Holders:
         self.count: dict[int, int] = {}
         self.uses: dict[int, tuple[int, int]] = {}
 
-    def heed(self, parameters: dict[str, Any]) -> None:
-        """Scan if it is time to, before it is asked who else holds the weight."""
+    def heed(self, parameters: dict[str, Any]) -> bool:
+        """Scan if it is time to, before it is asked who else holds the weight.
+
+        Returns:
+            Whether there may be holders that no scan shows: then all that is not known is one.
+        """
         key, uses = id(parameters["weight"]), _uses(parameters)
-        if uses == _ALONE or _are_hidden():  # then all others count as holders
+        if uses == _ALONE:
             self.uses.pop(key, None)
-            return
-        if any(map(operator.gt, uses, self.uses.get(key, _ALONE))):
+            return False
+        if self.is_stale or any(map(operator.gt, uses, self.uses.get(key, _ALONE))):
+            if _are_hidden():
+                self.uses.pop(key, None)
+                return True
             self.is_stale = True
-        self.scan()
+            self.scan()
         self.uses[key] = uses
+        return False
 
     def scan(self) -> None:
         """Bring up to date what modules there are, and who holds their tensors (by their ids)."""
