@@ -3,8 +3,8 @@
 torch multiplies 16-bit matrices on a CPU by oneDNN where oneDNN has kernels (of bf16 with AVX-512,
 of fp16 with AVX512-FP16), and elsewhere by loops of its own. These took 17 to 55 times as long as a
 conversion and a product in fp32: dX of 16 and 512 rows, 768 to 4096 features in bf16, torch 2.13,
-two threads of an EPYC of family 25 model 1, 2026-11-30. Here no more is converted at a time than the
-result takes room, sums are in fp32, and results are rounded once.
+two threads of an EPYC of family 25 model 1, 2026-11-30. Here no more is converted at a time than
+the result takes room, sums are in fp32, and results are rounded once.
 """
 
 import functools
