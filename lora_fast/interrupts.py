@@ -45,8 +45,7 @@ class held_back:  # noqa: N801, it is used like a function
         if threading.get_ident() != threading.main_thread().ident:
             return
         try:
-            for number in _SIGNALS:
-                handler = _signal.getsignal(number)
+            for number, handler in zip(_SIGNALS, map(_signal.getsignal, _SIGNALS), strict=True):
                 if callable(handler):  # else ignored, the system's own, or not Python's
                     self.handlers[number] = handler
                     _signal.signal(number, self._note)

@@ -91,12 +91,11 @@ def _merge_checked(requests: Sequence[Merge], done: Done) -> list[MergeRecord | 
     served = [i for i, request in enumerate(requests) if _is_served(request)]
     records: list[MergeRecord | None] = [None] * len(requests)
     if served:
-        before = [some_of(requests[i].weight) for i in served]
         found = native.merge([requests[i] for i in served], done)
-        for i, record, elements in zip(served, found, before, strict=True):
+        for i, record in zip(served, found, strict=True):
             records[i] = record
             if record is not None and record.original is None:
-                record.before, record.after = elements, some_of(requests[i].weight)
+                record.after = some_of(requests[i].weight)
     for i in sorted(set(range(len(requests))) - set(served)):
         records[i] = _merge_alone(requests[i], done)
     for request, record, original in zip(requests, records, originals, strict=True):

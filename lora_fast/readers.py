@@ -10,14 +10,14 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import parametrize
 
-from lora_fast.torch_internals import is_fake_tensor, storage_uses
+from lora_fast.torch_internals import is_fake_tensor, storage_id, storage_uses
 
 
 def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
@@ -122,6 +122,8 @@ class _Holders:
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.count: dict[int, int] = {}
         self.uses: dict[int, tuple[int, int]] = {}
+        self.places: dict[int, list[_Place]] = {}
+        self.asked: set[int] = set()
 
     def heed(self, parameters: dict[str, Any]) -> bool:
         """Scan if it is time to, before it is asked who else holds the weight.
@@ -147,7 +149,7 @@ class _Holders:
         if not self.is_stale:
             return
         self.is_stale, self.all_reachable = _are_hidden(), False
-        self.modules, self.count, self.uses = weakref.WeakSet(), {}, {}
+        self.modules, self.count, self.uses, self.places = weakref.WeakSet(), {}, {}, {}
         objects, kinds = gc.get_objects(), _with_subclasses(nn.Module)
         # In C: there may be millions, few of them modules.
         are_modules = map(kinds.__contains__, map(type, objects))
@@ -162,16 +164,38 @@ class _Holders:
     def confirm(self, found: Callable[[], bool]) -> bool:
         """Tell whether `found()`, also without the modules that nobody can reach any more."""
         self.scan()
-        if found() and not self.all_reachable:
+        is_found = found()
+        if is_found and not self.all_reachable:
             gc.collect()  # takes longer than the scan
             self.is_stale = True
             self.scan()
             self.all_reachable = not self.is_stale
-        return found()
+            is_found = found()
+        return is_found
 
-    def tensors(self) -> Iterator[Any]:
-        """Yield what the known modules hold."""
-        return itertools.chain.from_iterable(map(_tensors, self.modules))
+    def in_memory_of(self, weight: Tensor) -> Iterator["_Place"]:
+        """Yield where other tensors of the known modules lie in the memory of a weight.
+
+        All are looked up anew when a weight is asked for again, so once in the `eval()` of a model:
+        a view may have gone and a module's tensor have come, by `a.data = b.data`, since then.
+        """
+        key = id(weight)
+        if not self.places or key in self.asked:
+            self.places, self.asked = {}, set()
+            for tensor in itertools.chain.from_iterable(map(_tensors, self.modules)):
+                place = _place(tensor)
+                if place.start < place.end:
+                    self.places.setdefault(storage_id(tensor), []).append(place)
+        self.asked.add(key)
+        return (p for p in self.places.get(storage_id(weight), ()) if p.tensor != key)
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies, without holding it: its id, its first and its last + 1 address."""
+
+    tensor: int
+    start: int
+    end: int
 
 
 def _with_subclasses(kind: Any) -> set[Any]:
@@ -214,16 +238,12 @@ def _shares_memory(parameters: dict[str, Any]) -> bool:
         return False
     if _UNSHARED_STORAGE is not None and storage_uses(parameters["weight"]) == _UNSHARED_STORAGE:
         return False
-    lo, hi = _span(parameters["weight"])
 
     def is_shared() -> bool:
         weight = parameters["weight"]
-        for other in _holders.tensors():
-            if type(other) in (nn.Parameter, Tensor) and other is not weight:
-                start, end = _span(other)
-                if start < hi and lo < end and other.device == weight.device:
-                    return True
-        return False
+        mine = _place(weight)
+        others = _holders.in_memory_of(weight)
+        return any(it.start < mine.end and mine.start < it.end for it in others)
 
     return _holders.confirm(is_shared)
 
@@ -254,16 +274,19 @@ def take_own_memory(weight: Tensor, *, is_lent: bool) -> None:
             weight.data = weight.data.clone()
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First and last + 1 address of a tensor's elements; empty for a tensor without any."""
-    if tensor.is_meta or tensor.numel() == 0 or tensor.layout is not torch.strided:
-        return 0, 0
+def _place(tensor: Any) -> _Place:
+    """The place of a tensor; an empty one for what has no elements in memory."""
+    nowhere = _Place(id(tensor), 0, 0)
+    if type(tensor) not in (nn.Parameter, Tensor) or tensor.layout is not torch.strided:
+        return nowhere
+    if tensor.is_meta or tensor.numel() == 0:
+        return nowhere
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     try:
         start = tensor.data_ptr()
     except RuntimeError:  # a buffer that a transform of torch.func has in its hands
-        return 0, 0
-    return start, start + (last + 1) * tensor.element_size()
+        return nowhere
+    return _Place(id(tensor), start, start + (last + 1) * tensor.element_size())
 
 
 register_module_parameter_registration_hook(forget_holders)

@@ -77,8 +77,7 @@ class MergeRecord:
         of_shard: whether all of this is of one rank's shard of a DTensor.
         is_native: whether csrc merged it; the sums of torch's own products have other bits.
         versions: the weight's numbers for autograd, if the old one can be taken back.
-        before: where there is no copy, some elements of the original weight (see `some_of`).
-        after: the same elements of the merged one.
+        after: where there is no copy, some elements of the merged weight (see `some_of`).
     """
 
     shape: torch.Size
@@ -95,7 +94,6 @@ class MergeRecord:
     of_shard: bool = False
     is_native: bool = True
     versions: Versions | None = None
-    before: Tensor | None = None
     after: Tensor | None = None
 
     def check(self, weight: Tensor) -> None:
@@ -147,5 +145,10 @@ def some_of(weight: Tensor) -> Tensor:
     By them a weight that was written to while merged shows whether it is the original again: the
     codes alone do not tell, as the next weight's rounding is like this one's.
     """
-    steps = [-(-n // _EACH_WAY) for n in weight.shape[:2]] + [-(-n // 2) for n in weight.shape[2:]]
-    return weight[tuple(slice(None, None, max(1, step)) for step in steps)].clone()
+    sizes, strides = [], []
+    for d, (size, stride) in enumerate(zip(weight.shape, weight.stride(), strict=True)):
+        step = -(-size // (_EACH_WAY if d < 2 else 2)) or 1
+        sizes.append(-(-size // step))
+        strides.append(stride * step)
+    # By one view, as slices make one for each dimension: this is part of every merge.
+    return weight.as_strided(sizes, strides, weight.storage_offset()).clone()

@@ -187,11 +187,15 @@ def settle(layer: RestoresWeight, target: Tensor, record: MergeRecord) -> None:
         layer._remember(False, None)
 
 
+def _is_like(shard: Tensor, record: MergeRecord) -> bool:
+    """Tell whether a weight has the shape, dtype and device of the one that was merged."""
+    mine = (shard.shape, shard.dtype, shard.device)
+    return mine == (record.shape, record.dtype, record.lora_A.device)
+
+
 def is_as_merged(shard: Tensor, record: MergeRecord) -> bool:
     """Tell by its values whether a weight is as the merge with this record has left it."""
-    if shard.shape != record.shape or shard.dtype != record.dtype:
-        return False
-    if shard.device != record.lora_A.device:
+    if not _is_like(shard, record):
         return False
     if record.after is not None and not torch.equal(some_of(shard), record.after):
         return False
@@ -206,17 +210,15 @@ def is_as_merged(shard: Tensor, record: MergeRecord) -> bool:
 def _is_base(shard: Tensor, record: MergeRecord) -> bool:
     """Tell whether a weight is the base again, as averages put it back after a validation.
 
-    By the copy of it, or some of its elements, and because merging it makes the code that the
-    record holds.
+    By the copy of it, or because merging it makes the code and the elements that the record holds.
     """
-    if shard.dtype != record.dtype or shard.device != record.lora_A.device:
+    if not _is_like(shard, record):
         return False
     if record.original is not None:
         return torch.equal(shard, record.original)
-    if record.before is None or not torch.equal(some_of(shard), record.before):
-        return False
-    again = merge_again(shard.clone(), record)
-    if again is None:
+    merged = shard.clone()
+    again = merge_again(merged, record)
+    if again is None or record.after is None or not torch.equal(some_of(merged), record.after):
         return False
     mine, its = ([t for code in r.codes for t in _ordered(code)] for r in (record, again))
     return len(mine) == len(its) and all(map(torch.equal, mine, its))

@@ -11,6 +11,7 @@ import torch._dynamo.exc
 from torch import Tensor, nn
 
 import lora_fast as lora
+from lora_fast import readers
 from lora_fast.testing import randomize_
 
 
@@ -182,6 +183,41 @@ def test_b14_a_scan_serves_until_there_are_more_holders(monkeypatch: pytest.Monk
             layer.train()
     assert len(scans) == 1
     assert len(states) == 3 and optimizer.param_groups
+
+
+def test_b14_views_of_all_weights_are_looked_up_once_for_a_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever keeps the state of the best epoch holds a view of each weight."""
+    model = nn.Sequential(*[randomize_(lora.Linear(4, 4, r=2)) for _ in range(40)])
+    best = model.state_dict()
+    model.eval().train()
+    known = sum(map(len, map(list, map(readers._tensors, readers._holders.modules))))
+    looked_up: list[int] = []
+    place = readers._place
+    monkeypatch.setattr(readers, "_place", lambda it: looked_up.append(1) or place(it))
+    for _ in range(3):
+        looked_up.clear()
+        assert all(layer.merged for layer in model.eval())
+        assert all(not layer.merged for layer in model.train())
+        assert len(looked_up) <= known + len(model)
+    assert len(best) == 4 * len(model)
+
+
+def test_b14_memory_that_another_layer_takes_when_a_view_of_it_goes() -> None:
+    """As many hold it as before."""
+    model = nn.Sequential(*[randomize_(lora.Linear(4, 4, r=2)) for _ in range(2)])
+    views = model.state_dict()
+    for _ in range(2):
+        assert all(layer.merged for layer in model.eval())
+        model.train()
+    one, other = model
+    del views
+    one.weight.data = other.weight.data
+    base = one.weight.detach().clone()
+    model.eval()
+    assert not one.merged and not other.merged
+    assert torch.equal(other.weight, base)
 
 
 def test_b14_a_buffer_in_memory_of_its_own_is_no_tie() -> None:
