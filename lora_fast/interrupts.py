@@ -2,6 +2,7 @@
 
 # Not `signal`, whose wrappers look for enum members: 10 us a call, in every eval() and train().
 import _signal  # type: ignore[import-not-found]
+import itertools
 import os
 import threading
 from types import FrameType
@@ -45,10 +46,12 @@ class held_back:  # noqa: N801, it is used like a function
         if threading.get_ident() != threading.main_thread().ident:
             return
         try:
-            for number, handler in zip(_SIGNALS, map(_signal.getsignal, _SIGNALS), strict=True):
-                if callable(handler):  # else ignored, the system's own, or not Python's
-                    self.handlers[number] = handler
-                    _signal.signal(number, self._note)
+            handlers = list(map(_signal.getsignal, _SIGNALS))
+            found = zip(_SIGNALS, handlers, strict=True)
+            # Those that are not callable are ignored, the system's own, or not Python's.
+            for number, handler in itertools.compress(found, map(callable, handlers)):
+                self.handlers[number] = handler
+                _signal.signal(number, self._note)
         except BaseException as error:
             if isinstance(error, ValueError) and not self._has_replaced():
                 # In a program that began Python in another thread, which then handles them.
@@ -66,8 +69,9 @@ class held_back:  # noqa: N801, it is used like a function
     def __exit__(self, *error: object) -> None:
         """Set the handlers again, and call those whose signal came, after an error too."""
         self._restore()
-        # Ctrl-C last, as what is raised last is what the caller sees.
-        self._deliver(sorted(self.received.items(), key=lambda it: it[0] == _signal.SIGINT))
+        if self.received:
+            # Ctrl-C last, as what is raised last is what the caller sees.
+            self._deliver(sorted(self.received.items(), key=lambda it: it[0] == _signal.SIGINT))
 
     def _restore(self) -> None:
         left = dict(self.handlers)

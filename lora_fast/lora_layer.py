@@ -92,6 +92,12 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         `eval()` found none leaves the layer unmerged.
         """
         own = self.__dict__
+        if name == "training":
+            # Past nn.Module.__setattr__, which looks for parameters: part of each eval().
+            object.__setattr__(self, name, value)
+            if value and own.get("merged") and self.merge_weights and self._is_ours():
+                self._outside_of_graphs(self._unmerge)
+            return
         if name == "merged" and value and "_undid_merge" in own:
             if self._is_as_loading_left_it():
                 self._merge_now()
@@ -104,14 +110,14 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
             self._remember(False, None)
         if name == "r" and own.get("_merged_nothing"):  # is switched on again
             self._remember(False, None)
-        is_ours = self._record is not None or "_merged_nothing" in own  # else a subclass merged
-        if name == "training" and value and own.get("merged") and self.merge_weights and is_ours:
-            self._outside_of_graphs(self._unmerge)
+
+    def _is_ours(self) -> bool:
+        """Tell whether what is merged was merged here, and not by a subclass."""
+        return self._record is not None or "_merged_nothing" in self.__dict__
 
     def _merged_itself(self) -> bool:
         """Tell whether a subclass with a `train()` of its own has merged, its own delta perhaps."""
-        is_ours = self._record is not None or "_merged_nothing" in self.__dict__
-        return self.merged and not is_ours and type(self).train is not MergingLayer.train
+        return self.merged and not self._is_ours() and type(self).train is not MergingLayer.train
 
     def _has_adapter(self) -> bool:
         # The dictionary first: getattr takes ten times as long, but finds a parametrized A too. As

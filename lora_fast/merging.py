@@ -1,14 +1,14 @@
 """The merge of `eval()` and `train()` as functions, and which implementation runs it."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor
 
 from lora_fast import checks, native, ops, reference, shapes, sharded, versions
 from lora_fast.backend import Backend, choose_merge
-from lora_fast.native import Done, Merge
+from lora_fast.native import Merge
 from lora_fast.record import MergeRecord, some_of
 
 
@@ -45,112 +45,111 @@ def merge_(
         NaN that the weight held before stay. Source: loralib/layers.py:126-141.
     """
     enable, widths = checks.blocks("merge_", enable_lora, out_splits)
-    done: Done = []
+    request = Merge(weight, lora_A, lora_B, scaling, enable, widths)
     try:
-        merge_many([Merge(weight, lora_A, lora_B, scaling, enable, widths)], done)
-        if done:
-            return done[0][1]
+        merge_many([request])
+        if request.record is not None:
+            return request.record
     except BaseException:
-        undo(done)
+        undo([request])
         raise
     raise OverflowError(reference.why_not_finite(weight, lora_A, lora_B))
 
 
-@torch.no_grad()
-def merge_many(requests: Sequence[Merge], done: Done) -> list[MergeRecord | None]:
+def merge_many(requests: Sequence[Merge]) -> None:
     """`merge_` weights of one device and dtype, in one call of the native ops.
 
     Args:
-        requests: the arguments of `merge_` for each; no two weights share memory.
-        done: an empty list, to be handed to `undo` after any error.
-
-    Returns:
-        For each the record with which `unmerge_` restores the weight, or None where a finite
-        element would become infinite or NaN; that weight is as it was.
+        requests: the arguments of `merge_` for each; no two weights share memory. Each gets its
+            record, or None where a finite element would become infinite or NaN; that weight is as
+            it was. To be handed to `undo` after any error.
 
     Raises:
         ValueError: factors do not fit their weight.
     """
-    requests = [_checked(request) for request in requests]
+    for request in requests:
+        _check(request)
     if any([request.weight.is_inference() for request in requests]):
         with torch.inference_mode():  # only there they may be written to
-            return _merge_checked(requests, done)
-    return _merge_checked(requests, done)
+            _merge_checked(requests)
+    else:
+        _merge_checked(requests)
 
 
-def undo(done: Done) -> None:
+def undo(requests: Sequence[Merge]) -> None:
     """Unmerge what `merge_many` had merged when something came in between, each if it can be."""
     with ExitStack() as each:  # which goes on after an error, and raises it at its end
-        for weight, record in done:
-            if not record.spent:
-                each.callback(unmerge_, weight, record)
+        for request in requests:
+            if request.record is not None and not request.record.spent:
+                each.callback(unmerge_, request.weight, request.record)
 
 
-def _merge_checked(requests: Sequence[Merge], done: Done) -> list[MergeRecord | None]:
-    originals = [versions.current(request.weight) for request in requests]
-    served = [i for i, request in enumerate(requests) if _is_served(request)]
-    records: list[MergeRecord | None] = [None] * len(requests)
+def _merge_checked(requests: Sequence[Merge]) -> None:
+    numbers = [versions.current(request.weight) for request in requests]
+    served: list[Merge] = []
+    others: list[Merge] = []
+    for request in requests:
+        (served if _is_served(request) else others).append(request)
     if served:
-        found = native.merge([requests[i] for i in served], done)
-        for i, record in zip(served, found, strict=True):
-            records[i] = record
-            if record is not None and record.original is None:
-                record.after = some_of(requests[i].weight)
-    for i in sorted(set(range(len(requests))) - set(served)):
-        records[i] = _merge_alone(requests[i], done)
-    for request, record, original in zip(requests, records, originals, strict=True):
+        native.merge(served)
+    for request in served:
+        if request.record is not None and request.record.original is None:
+            request.record.after = some_of(request.weight)
+    for request in others:
+        _merge_alone(request)
+    for request, number in zip(requests, numbers, strict=True):
+        record = request.record
         if record is not None and not record.of_shard:  # a DTensor counts by itself
-            record.versions = versions.merged(request.weight, original)
-    return records
+            record.versions = versions.merged(request.weight, number)
 
 
-def _checked(request: Merge) -> Merge:
-    weight, lora_A, lora_B, scaling, enable_lora, out_splits = request
+def _check(request: Merge) -> None:
+    """Refuse what can't be merged; of the rest take what nobody changes until it is undone."""
+    weight, enable_lora, out_splits = request.weight, request.enable_lora, request.out_splits
     # A float, as nearly always; of a DTensor each rank is asked when the others hear the answer.
-    if type(scaling) is not float and not sharded.is_dtensor(weight):
-        checks.scaling("merge_", scaling)
-        # A number of its own, as a tensor may change before the merge is undone.
-        request = request._replace(scaling=checks.number(scaling))
-    if enable_lora is not None:  # and lists of its own
-        splits = None if out_splits is None else list(out_splits)
-        request = request._replace(enable_lora=list(enable_lora), out_splits=splits)
-    shapes.delta("merge_", weight, lora_A, lora_B, enable_lora, out_splits)
-    checks.mergeable("merge_", weight, lora_A, lora_B)
+    if type(request.scaling) is not float and not sharded.is_dtensor(weight):
+        checks.scaling("merge_", request.scaling)
+        request.scaling = checks.number(request.scaling)
+    if enable_lora is not None:
+        request.enable_lora = list(enable_lora)
+        request.out_splits = None if out_splits is None else list(out_splits)
+    factors = (request.lora_A, request.lora_B)
+    shapes.delta("merge_", weight, *factors, request.enable_lora, request.out_splits)
+    checks.mergeable("merge_", weight, *factors)
     checks.not_faked("merge_", weight)
-    if sharded.is_dtensor(weight) or not (sharded.is_dtensor(lora_A) or sharded.is_dtensor(lora_B)):
-        return request
-    return request._replace(lora_A=sharded.whole(lora_A), lora_B=sharded.whole(lora_B))
+    if weight.requires_grad:
+        request.weight = weight.detach()
+    if not sharded.is_dtensor(weight) and any(map(sharded.is_dtensor, factors)):
+        with torch.no_grad():
+            request.lora_A, request.lora_B = map(sharded.whole, factors)
 
 
 def _is_served(request: Merge) -> bool:
     """Tell whether the native ops serve a request, and log what serves it."""
-    weight, lora_A, lora_B, *_ = request
+    weight, lora_A, lora_B = request.weight, request.lora_A, request.lora_B
     if sharded.is_dtensor(weight):  # whose shard comes here again
         return False
     chosen = choose_merge("merge_", lambda: native.why_not(weight, lora_A, lora_B))
     return chosen is Backend.NATIVE
 
 
-def _merge_alone(request: Merge, done: Done) -> MergeRecord | None:
-    weight, lora_A, lora_B, scaling, enable_lora, out_splits = request
+@torch.no_grad()
+def _merge_alone(request: Merge) -> None:
+    weight, blocks = request.weight, (request.enable_lora, request.out_splits)
     if sharded.is_dtensor(weight):
-        try:
-            record = sharded.merge_(*request)
-        except OverflowError:
-            return None
-        done.append((weight, record))
-        return record
-    # What is merged is what is kept; see native._with_copies.
-    original, lora_A, lora_B = weight.clone(), lora_A.clone(), lora_B.clone()
-    what = (lora_A, lora_B, scaling, enable_lora, out_splits)
+        factors = (request.lora_A, request.lora_B)
+        with suppress(OverflowError):
+            request.record = sharded.merge_(weight, *factors, request.scaling, *blocks)
+        return
+    # What is merged is what is kept; see native._copy_factors.
+    original = weight.clone()
+    what = (request.lora_A.clone(), request.lora_B.clone(), request.scaling, *blocks)
     record = MergeRecord(original.shape, original.dtype, original, *what, is_native=False)
-    done.append((weight, record))  # the copy is right before the merge, too
+    request.record = record  # the copy is right before the merge, too
     try:
         reference.merge_beside_(original, weight, *what)
     except OverflowError:
-        done.pop()
-        return None
-    return record
+        request.record = None
 
 
 @torch.no_grad()
@@ -164,11 +163,12 @@ def merge_again(weight: Tensor, record: MergeRecord) -> MergeRecord | None:
     Returns:
         A record of this merge, or None where a finite element would become infinite or NaN.
     """
-    what = (record.lora_A, record.lora_B, record.scaling, record.enable_lora, record.out_splits)
-    request = Merge(weight, *what)
+    request = Merge(weight, *record.arguments())
     if record.is_native and ops.load_native(weight.device.type) is None:  # from another process
-        return native.merge([request])[0]
-    return _merge_alone(request, [])
+        native.merge([request])
+    else:
+        _merge_alone(request)
+    return request.record
 
 
 def unmerge_(weight: Tensor, record: MergeRecord) -> None:
@@ -187,7 +187,6 @@ def unmerge_(weight: Tensor, record: MergeRecord) -> None:
     unmerge_many([weight], [record])
 
 
-@torch.no_grad()
 def unmerge_many(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
     """`unmerge_` weights of one device and dtype, in one call of the native ops."""
     local = [_checked_local(w, record) for w, record in zip(weights, records, strict=True)]

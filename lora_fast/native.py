@@ -7,8 +7,10 @@
 import functools
 import itertools
 import logging
+from array import array
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,8 +28,14 @@ _MOST = 2**31 - 1
 _LIST_BYTES = 0.06
 
 
-class Merge(NamedTuple):
-    """One weight and what is to be added to it; see `lora_fast.functional.merge_`."""
+@dataclass(slots=True, eq=False)
+class Merge:
+    """One weight and what is to be added to it; see `lora_fast.functional.merge_`.
+
+    Attributes:
+        record: the way back, from when there is one: whoever asked for the merge undoes it by this
+            after an error.
+    """
 
     weight: Tensor
     lora_A: Tensor
@@ -35,6 +43,7 @@ class Merge(NamedTuple):
     scaling: float
     enable_lora: list[bool] | None = None
     out_splits: list[int] | None = None
+    record: MergeRecord | None = None
 
 
 def why_not(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
@@ -68,89 +77,108 @@ def _overlaps(weight: Tensor) -> bool:
     return False
 
 
-Done = list[tuple[Tensor, MergeRecord]]
-"""Weights that are merged, each with its record: what whoever made the list undoes after an error.
-It is added to as soon as there is a record, so that an error on the way back loses none."""
-
-
-def merge(requests: Sequence[Merge], done: Done | None = None) -> list[MergeRecord | None]:
+def merge(requests: Sequence[Merge]) -> list[MergeRecord | None]:
     """Merge weights of one device and dtype, in one launch where the device has launches.
 
     Args:
-        requests: merges that `why_not` has nothing against.
-        done: where each merge is noted; after an error what is not in it is not merged.
+        requests: merges that `why_not` has nothing against, of weights that ask for no gradient.
+            Their A and B become copies: what is merged is what the record holds.
 
     Returns:
-        A record for each, or None where a finite element would become infinite or NaN; that weight
-        is as it was.
+        The record of each, which the request has too; after an error what has none is not merged.
+        None where a finite element would become infinite or NaN; that weight is as it was.
     """
-    done = [] if done is None else done
-    requests = _with_copies(requests)
-    jobs = list(map(_new_job, requests))
-    status, known = _new_status(jobs), len(done)
+    _copy_factors(requests)
+    _merge(requests)
+    return [request.record for request in requests]
+
+
+def _merge(requests: Sequence[Merge]) -> None:
+    jobs = [_new_job(request) for request in requests]
+    status = _new_status(jobs)
     try:
         _run(ops.merge_, jobs, status)
-        lengths = _of_jobs(jobs, status)
-        if min(map(min, lengths)) >= 0:
-            records = [job.record(found) for job, found in zip(jobs, lengths, strict=True)]
-            done += [(job.request.weight, r) for job, r in zip(jobs, records, strict=True)]
-            return list(records)
+        told = _of_jobs(jobs, status)
+        if _is_done(status):
+            for request, job, lengths in zip(requests, jobs, told, strict=True):
+                request.record = _record(request, tuple(map(_trimmed, job.codes, lengths)))
+            return
     except BaseException:  # no memory for a list, say
-        if _is_done(status) and len(done) == known:
-            cut = [job.cut(n) for job, n in zip(jobs, _of_jobs(jobs, status), strict=True)]
-            done += [(job.request.weight, _record(job, tuple(job.codes))) for job in cut]
+        if _is_done(status):
+            told = _of_jobs(jobs, status)
+            for request, job, lengths in zip(requests, jobs, told, strict=True):
+                request.record = request.record or _record(request, _cut(job.codes, lengths))
         raise
     del jobs  # their codes are large, and what follows makes its own
-    return _merge_apart(requests, lengths, done)  # the op has put every weight back
+    _merge_apart(requests, told)  # the op has put every weight back
 
 
-def _merge_apart(
-    requests: Sequence[Merge], status: Sequence[Sequence[int]], done: Done
-) -> list[MergeRecord | None]:
+def _merge_apart(requests: Sequence[Merge], status: Sequence[Sequence[int]]) -> None:
     """Merge together what can be, and with a copy what a code is not enough for."""
-    together = [i for i, lengths in enumerate(status) if min(lengths) >= 0]
-    records: list[MergeRecord | None] = [None] * len(requests)
     # These first: they need most memory, and where there is none for the next of them, copying one
     # back takes none.
-    for i, lengths in enumerate(status):
+    for request, lengths in zip(requests, status, strict=True):
         if min(lengths) < 0 and _NOT_FINITE not in lengths:
-            records[i] = _merge_with_copy(requests[i], done)
+            _merge_with_copy(request)
+    together = [r for r, lengths in zip(requests, status, strict=True) if min(lengths) >= 0]
     if together:
-        for i, record in zip(together, merge([requests[i] for i in together], done), strict=True):
-            records[i] = record
-    return records
+        _merge(together)
+
+
+def _merge_with_copy(request: Merge) -> None:
+    weight = request.weight
+    _log.debug(
+        "deltas far above the weights: keeping a copy of a %s %s weight",
+        weight.dtype,
+        tuple(weight.shape),
+    )
+    original, job = weight.clone(), _codeless_job(request)
+    try:
+        status = _new_status([job])
+        _run(ops.merge_, [job], status)
+        if _is_done(status):
+            request.record = _record(request, (), original)
+            return
+    except BaseException:
+        if request.record is None:
+            weight.copy_(original)
+        raise
+    weight.copy_(original)
 
 
 def unmerge(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> None:
     """Restore weights of one device and dtype that `merge` merged: all, or after an error none."""
-    jobs = [_job_of(weight, record) for weight, record in zip(weights, records, strict=True)]
-    coded = [job for job in jobs if job.original is None]
-    status, copied = _new_status(coded), []
+    pairs = list(zip(weights, records, strict=True))
+    jobs = [_job_of(weight, record) for weight, record in pairs if record.original is None]
+    status, copied = _new_status(jobs), []
     try:
-        if coded:
-            _run(ops.unmerge_, coded, status)
-        for job, record in zip(jobs, records, strict=True):
-            if job.original is not None:
-                copied.append((job, record.is_native))
-                job.request.weight.copy_(job.original)
+        if jobs:
+            _run(ops.unmerge_, jobs, status)
+        for weight, record in pairs:
+            if record.original is not None:
+                copied.append((weight, record))
+                weight.detach().copy_(record.original)
     except BaseException:
-        if coded and _is_done(status):
-            _run(ops.merge_, coded, _new_status(coded))
-        for job, is_native in copied:
-            _merge_back(job, is_native)
+        if jobs and _is_done(status):
+            _run(ops.merge_, jobs, _new_status(jobs))
+        for weight, record in copied:
+            _merge_back(weight.detach(), record)
         raise
     for record in records:
         _keep_until_read(record)
 
 
-def _merge_back(job: "_Job", is_native: bool) -> None:
+@torch.no_grad()
+def _merge_back(weight: Tensor, record: MergeRecord) -> None:
     """Merge, by what merged it, a weight of which there is a copy, whether it is the copy now."""
-    assert job.original is not None
-    job.request.weight.copy_(job.original)
-    if is_native and ops.load_native(job.original.device.type) is None:
+    assert record.original is not None
+    weight.copy_(record.original)
+    request = Merge(weight, *record.arguments())
+    if record.is_native and ops.load_native(weight.device.type) is None:
+        job = _codeless_job(request)
         _run(ops.merge_, [job], _new_status([job]))
     else:
-        reference.merge_beside_(job.original, *job.request)
+        reference.merge_beside_(record.original, weight, *record.arguments())
 
 
 def _keep_until_read(record: MergeRecord) -> None:
@@ -164,107 +192,105 @@ def _keep_until_read(record: MergeRecord) -> None:
             tensor.record_stream(stream)
 
 
+Status: TypeAlias = "array[int]"  # of int64, one for each block of each job
+
+
 class _Job(NamedTuple):
-    """A merge of the record's own A and B, the blocks of its weight, and the code for each."""
+    """The blocks of a weight, each with its part of the record's A and B, and their codes."""
 
-    request: Merge
     blocks: Sequence[reference.DeltaBlock]
+    scaling: float
     codes: Sequence[Code]
-    original: Tensor | None = None
-
-    def cut(self, lengths: Sequence[int]) -> "_Job":
-        """Return the job with lists of these lengths, which share the memory of the long ones."""
-        pairs = zip(self.codes, lengths, strict=True)
-        return self._replace(
-            codes=[Code(c.code, c.overflow_index[:n], c.overflow_value[:n]) for c, n in pairs]
-        )
-
-    def record(self, lengths: Sequence[int]) -> MergeRecord:
-        """Return the record of a merge whose overflow lists have these lengths."""
-        codes = tuple(map(_trimmed, self.codes, lengths))
-        return _record(self, codes)
 
 
-def _run(op: Callable[..., None], jobs: Sequence[_Job], status: Tensor) -> None:
+def _run(op: Callable[..., None], jobs: Sequence[_Job], status: Status) -> None:
     """Call `op` for all blocks of all jobs; at its end it tells in `status` of each block."""
     rows = [
-        (*block, float(job.request.scaling), *code)
+        (*block, job.scaling, *code)
         for job in jobs
         for block, code in zip(job.blocks, job.codes, strict=True)
     ]
-    op(*map(list, zip(*rows, strict=True)), status)
+    op(*map(list, zip(*rows, strict=True)), torch.frombuffer(status, dtype=torch.int64))
 
 
-def _new_status(jobs: Sequence[_Job]) -> Tensor:
-    count = sum([len(job.blocks) for job in jobs])
-    return torch.full((count,), _NOT_DONE, dtype=torch.int64, device="cpu")
+def _new_status(jobs: Sequence[_Job]) -> Status:
+    # Not a tensor's memory: to fill that takes torch longer than the op to merge a small weight.
+    return array("q", [_NOT_DONE]) * sum([len(job.blocks) for job in jobs])
 
 
-def _is_done(status: Tensor) -> bool:
+def _is_done(status: Status) -> bool:
     """Tell whether the op has done it; if not, it has changed no weight."""
-    return min(status.tolist(), default=_NOT_DONE) >= 0
+    return min(status, default=_NOT_DONE) >= 0
 
 
-def _of_jobs(jobs: Sequence[_Job], status: Tensor) -> list[list[int]]:
+def _of_jobs(jobs: Sequence[_Job], status: Status) -> list[list[int]]:
     """What the op told of each job's blocks."""
-    told = iter(status.tolist())
+    told = iter(status)
     return [list(itertools.islice(told, len(job.blocks))) for job in jobs]
 
 
-def _blocks(request: Merge) -> list[reference.DeltaBlock]:
+def _blocks(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    enable_lora: list[bool] | None,
+    out_splits: list[int] | None,
+) -> list[reference.DeltaBlock]:
     """The blocks of a weight that one product B A each covers, none over `_MOST` elements."""
-    weight, lora_A, lora_B, _, enable_lora, out_splits = request
     if weight.requires_grad:
         weight = weight.detach()
+    blocks = reference.delta_blocks(weight, lora_A, lora_B, enable_lora, out_splits)
+    if weight.numel() <= _MOST:
+        return blocks
     found = []
-    for block in reference.delta_blocks(weight, lora_A, lora_B, enable_lora, out_splits):
-        if block[0].numel() <= _MOST:
-            found.append(block)
-            continue
+    for block in blocks:
         rows = max(1, _MOST // block[0].shape[1])
         parts = zip(block[0].split(rows), block[2].split(rows), strict=True)
         found += [(part, block[1], part_B) for part, part_B in parts]
     return found
 
 
+def _blocks_of(request: Merge) -> list[reference.DeltaBlock]:
+    factors = (request.lora_A, request.lora_B)
+    return _blocks(request.weight, *factors, request.enable_lora, request.out_splits)
+
+
 def _new_job(request: Merge) -> _Job:
-    blocks = _blocks(request)
+    blocks = _blocks_of(request)
     codes = []
     for weight, _, _ in blocks:
         code = torch.empty_like(weight, dtype=torch.int8)
         room = int(weight.numel() * _LIST_BYTES / (4 + weight.element_size()))
         codes.append(Code(code, *(_new_overflow(weight, room) if room else _no_overflow(weight))))
-    return _Job(request, blocks, codes)
+    return _Job(blocks, request.scaling, codes)
 
 
 def _job_of(weight: Tensor, record: MergeRecord) -> _Job:
     """The job by which a weight was merged."""
-    factors = (record.lora_A, record.lora_B, record.scaling)
-    request = Merge(weight, *factors, record.enable_lora, record.out_splits)
-    if record.original is not None:
-        return _codeless_job(request, record.original)
-    return _Job(request, _blocks(request), record.codes)
+    factors = (record.lora_A, record.lora_B)
+    blocks = _blocks(weight, *factors, record.enable_lora, record.out_splits)
+    return _Job(blocks, record.scaling, record.codes)
 
 
-def _codeless_job(request: Merge, original: Tensor) -> _Job:
+def _codeless_job(request: Merge) -> _Job:
     """A merge whose way back is a copy of the weight."""
-    weight, blocks = request.weight, _blocks(request)
+    weight, blocks = request.weight, _blocks_of(request)
     no_code = Code(weight.new_empty(0, dtype=torch.int8), *_no_overflow(weight))
-    return _Job(request, blocks, [no_code] * len(blocks), original)
+    return _Job(blocks, request.scaling, [no_code] * len(blocks))
 
 
-def _with_copies(requests: Sequence[Merge]) -> list[Merge]:
-    """The requests with copies of A and B, on a GPU by one launch for all.
+def _copy_factors(requests: Sequence[Merge]) -> None:
+    """Put copies in the place of A and B, on a GPU by one launch for all.
 
     What is merged is what the record holds, whatever another thread writes to A and B meanwhile,
     and the weight too where they share its memory. They are made before the op runs: without them,
     for want of memory, a merge could not be undone.
     """
-    factors = [factor for request in requests for factor in (request.lora_A, request.lora_B)]
+    factors = [f.detach() for request in requests for f in (request.lora_A, request.lora_B)]
     copies = [torch.empty_like(factor) for factor in factors]
     torch._foreach_copy_(copies, factors)
-    pairs = zip(requests, copies[::2], copies[1::2], strict=True)
-    return [Merge(request.weight, a, b, *request[3:]) for request, a, b in pairs]
+    for request, lora_A, lora_B in zip(requests, copies[::2], copies[1::2], strict=True):
+        request.lora_A, request.lora_B = lora_A, lora_B
 
 
 def _trimmed(code: Code, length: int) -> Code:
@@ -275,6 +301,12 @@ def _trimmed(code: Code, length: int) -> Code:
     lists = (code.overflow_index, code.overflow_value)
     kept = [t[:length].clone() for t in lists] if length else _no_overflow(code.overflow_value)
     return Code(code.code, *kept)
+
+
+def _cut(codes: Sequence[Code], lengths: Sequence[int]) -> tuple[Code, ...]:
+    """Codes with lists of these lengths, which share the memory of the long ones."""
+    pairs = zip(codes, lengths, strict=True)
+    return tuple(Code(c.code, c.overflow_index[:n], c.overflow_value[:n]) for c, n in pairs)
 
 
 def _new_overflow(weight: Tensor, room: int) -> tuple[Tensor, Tensor]:
@@ -293,32 +325,8 @@ def _empty_overflow(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, T
         return index, torch.empty(0, dtype=dtype, device=device)
 
 
-def _merge_with_copy(request: Merge, done: Done) -> MergeRecord | None:
+def _record(request: Merge, codes: tuple[Code, ...], original: Tensor | None = None) -> MergeRecord:
     weight = request.weight
-    _log.debug(
-        "deltas far above the weights: keeping a copy of a %s %s weight",
-        weight.dtype,
-        tuple(weight.shape),
-    )
-    original = weight.clone()
-    (request,) = _with_copies([request])
-    job, known = _codeless_job(request, original), len(done)
-    try:
-        status = _new_status([job])
-        _run(ops.merge_, [job], status)
-        if _is_done(status):
-            record = _record(job, ())
-            done.append((weight, record))
-            return record
-    except BaseException:
-        if len(done) == known:
-            weight.copy_(original)
-        raise
-    weight.copy_(original)
-    return None
-
-
-def _record(job: _Job, codes: tuple[Code, ...]) -> MergeRecord:
-    weight, lora_A, lora_B, scaling, enable_lora, out_splits = job.request
-    what = (weight.shape, weight.dtype, job.original, lora_A, lora_B)
-    return MergeRecord(*what, scaling, enable_lora, out_splits, codes=codes)
+    what = (request.lora_A, request.lora_B, request.scaling)
+    blocks = (request.enable_lora, request.out_splits)
+    return MergeRecord(weight.shape, weight.dtype, original, *what, *blocks, codes)

@@ -30,7 +30,11 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
         return "the adapter is computed before each forward (pruning or weight norm)"
     if is_on_meta(owner):
         return "the weight is on the meta device or under FakeTensorMode, and holds no values"
-    may_be_hidden = _holders.heed(owner._parameters)
+    uses = _uses(owner._parameters)
+    if uses == _ALONE and _UNSHARED_STORAGE is not None:
+        _holders.uses.pop(id(owner._parameters["weight"]), None)
+        return None
+    may_be_hidden = _holders.heed(owner._parameters, uses)
     if _is_tied(owner._parameters) or _shares_memory(owner._parameters):
         return "the weight is tied: another module holds it too"
     if may_be_hidden and _has_other_holders(owner._parameters):
@@ -40,7 +44,8 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
 
 def _are_computed(layer: nn.Module, *names: str) -> bool:
     """Tell whether hooks compute parameters anew, in which there are old values until they do."""
-    return any([name in vars(layer) and name not in layer._parameters for name in names])
+    own, parameters = vars(layer), layer._parameters
+    return any([name in own and name not in parameters for name in names])
 
 
 def is_on_meta(owner: nn.Module) -> bool:
@@ -125,16 +130,13 @@ class _Holders:
         self.places: dict[int, list[_Place]] = {}
         self.asked: set[int] = set()
 
-    def heed(self, parameters: dict[str, Any]) -> bool:
-        """Scan if it is time to, before it is asked who else holds the weight.
+    def heed(self, parameters: dict[str, Any], uses: tuple[int, int]) -> bool:
+        """Scan if it is time to, before it is asked who else holds a weight with these uses.
 
         Returns:
             Whether there may be holders that no scan shows: then all that is not known is one.
         """
-        key, uses = id(parameters["weight"]), _uses(parameters)
-        if uses == _ALONE:
-            self.uses.pop(key, None)
-            return False
+        key = id(parameters["weight"])
         if self.is_stale or any(map(operator.gt, uses, self.uses.get(key, _ALONE))):
             if _are_hidden():
                 self.uses.pop(key, None)

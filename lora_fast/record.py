@@ -125,6 +125,10 @@ class MergeRecord:
         """Return what is pickled or copied: places are of this process, and cannot be."""
         return {**vars(self), "restored": ()}
 
+    def arguments(self) -> tuple[Tensor, Tensor, float, list[bool] | None, list[int] | None]:
+        """Return what was merged: the arguments of `merge_` after the weight."""
+        return self.lora_A, self.lora_B, self.scaling, self.enable_lora, self.out_splits
+
     def blocks(self) -> dict[str, Any]:
         """Return the arguments that describe a grouped weight to the functions."""
         return {"enable_lora": self.enable_lora, "out_splits": self.out_splits}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_fast import functional, readers, reference, shapes, sharded, sums
 from lora_fast.layer_part import LayerPart
 from lora_fast.merging import merge_again, merge_many, undo
-from lora_fast.native import Done, Merge
+from lora_fast.native import Merge
 from lora_fast.record import Code, MergeRecord, some_of
 from lora_fast.torch_internals import is_fake_tensor
 
@@ -154,29 +154,27 @@ def merge_layers(layers: Sequence[RestoresWeight]) -> list[str | None]:
     Note:
         Where the way back fails too, for want of memory, say, a layer that is merged counts so.
     """
-    done: Done = []
     requests = [Merge(*layer._merge_arguments(), **layer._blocks()) for layer in layers]
     try:
-        records = merge_many(requests, done)
-        for layer, record in zip(layers, records, strict=True):
-            if record is not None:
-                layer._remember(True, record)
+        merge_many(requests)
+        for layer, request in zip(layers, requests, strict=True):
+            if request.record is not None:
+                layer._remember(True, request.record)
         return [
-            reference.why_not_finite(*request[:3]) if record is None else None
-            for request, record in zip(requests, records, strict=True)
+            reference.why_not_finite(it.weight, it.lora_A, it.lora_B) if it.record is None else None
+            for it in requests
         ]
     except BaseException:
-        layer_of = {id(r.weight): layer for r, layer in zip(requests, layers, strict=True)}
-        for weight, record in done:
-            layer_of[id(weight)].__dict__.update(
-                merged=True, _record=record, _merged_version=None, _merged_marks=None
-            )
+        pairs = zip(layers, requests, strict=True)
+        merged = [(layer.__dict__, it.record) for layer, it in pairs if it.record is not None]
+        for own, record in merged:
+            own.update(merged=True, _record=record, _merged_version=None, _merged_marks=None)
         try:
-            undo(done)
+            undo(requests)
         finally:
-            for weight, record in done:
+            for own, record in merged:
                 if record.spent:
-                    layer_of[id(weight)].__dict__.update(merged=False, _record=None)
+                    own.update(merged=False, _record=None)
         raise
 
 

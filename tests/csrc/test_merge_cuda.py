@@ -1,5 +1,6 @@
 """merge_ and unmerge_ on a GPU: the bits of the CPU, in both directions."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def request(n: int, k: int, r: int, dtype: torch.dtype, transposed: bool = False
 
 def on_gpu(merge: Any) -> Any:
     weight = torch.empty_like(merge.weight, device="cuda").copy_(merge.weight)
-    return merge._replace(weight=weight, lora_A=merge.lora_A.cuda(), lora_B=merge.lora_B.cuda())
+    return replace(merge, weight=weight, lora_A=merge.lora_A.cuda(), lora_B=merge.lora_B.cuda())
 
 
 def overflow_of(code: Any) -> dict[int, float]:
@@ -72,7 +73,7 @@ def test_many_small_weights_in_one_call(dtype: torch.dtype) -> None:
 
 def test_an_overflow_leaves_its_weight_and_merges_the_others() -> None:
     merges = [on_gpu(request(300, 512, 2, torch.half)) for _ in range(3)]
-    merges[1] = merges[1]._replace(scaling=1e6)
+    merges[1] = replace(merges[1], scaling=1e6)
     before = [m.weight.clone() for m in merges]
     records = native.merge(merges)
     assert [record is None for record in records] == [False, True, False]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def copies(merge: native.Merge) -> native.Merge:
     weight = torch.empty_strided(
         merge.weight.shape, merge.weight.stride(), dtype=merge.weight.dtype
     ).copy_(merge.weight)
-    return merge._replace(weight=weight)
+    return replace(merge, weight=weight)
 
 
 def assert_like_the_cpu(merges: list[native.Merge], on_cpu: Any) -> list[Any]:
@@ -125,7 +126,7 @@ def test_every_layout(dtype: torch.dtype, shape: Any, layout: str, on_cpu: Any) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_factors_of_every_dtype(dtype: torch.dtype, factor: torch.dtype, on_cpu: Any) -> None:
     merge = request(40, 72, 5, dtype)
-    merge = merge._replace(lora_A=merge.lora_A.to(factor), lora_B=merge.lora_B.to(factor))
+    merge = replace(merge, lora_A=merge.lora_A.to(factor), lora_B=merge.lora_B.to(factor))
     assert_like_the_cpu([merge], on_cpu)
 
 
@@ -169,7 +170,7 @@ def test_a_full_list_takes_all_back_and_keeps_a_copy(dtype: torch.dtype, on_cpu:
 
 def test_an_overflow_leaves_its_weight_and_merges_the_others(on_cpu: Any) -> None:
     merges = [request(130, 140, 2, torch.half) for _ in range(3)]
-    merges[1] = merges[1]._replace(scaling=1e6)
+    merges[1] = replace(merges[1], scaling=1e6)
     records = assert_like_the_cpu(merges, on_cpu)
     assert [record is None for record in records] == [False, True, False]
 

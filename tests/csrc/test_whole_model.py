@@ -192,7 +192,7 @@ def test_a_layer_that_needs_a_copy_is_merged_beside_the_others(
 
 @pytest.mark.parametrize(
     ("what", "ran"),
-    [("_merge_with_copy", [4]), ("_with_copies", [])],
+    [("_merge_with_copy", [4]), ("_copy_factors", [])],
     ids=["weight", "factors"],
 )
 def test_no_memory_for_a_copy_leaves_every_layer_as_it_was(
