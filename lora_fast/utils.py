@@ -1,6 +1,5 @@
 """Which parameters are trained and which are saved."""
 
-from collections.abc import Iterator
 from typing import Dict, Literal, get_args  # noqa: UP035, loralib has it
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from lora_fast import checks
 from lora_fast.bypasses import expose_effective_weight
 from lora_fast.lora_layer import LoRALayer
+from lora_fast.saved_state import without_wrappers
 
 # With what `from loralib.utils import *` brings along.
 __all__ = [
@@ -42,20 +42,22 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: BiasMode = "none") -> No
 
     Note:
         A parameter belongs to an adapter when its own name begins with `lora_`, or that of what it
-        parametrizes. Parameters that were frozen before stay frozen.
+        parametrizes, or that of the module of a LoRA layer which holds it: a list of experts in the
+        place of `lora_A`, say. Parameters that were frozen before stay frozen.
         Source: loralib/utils.py:13-30.
     """
     checks.module("mark_only_lora_as_trainable", model, "named_parameters")
     _check_bias(bias)
+    adapters = _Adapters(model)
     for name, parameter in model.named_parameters():
-        if not _is_lora(name):
+        if adapters.owner(name) is None:
             parameter.requires_grad = False
     if bias == "all":
         for name, parameter in model.named_parameters():
             if _is_bias(name):
                 parameter.requires_grad = True
     elif bias == "lora_only":
-        for module in _adapted(model):
+        for module in filter(_is_adapted, model.modules()):
             own: Tensor | None = getattr(module, "bias", None)
             if own is not None:
                 own.requires_grad = True
@@ -79,17 +81,14 @@ def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tens
     """
     checks.module("lora_state_dict", model, "state_dict")
     _check_bias(bias)
-    state = model.state_dict()
-    if bias == "none":
-        return {k: v for k, v in state.items() if _is_lora(k)}
-    if bias == "all":
-        return {k: v for k, v in state.items() if _is_lora(k) or _is_bias(k)}
+    state, adapters = model.state_dict(), _Adapters(model)
     kept: dict[str, Tensor] = {}
     for key, value in state.items():
-        if _is_lora(key):
+        owner = adapters.owner(key)
+        if owner is not None or (bias == "all" and _is_bias(key)):
             kept[key] = value
-            prefix = key[: key.rindex(_leaf(key))].removesuffix("parametrizations.")
-            for bias_key in (prefix + "bias", prefix + "conv.bias"):
+        if owner is not None and bias == "lora_only":
+            for bias_key in (owner + "bias", owner + "conv.bias"):
                 if bias_key in state:
                     kept[bias_key] = state[bias_key]
     return kept
@@ -110,14 +109,38 @@ def _is_lora(name: str) -> bool:
     return _leaf(name).startswith("lora_")
 
 
+class _Adapters:
+    """Which names of parameters, as they are in a model and its state, belong to adapters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # What only has the methods that are asked for here is no module.
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        self._owners: dict[str, str] = {}
+        for name, module in modules:
+            if isinstance(module, LoRALayer):
+                owner = without_wrappers(f"{name}." if name else "")
+                for child in module._modules:
+                    if child.startswith("lora_"):
+                        self._owners[f"{owner}{child}."] = owner
+
+    def owner(self, name: str) -> str | None:
+        """Return the prefix of what a parameter is the adapter of; None where it is of none."""
+        if _is_lora(name):
+            return name[: name.rindex(_leaf(name))].removesuffix("parametrizations.")
+        name = without_wrappers(name)
+        for prefix, owner in self._owners.items():
+            if name.startswith(prefix):
+                return owner
+        return None
+
+
 def _is_bias(name: str) -> bool:
     # in_proj_bias, bias_ih_l0, bias_k: torch's own names.
     leaf = _leaf(name)
     return leaf == "bias" or leaf.endswith("_bias") or leaf.startswith("bias_")
 
 
-def _adapted(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        names = (name for name, _ in module.named_parameters())
-        if isinstance(module, LoRALayer) and any(map(_is_lora, names)):
-            yield module
+def _is_adapted(module: nn.Module) -> bool:
+    adapters = _Adapters(module)
+    names = (name for name, _ in module.named_parameters())
+    return isinstance(module, LoRALayer) and any(adapters.owner(name) is not None for name in names)

@@ -47,6 +47,30 @@ def test_b25_only_parameters_whose_own_name_begins_with_lora(name: str, bias: st
     assert set(saved(model, bias)) == expected
 
 
+def experts(lib: ModuleType) -> nn.Module:
+    """A layer with several adapters in the place of one, as for several tasks."""
+
+    class Experts(nn.Linear, lib.LoRALayer):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            nn.Linear.__init__(self, 4, 4)
+            lib.LoRALayer.__init__(self, 2, 1, 0.0, False)
+            self.lora_A = nn.ParameterList([torch.zeros(2, 4) for _ in range(2)])
+            self.lora_B = nn.ModuleList([nn.Linear(2, 4, bias=False) for _ in range(2)])
+            self.lora_route = nn.Linear(4, 2)
+
+    return nn.ModuleDict({"lora_A": nn.Linear(2, 2), "body": Experts()})
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_b25_what_a_lora_layer_holds_in_the_place_of_a_parameter(bias: str) -> None:
+    found = set(trained(experts(lora), bias))
+    assert {"body.lora_A.1", "body.lora_B.0.weight", "body.lora_route.bias"} <= found
+    assert not {"body.weight", "lora_A.weight"} & found
+    assert set(saved(experts(lora), bias)) == found
+    theirs = trained(experts(loralib), bias, loralib)
+    assert found - {"lora_A.bias"} == {name for name in theirs if name.startswith("body.")}
+
+
 def test_b25_every_layer_is_found(case: Any) -> None:
     model = nn.ModuleDict({"body": nn.ModuleList([case.build(), nn.Linear(2, 2)])})
     expected = ["body.0.lora_A", "body.0.lora_B"]
