@@ -4,8 +4,10 @@ During their own forward they find the effective weight there; the fast path of
 `nn.TransformerEncoderLayer`, which is no module's forward, is kept from being taken.
 """
 
+import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils import parametrize
 
-from lora_fast import caller
+from lora_fast import caller, torch_internals
 
 # Which layers' weights the classes read that are known to, wherever they are installed.
 _KNOWN = {
@@ -86,6 +88,7 @@ def _described(module: nn.Module, name: str) -> str:
     return f"{kind}.{name}: {kind} reads the layer's weight directly"
 
 
+@torch_internals.untraced  # it is called for modules of torch.compile's own, half made
 def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Prepare modules that read a child's weight directly for a LoRA layer as that child."""
     if child is None or not _is_adapted(child):
@@ -109,24 +112,45 @@ def _adapted(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, layer) for name, layer in pairs if _is_adapted(layer)]
 
 
+# Seconds after which who waits for another's forward looks again whether it still runs.
+_PATIENCE = 0.1
+
+
 class _Turn:
-    """Whose forward reads a layer's effective weight: one thread's at a time."""
+    """Whose forward reads a layer's effective weight: one thread's at a time.
+
+    torch calls no hook after what is no Exception, Ctrl-C say, so a turn may not be given back.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.changed = threading.Condition()
         self.thread: int | None = None
+        self.module: Callable[[], nn.Module | None] = lambda: None
 
-    def take(self) -> None:
-        """Wait for another thread's forward to end."""
-        if self.thread != threading.get_ident():  # else Ctrl-C ended it without the hook
-            self.lock.acquire()
-            self.thread = threading.get_ident()
+    def take(self, module: nn.Module) -> None:
+        """Wait for another thread's forward to end, for one of `module` in this thread."""
+        with self.changed:
+            while self._is_of_another():
+                self.changed.wait(_PATIENCE)
+            self.thread, self.module = threading.get_ident(), weakref.ref(module)
+
+    def _is_of_another(self) -> bool:
+        """Tell whether a forward that has the turn still runs in another thread."""
+        if self.thread in (None, threading.get_ident()):
+            return False
+        frame, module = sys._current_frames().get(self.thread or 0), self.module()
+        while frame is not None and module is not None:
+            if frame.f_locals.get("self") is module:
+                return True
+            frame = frame.f_back
+        return False
 
     def give_back(self) -> None:
         """Let the next thread in."""
-        if self.thread == threading.get_ident():
-            self.thread = None
-            self.lock.release()
+        with self.changed:
+            if self.thread == threading.get_ident():
+                self.thread = None
+                self.changed.notify()
 
 
 _turns: "weakref.WeakKeyDictionary[nn.Module, _Turn]" = weakref.WeakKeyDictionary()
@@ -149,7 +173,7 @@ def _expose(module: nn.Module, args: Any) -> None:
                 )
             continue
         if not torch.compiler.is_compiling():
-            _turn(layer).take()
+            _turn(layer).take(module)
             _take_back(layer)  # what an interrupted forward has left
         effective = layer.effective_weight()
         # An instance attribute is found before the parameter of the same name. A replica of

@@ -107,21 +107,22 @@ def gradients_(
             s = products.linear(dropped, lora_A).mul_(keep_scale)
         s_blocks = blocks.columns(s, rank, spans)
         pairs = zip(dy_blocks, s_blocks, strict=True)
-        dB = _joined([products.scaled_mm(part.t(), s, scaling) for part, s in pairs], 0)
+        dB = _joined([products.mm_over_rows(part, s, scaling) for part, s in pairs], 0)
     if dx is None and not need_A:
         return dA, dB
     pairs = zip(dy_blocks, blocks.rows(lora_B, spans), strict=True)
-    ds = _joined([products.scaled_mm(part, b, scaling * keep_scale) for part, b in pairs], 1)
+    # Without the factor of what is kept: in fp16 what is dropped might be too large by it.
+    ds = _joined([products.scaled_mm(part, b, scaling) for part, b in pairs], 1)
     if need_A:
         assert dropped is not None
-        dA = products.mm(ds.t(), dropped)
+        dA = products.mm_over_rows(ds, dropped, keep_scale)
     if dx is None:
         return dA, dB
     if keep2 is None:
         products.add_mm_(dx, ds, lora_A)
     else:
         del dropped  # its memory serves the next product
-        dx.addcmul_(products.mm(ds, lora_A), keep2)
+        dx.addcmul_(products.mm(ds, lora_A), keep2, value=keep_scale)
     return dA, dB
 
 

@@ -96,11 +96,14 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.scaling, ctx.spans = scaling, spans
         ctx.keep_scale = keep_scale(dropout_p)
         ctx.in_shape, ctx.out_features = x.shape, weight.shape[0]
+        ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy = grads[0]
+        if dy is None:  # nothing depends on what nothing was asked of
+            return (None,) * 8
         if autocasts(dy):
             with no_autocast(dy):  # the operands have the dtypes of the forward
                 return _LowRankLinear.backward(ctx, *grads)
@@ -120,7 +123,7 @@ class _LowRankLinear(torch.autograd.Function):
         dA, dB = delta.gradients_(
             dx, (need_A, need_B), saved, ctx.scaling, ctx.keep_scale, ctx.spans
         )
-        dW = products.mm(dy.t(), rows) if need_weight else None
+        dW = products.mm_over_rows(dy, rows) if need_weight else None
         dbias = dy.sum(0) if need_bias else None
         if dx is not None and len(ctx.in_shape) != 2:
             dx = dx.view(ctx.in_shape)
@@ -213,11 +216,14 @@ class _SparseColumns(torch.autograd.Function):
         scale_grad_by_freq: bool,
     ) -> Tensor:
         ctx.save_for_backward(input)
+        ctx.set_materialize_grads(False)
         ctx.shape, ctx.padding_idx, ctx.by_freq = lora_A.shape, padding_idx, scale_grad_by_freq
         return F.embedding(input, lora_A.t())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 4
         (input,) = ctx.saved_tensors
         grad = columns_gradient(input, grads[0], ctx.shape, ctx.padding_idx, ctx.by_freq)
         return None, grad, None, None

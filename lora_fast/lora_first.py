@@ -79,10 +79,13 @@ class _LoraFirst(torch.autograd.Function):
         )
         ctx.scaling, ctx.keep_scale = scaling, keep_scale(dropout_p)
         ctx.in_shape, ctx.out_features = x.shape, weight.shape[0]
+        ctx.set_materialize_grads(False)
         return y if x.dim() == 2 else eager.as_own(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 7
         with no_autocast(grads[0]):  # the operands have the dtypes of the forward
             # Once: what unpacks them under activation checkpointing hands them out one time only.
             saved = ctx.saved_tensors

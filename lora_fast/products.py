@@ -4,7 +4,8 @@ torch multiplies 16-bit matrices on a CPU by oneDNN where oneDNN has kernels (of
 of fp16 with AVX512-FP16), and elsewhere by loops of its own. These took 17 to 55 times as long as a
 conversion and a product in fp32: dX of 16 and 512 rows, 768 to 4096 features in bf16, torch 2.13,
 two threads of an EPYC of family 25 model 1, 2026-11-30. Here no more is converted at a time than
-the result takes room, sums are in fp32, and results are rounded once.
+the result takes room, or what is summed over the rows of a batch; sums are in fp32, and results are
+rounded once.
 """
 
 import functools
@@ -42,8 +43,7 @@ def are_slow(x: Tensor, *others: Tensor | None) -> bool:
     if any([t is not None and t.dtype is not x.dtype for t in others]):
         return False  # torch has no product of two dtypes, and says so
     # For vmap over gradients and for their tangents torch has rules for its own products alone.
-    is_transformed = torch_internals.functorch_level() is not None
-    return not is_transformed and torch.autograd.forward_ad._current_level < 0
+    return not _is_transformed() and torch.autograd.forward_ad._current_level < 0
 
 
 def _loops_serve(a: Tensor, b: Tensor) -> bool:
@@ -66,9 +66,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     (m, k), n = x.shape, weight.shape[0]
     y, bias = x.new_empty((m, n)), None if bias is None else bias.float()
-    for rows in _parts(m, k, y):
+    for rows in _parts(m, k, y.numel()):
         wide = x[rows].float()
-        for cols in _parts(n, k + wide.shape[0], y):
+        for cols in _parts(n, k + wide.shape[0], y.numel()):
             bias_part = None if bias is None else bias[cols]
             y[rows, cols] = F.linear(wide, weight[cols].float(), bias_part)
     return y
@@ -87,6 +87,23 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return a @ b if not are_slow(a, b) or _loops_serve(a, b) else _mm_in_fp32(a, b, 1.0)
 
 
+def mm_over_rows(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
+    """`scaling * (a.t() @ b)`, the gradient of a parameter: a sum over the rows of a batch.
+
+    Args:
+        a: (M, N), any strides.
+        b: (M, K), any strides.
+        scaling: as of `scaled_mm`.
+
+    Returns:
+        (N, K), contiguous. It may be much smaller than a and b, of which autograd over the plain
+        formula makes copies: so here parts of theirs may be large.
+    """
+    if are_slow(a, b) and not _loops_serve(a.t(), b):
+        return _mm_in_fp32(a.t(), b, scaling, max(a.numel(), b.numel()))
+    return a.t() @ b if scaling == 1.0 else scaled_mm(a.t(), b, scaling)
+
+
 def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """`scaling * (a @ b)`, in fp16 with the factor before the rounding.
 
@@ -95,19 +112,20 @@ def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """
     if are_slow(a, b) and not _loops_serve(a, b):
         return _mm_in_fp32(a, b, scaling)
-    if a.dtype is not torch.float16 or torch_internals.functorch_level() is not None:
+    if a.dtype is not torch.float16 or _is_transformed():
         return (a @ b).mul_(scaling)
     # Nothing, which beta=0 keeps from being read, but not under vmap.
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
 
 
-def _mm_in_fp32(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def _mm_in_fp32(a: Tensor, b: Tensor, scaling: float, room: int = 0) -> Tensor:
     (m, k), n = a.shape, b.shape[1]
     y = a.new_empty((m, n))
-    for rows in _parts(m, n, y):
+    room = max(room, y.numel())
+    for rows in _parts(m, n, room):
         left = a[rows]
         sums = torch.zeros((left.shape[0], n), dtype=torch.float32, device=a.device)
-        for steps in _parts(k, n + left.shape[0], y):
+        for steps in _parts(k, n + left.shape[0], room):
             _add_counted_(sums, left[:, steps].float(), b[steps].float(), scaling)
         y[rows] = sums
     return y
@@ -117,7 +135,7 @@ def add_mm_(y: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
     """`y += scaling * (a @ b)`, in the shapes of `mm`, any strides."""
     if are_slow(y, a, b) and not _loops_serve(a, b):
         wide = b.float()
-        for rows in _parts(y.shape[0], 2 * y.shape[1] + a.shape[1], y):
+        for rows in _parts(y.shape[0], 2 * y.shape[1] + a.shape[1], y.numel()):
             y[rows] = torch.addmm(y[rows].float(), a[rows].float(), wide, alpha=scaling)
         return y
     return _add_counted_(y, a, b, scaling)
@@ -125,23 +143,29 @@ def add_mm_(y: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
 
 def _add_counted_(y: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """`addmm_`, also for a FlopCounterMode, which takes that for no product."""
-    if torch_internals.mode_count() > 0 and torch_internals.functorch_level() is None:
+    is_traced = torch.compiler.is_compiling()  # by compiled autograd
+    if not is_traced and torch_internals.mode_count() > 0 and not _is_transformed():
         return torch.addmm(y, a, b, alpha=scaling, out=y)
     return y.addmm_(a, b, alpha=scaling)
 
 
-def _parts(length: int, width: int, y: Tensor) -> Iterator[slice]:
-    """Slices of a dimension, each so short that `width` times as much takes a third of y's room.
+def _parts(length: int, width: int, room: int) -> Iterator[slice]:
+    """Slices of a dimension, each so short that `width` times as much takes a third of some room.
 
-    So do two operands two thirds of it, in fp32, of which a number takes twice the room.
+    So do two operands two thirds of it, in fp32, of which a number takes twice the room. It is
+    that of this many numbers of 16 bits.
     """
-    step = max(1, max(y.numel() // 6, _LEAST) // max(1, width))
+    step = max(1, max(room // 6, _LEAST) // max(1, width))
     return (slice(i, i + step) for i in range(0, length, step))
+
+
+def _is_transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch_internals.functorch_level() is not None
 
 
 def differentiable_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """`scaled_mm` with gradients, of any order."""
-    if torch_internals.functorch_level() is not None:
+    if _is_transformed():
         return a @ b * scaling
     if not torch.is_grad_enabled():
         return scaled_mm(a, b, scaling)
@@ -152,12 +176,15 @@ class _ScaledMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(a, b)
+        ctx.set_materialize_grads(False)
         ctx.scaling = scaling
         return scaled_mm(a, b, scaling)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,), (a, b) = grads, ctx.saved_tensors
+        if dy is None:
+            return None, None, None
         multiply = differentiable_mm if torch.is_grad_enabled() else scaled_mm
         need_a, need_b = ctx.needs_input_grad[:2]
         return (

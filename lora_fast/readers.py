@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import parametrize
 
-from lora_fast.torch_internals import is_fake_tensor, storage_id, storage_uses
+from lora_fast.torch_internals import is_fake_tensor, storage_id, storage_uses, untraced
 
 
 def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
@@ -221,6 +221,7 @@ def _tensors(module: nn.Module) -> Iterator[Any]:
 _holders = _Holders()
 
 
+@untraced
 def forget_holders(*args: object) -> None:
     """Scan again when it is next asked who holds a parameter."""
     _holders.is_stale = True

@@ -3,12 +3,17 @@
 What FSDP2 keeps to itself is in `lora_fast.fsdp`.
 """
 
+import contextlib
 import platform
 import sys
 from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=FunctionType)
 
 # Names of the functions themselves, as a call in between would take as long as the answer.
 mode_count: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -51,6 +56,18 @@ def multiplies_in_loops(dtype: torch.dtype) -> bool:
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     ask = getattr(torch.ops.mkldnn, f"_is_mkldnn_{names[dtype]}_supported", None)
     return platform.machine() in ("x86_64", "AMD64") and ask is not None and not ask()
+
+
+def untraced(function: Function) -> Function:
+    """Return a function that torch calls by itself, a global hook, kept from torch.compile.
+
+    What `torch.compiler.disable` does, which would import all of the compiler.
+    """
+    found: Any = torch._C._dynamo.eval_frame
+    with contextlib.suppress(AttributeError):  # then it is traced, as far as that goes
+        strategy = found._FrameExecStrategy(found._FrameAction.SKIP, found._FrameAction.DEFAULT)
+        found.set_code_exec_strategy(function.__code__, strategy)
+    return function
 
 
 def in_fake_mode() -> bool:

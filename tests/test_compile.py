@@ -384,3 +384,16 @@ def test_fx_symbolic_trace_of_a_model_that_holds_the_layer(name: str) -> None:
     graph = torch.fx.symbolic_trace(model)
     x = CASES[name].input(4)
     assert_same(graph(x), model(x))
+
+
+def test_a_program_with_compiled_autograd_that_has_no_adapter() -> None:
+    """torch.compile makes modules within a backward, of which the hooks for all modules hear."""
+    layer = nn.Linear(12, 18)
+
+    @torch.compile(backend="eager")
+    def train(x: Tensor) -> None:
+        layer(x).square().sum().backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        train(torch.randn(40, 12, requires_grad=True))
+    assert layer.weight.grad is not None

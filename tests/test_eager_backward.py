@@ -1,6 +1,7 @@
 """The backward written by hand for a CPU, under what may surround it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -70,3 +71,46 @@ def test_tangents_of_gradients(name: str, rows: int) -> None:
         tangents = tuple(forward_ad.unpack_dual(grad).tangent for grad in found)
     close = {"rtol": 0.05, "atol": 0.1} if name == "bf16" else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(tangents, expected, **close)
+
+
+class _Stop(torch.autograd.Function):
+    """Gives its input no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_gets_no_gradient_gives_none(name: str, dtype: torch.dtype) -> None:
+    """Of zeros AdamW would decay a parameter, and move it by what it had before."""
+    layer = randomize_(LAYERS[name]()).to(dtype)
+    y = layer(torch.randn(256, layer.in_features, dtype=dtype))
+    _Stop.apply(y).sum().backward()
+    assert all(p.grad is None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.9])
+def test_dropped_elements_do_not_overflow(rate: float) -> None:
+    """The factor of those that are kept is not for what fp16 must hold of all."""
+    layer = lora.Linear(16, 32, r=2, lora_alpha=2, lora_dropout=rate).half()
+    nn.init.normal_(layer.lora_A, std=0.05)
+    nn.init.normal_(layer.lora_B)
+    x = (0.01 * torch.randn(64, 16)).half().requires_grad_()
+    dy = torch.randn(64, 32)
+    largest = (dy @ layer.lora_B.detach().float()).abs().max()
+    dy = (dy * (65000 / largest)).half()  # dS fits
+    found = []
+    for backend in ("auto", "reference"):
+        torch.manual_seed(0)
+        with lora.use_backend(backend):  # type: ignore[arg-type]
+            y = layer(x)
+        found.append(torch.autograd.grad(y, [x, layer.lora_A], dy))
+    finite = [[grad.isfinite() for grad in grads] for grads in found]
+    assert all(mine[theirs].all() for mine, theirs in zip(*finite, strict=True))
+    assert any(theirs.any() for theirs in finite[1])

@@ -51,6 +51,8 @@ def test_products(size: tuple[int, int, int], transposed: bool, dtype: torch.dty
     check(lambda a, b: products.scaled_mm(a, b, 0.3), lambda a, b: 0.3 * (a @ b), a, b)
     check(products.linear, torch.nn.functional.linear, a, b.t())
     check(products.linear, torch.nn.functional.linear, a, b.t(), draw(dtype, 1, n)[0])
+    check(products.mm_over_rows, lambda a, b: a.t() @ b, a.t(), b)
+    check(lambda a, b: products.mm_over_rows(a, b, 0.3), lambda a, b: 0.3 * (a.t() @ b), a.t(), b)
     y = draw(dtype, m, n + 3)[:, 1 : n + 1]
     check(
         lambda y, a, b: products.add_mm_(y.clone(), a, b, 0.3),
@@ -63,6 +65,27 @@ def test_sums_are_rounded_once(dtype: torch.dtype) -> None:
     """Of 99 parts of one number each; rounded at each the sum of many ones would stay too small."""
     a = torch.ones(2, 9999, dtype=dtype)
     assert torch.equal(products.mm(a, a.t()), torch.full((2, 2), 9999.0).to(dtype))
+
+
+def test_a_thin_gradient_is_made_of_few_parts(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little room it takes: by parts of a few rows each it would be slower than torch."""
+    monkeypatch.undo()
+    monkeypatch.setattr(products, "slow_dtypes", lambda: frozenset(DTYPES))
+    dy, s = draw(dtype, 512, 1024), draw(dtype, 512, 4)
+    parts: list[int] = []
+    add = products._add_counted_
+
+    def counted(y: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        parts.append(a.shape[1])
+        return add(y, a, b, scaling)
+
+    monkeypatch.setattr(products, "_add_counted_", counted)
+    check(products.mm_over_rows, lambda a, b: a.t() @ b, dy, s)
+    assert sum(parts) == 512 and len(parts) <= 8
+    products.mm_over_rows(s, dy)
+    assert sum(parts) == 1024 and len(parts) <= 16
 
 
 def test_the_factor_comes_before_the_rounding() -> None:
@@ -157,6 +180,6 @@ def test_compiled_autograd_traces_a_backward(name: str, dtype: torch.dtype) -> N
         return [p.grad.clone() for p in (layer.lora_A, layer.lora_B)]
 
     expected = grads(contextlib.nullcontext())
-    compiled = compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager"))
+    compiled = compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True))
     for found, grad in zip(grads(compiled), expected, strict=True):
         torch.testing.assert_close(found, grad)

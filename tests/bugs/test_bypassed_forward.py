@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -94,6 +96,60 @@ def test_b12_attention_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
             module(x, x, x)
     torch.testing.assert_close(module(x, x, x)[0], expected)
     assert "weight" not in vars(module.out_proj)
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["main thread", "thread that is gone"])
+def test_b12_attention_in_another_thread_after_an_interrupt(
+    ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = attention(merge_weights=False), torch.randn(3, 5, 8)
+    expected = attended(module, x, effective(module.out_proj))
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    def run_interrupted() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                module(x, x, x)
+
+    if ends:
+        thread = threading.Thread(target=run_interrupted)
+        thread.start()
+        thread.join()
+    else:
+        run_interrupted()
+    found: list[Any] = []
+    other = threading.Thread(target=lambda: found.append(module(x, x, x)[0]), daemon=True)
+    other.start()
+    other.join(20)
+    assert not other.is_alive()
+    torch.testing.assert_close(found[0], expected)
+    assert "weight" not in vars(module.out_proj)
+
+
+def test_b12_attention_waits_for_a_long_forward_in_another_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, x = attention(merge_weights=False), torch.randn(3, 5, 8)
+    order, inside = [], threading.Event()
+    forward = module.forward
+
+    def slow(*args: Any, **options: Any) -> Any:
+        inside.set()
+        time.sleep(4 * bypasses._PATIENCE)
+        order.append("slow")
+        return forward(*args, **options)
+
+    monkeypatch.setattr(module, "forward", slow)
+    first = threading.Thread(target=module, args=(x, x, x))
+    first.start()
+    inside.wait(20)
+    monkeypatch.setattr(module, "forward", lambda *args: order.append("next"))
+    module(x, x, x)
+    first.join()
+    assert order == ["slow", "next"]
 
 
 def test_b12_attention_gives_the_adapter_its_gradients() -> None:
