@@ -46,13 +46,14 @@ _MANY_DROPPED = 2**16
 # M N K of a Linear up to which eager mode leaves it to torch: on an H200 50 us of the tensor cores
 # for each of the two large products of a step, for which the host launches seven fused kernels.
 # With dropout the fused kernels save more, so the limit is lower: this many elements of x.
+# Both are reckoned from the rates in docs/targets.md; no GPU has measured them.
 _FEW_OPERATIONS = 2**34
 _FEW_DROPPED = 2**21
 _MOST_DECODE_ROWS = 64  # MAX_M of kernels/decode_configs.py; kernels are imported when they run
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHOSEN = "chosen by set_backend"
+_PRODUCTS_IN_FP32 = "products in fp32, as this CPU has no instructions for 16 bits"
 _TENSOR_SCALING = "scaling is a tensor, which may want a gradient"
-LAUNCHED_SOONER = "torch launches sooner than so little is computed"
 _INDEX_DTYPES = (torch.int64, torch.int32)
 # Ops whose input and weight, the first two tensors, must have one dtype.
 _ONE_DTYPE_OPS = frozenset({"lora_linear", "lora_merged_linear"})
@@ -146,9 +147,9 @@ def choice(
         return Backend.REFERENCE, _CHOSEN
     x = tensors[0]
     on_gpu = x is not None and x.is_cuda
-    otherwise = Backend.EAGER if _eager_pays(op, tensors, drops) else Backend.REFERENCE
-    if _selected == "auto" and not on_gpu and otherwise is Backend.REFERENCE:
-        return otherwise, "not a CUDA tensor"
+    why_eager = _why_eager(op, tensors, drops)
+    if _selected == "auto" and not on_gpu and why_eager is None:
+        return Backend.REFERENCE, "not a CUDA tensor"
     special = _TENSOR_SCALING if isinstance(scaling, Tensor) else _needs_reference(tensors)
     if _selected == "triton":
         reason = special or _why_not_triton(op, tensors)
@@ -157,15 +158,18 @@ def choice(
         return Backend.TRITON, _CHOSEN
     if special:
         return Backend.REFERENCE, special
-    reason = _why_not_triton(op, tensors) if on_gpu else "not a CUDA tensor"
+    if why_eager is not None and not on_gpu:
+        return Backend.EAGER, why_eager
+    reason = _why_not_triton(op, tensors)
     if reason is None and op == "lora_linear" and _launching_outlasts(tensors, drops):
-        return Backend.EAGER_LORA_FIRST, LAUNCHED_SOONER
+        return Backend.EAGER_LORA_FIRST, "torch launches sooner than so little is computed"
     reason = reason or _why_torch_is_as_fast(op, tensors)
     if reason is None:
         return Backend.TRITON, "plain CUDA tensors"
-    if x is not None and x.is_cuda and (torch.compiler.is_compiling() or autocasts(x)):
-        otherwise = Backend.REFERENCE  # `_needs_reference` left these to the kernels
-    return otherwise, reason
+    # `_needs_reference` left what is compiled and autocast to the kernels.
+    if why_eager is None or x is None or torch.compiler.is_compiling() or autocasts(x):
+        return Backend.REFERENCE, reason
+    return Backend.EAGER, reason
 
 
 def served_by_torch(op: str, reason: str) -> None:
@@ -273,7 +277,7 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
             return f"tensors on {x.device} and {t.device}"
         if t is not None and t is not x and t.numel() == 0:
             return f"a parameter of shape {tuple(t.shape)} is empty"
-    weight = tensors[1] if len(tensors) > 1 and op in _ONE_DTYPE_OPS else None
+    weight = tensors[1] if op in _ONE_DTYPE_OPS else None
     if weight is not None and weight.dtype != x.dtype and not autocasts(x):
         return f"x is {x.dtype} and weight {weight.dtype}"
     return None if _TRITON_FOUND else "triton is not installed"
@@ -296,31 +300,34 @@ def _lacks_shared_memory(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) < (8, 0)
 
 
-def _eager_pays(op: str, tensors: tuple[Tensor | None, ...], drops: bool) -> bool:
-    """Tell whether a dropout, products and a backward written by hand beat torch's on a CPU."""
+def _why_eager(op: str, tensors: tuple[Tensor | None, ...], drops: bool) -> str | None:
+    """Say why a dropout, products and a backward by hand beat torch's on a CPU, if they do."""
     if op == "lora_merged_linear":
-        return True
+        return "one backward by hand for all blocks"
     x = tensors[0]
     if op == "lora_embedding":
-        weight = tensors[1] if len(tensors) > 1 else None  # `explain` asks about none
+        weight = tensors[1]
         if x is None or weight is None or not products.are_slow(weight):
-            return False
-        return x.numel() > products.FEW_ROWS  # asked last: a graph may leave the size open
+            return None
+        # Asked last: a graph may leave the size open.
+        return _PRODUCTS_IN_FP32 if x.numel() > products.FEW_ROWS else None
     if op != "lora_linear" or x is None or not x.is_cpu or x.layout is not torch.strided:
-        return False
+        return None
     if x.is_nested or torch.compiler.is_compiling():
-        return False
+        return None
     if drops and x.numel() >= _MANY_DROPPED and x.is_contiguous():
-        return True
+        return "a faster dropout of many numbers"
     if products.are_slow(x):  # but for the products of one row with a matrix as it lies
-        return x.requires_grad or x.numel() > x.shape[-1]
+        return _PRODUCTS_IN_FP32 if x.requires_grad or x.numel() > x.shape[-1] else None
     # In fp32 torch's products are as fast as the call of a backward in Python.
-    return x.dtype is not torch.float32 and x.dim() > 0 and delta.op_pays(x)
+    if x.dtype is not torch.float32 and x.dim() > 0 and delta.op_pays(x):
+        return "few rows of 16 bits, to which one native op adds the update"
+    return None
 
 
 def _launching_outlasts(tensors: tuple[Tensor | None, ...], drops: bool) -> bool:
     """Tell whether the host takes longer to launch the fused kernels than a GPU to compute."""
-    if len(tensors) < 5 or torch.compiler.is_compiling():  # `explain`; a graph is launched at once
+    if torch.compiler.is_compiling():  # a graph is launched at once
         return False
     x, weight, _, _, bias = tensors
     assert x is not None and weight is not None
@@ -340,12 +347,10 @@ def _why_torch_is_as_fast(op: str, tensors: tuple[Tensor | None, ...]) -> str | 
     # A compiled graph launches the kernel at no more cost than torch's own.
     if op != "merged_weight" or torch.compiler.is_compiling():
         return None
-    weight, *factors = (t for t in tensors if t is not None)
-    if not factors:  # `explain` asks about no weight in particular
-        return None
     from lora_fast.kernels.plans import merged_weight_pays
 
-    return None if merged_weight_pays(weight, *factors) else "a small weight, torch is as fast"
+    pays = merged_weight_pays(*(t for t in tensors if t is not None))
+    return None if pays else "a small weight, torch is as fast"
 
 
 def has_triton() -> bool:

@@ -5,6 +5,7 @@ error is told as a part of the budget of `lora_fast.testing`: above 1 the op is 
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,10 +21,6 @@ from lora_fast.testing import budget_used
 N, K, R = 40, 24, 4
 SCALING = 0.5
 _MANY_ROWS = 2**16 // K + 1  # from 2**16 elements on the eager Linear has a dropout of its own
-_DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
 _LOG = "lora_fast.dispatch"
 Tensors = dict[str, Tensor]
 
@@ -71,11 +68,11 @@ def outcomes() -> Iterator[Outcome]:
 def _outcomes(told: Sequence[decisions.Decision]) -> Iterator[Outcome]:
     """The outcomes of the ops that are told of, once for each device."""
     for op, device in dict.fromkeys(decision[:2] for decision in told):
-        implementation, reason = next(d[2:] for d in told if d[:2] == (op, device))
+        implementation, reason = next(d[2:4] for d in told if d[:2] == (op, device))
         if implementation == "none":
             yield Outcome(op, device, "", "triton", skipped=reason)
             continue
-        for dtype in _DTYPES[device]:
+        for dtype in decisions.DTYPES:
             name = str(dtype).removeprefix("torch.")
             yield from _by_implementation(Outcome(op, device, name, implementation), dtype)
 
@@ -173,6 +170,12 @@ def _merged(*rows: int) -> _Case:
     return _Case({**sizes, **factors}, {"enable_lora": [True, False, True, False]})
 
 
+def _embedding(*shape: int) -> _Case:
+    """Indices of either end of the table and more, each twice."""
+    indices = (torch.arange(math.prod(shape)) // 2 * (N - 1) % N).view(shape)
+    return _Case({"weight": (N, K), "lora_A": (R, N), "lora_B": (K, R)}, {"input": indices})
+
+
 _CASES = {
     # Where everything is dropped no result depends on the random numbers.
     "lora_linear": (
@@ -181,12 +184,7 @@ _CASES = {
         _linear(_MANY_ROWS, dropout_p=0.5),
     ),
     "lora_merged_linear": (_merged(1), _merged(33)),
-    "lora_embedding": (
-        _Case(
-            {"weight": (N, K), "lora_A": (R, N), "lora_B": (K, R)},
-            {"input": torch.tensor([[0, 5, 5], [N - 1, 2, 7]])},
-        ),
-    ),
+    "lora_embedding": (_embedding(2, 3), _embedding(3, 17), _embedding(0)),
     "merged_weight": (
         _Case({"weight": (N, K), "lora_A": (R, K), "lora_B": (N, R)}, {}),
         _Case({"weight": (8, 6, 3, 3), "lora_A": (R * 3, 18), "lora_B": (24, R * 3)}, {}),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lora_fast
-from lora_fast import backend
+from lora_fast import backend, decisions
 from lora_fast.commands import BadInputError, device_named, first_line, writable_folder
 from lora_fast.demo import causal_lm, compare, gpt, text
 from lora_fast.demo.report import Report
@@ -78,7 +78,8 @@ def _required(name: str) -> ModuleType:
 
 def _check_backend(device: torch.device) -> None:
     try:
-        backend.choose("lora_merged_linear", torch.empty(1, device=device))
+        call = next(decisions.representative_calls("lora_merged_linear", str(device)))
+        backend.choose("lora_merged_linear", *call.tensors)
     except RuntimeError as error:
         raise BadInputError(f"LORA_FAST_BACKEND: {error}") from error
 
