@@ -4,13 +4,13 @@ Saved for backward: x itself, S = factor * (x * D) A^T and the packed dropout ma
 parameters; each only where a gradient reads it.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_fast import blocks, checks, ops
+from lora_fast.autocast import no_autocast
 from lora_fast.blocks import Spans
 
 _SEED_END = 2**63 - 1
@@ -95,7 +95,7 @@ class _LoraLinear(torch.autograd.Function):
         # Once: what unpacks them under activation checkpointing hands them out one time only.
         saved = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
-        with _dtypes_of_the_forward(dy.device):
+        with no_autocast(dy):  # the operands have the dtypes of the forward
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 grads = _differentiable_grads(ctx, saved, dy)
             else:
@@ -105,13 +105,6 @@ class _LoraLinear(torch.autograd.Function):
                 )
         kept = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return (*kept, None, None, None, None)
-
-
-def _dtypes_of_the_forward(device: torch.device) -> AbstractContextManager[object]:
-    """Keep autocast out of a backward that runs under it: its operands have their dtypes."""
-    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def _differentiable_grads(
