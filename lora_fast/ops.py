@@ -197,7 +197,7 @@ def launcher(op: str, tensor: Tensor) -> Callable[..., Any]:
     """
     if is_plain(tensor):
         return _kernel(op)
-    return cast(Callable[..., Any], getattr(torch.ops.lora_fast, op).default)
+    return KERNEL_OPS[op]
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -234,7 +234,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def _register_kernel(op: str) -> None:
+def _registered_with_kernel(op: str) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         return _kernel(op)(*args)
 
@@ -249,20 +249,20 @@ def _register_kernel(op: str) -> None:
 
     torch.library.impl(f"lora_fast::{op}", "cuda", launch)
     torch.library.impl(f"lora_fast::{op}", "cpu", interpret)
+    return cast(Callable[..., Any], getattr(torch.ops.lora_fast, op).default)
 
 
-_register_kernel("lora_linear_fwd")
-_register_kernel("lora_linear_bwd")
-_register_kernel("lora_embedding_fwd")
-_register_kernel("lora_embedding_bwd")
-_register_kernel("merged_weight")
+# Bound once, as those below: resolving torch.ops.* takes time.
+KERNEL_OPS = {
+    op: _registered_with_kernel(op)
+    for op in (
+        *("lora_linear_fwd", "lora_linear_bwd"),
+        *("lora_embedding_fwd", "lora_embedding_bwd"),
+        "merged_weight",
+    )
+}
+"""The ops that a Triton kernel serves."""
 
-# Bound once, for who calls them by hand: resolving torch.ops.* takes time.
-lora_linear_fwd = torch.ops.lora_fast.lora_linear_fwd.default
-lora_linear_bwd = torch.ops.lora_fast.lora_linear_bwd.default
-lora_embedding_fwd = torch.ops.lora_fast.lora_embedding_fwd.default
-lora_embedding_bwd = torch.ops.lora_fast.lora_embedding_bwd.default
-merged_weight = torch.ops.lora_fast.merged_weight.default
 merge_ = torch.ops.lora_fast.merge_.default
 unmerge_ = torch.ops.lora_fast.unmerge_.default
 dropout_ = torch.ops.lora_fast.dropout_.default

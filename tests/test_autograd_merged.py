@@ -184,7 +184,8 @@ def test_autocast_casts_as_torch_does(kernel_device: torch.device) -> None:
 @pytest.mark.parametrize("blocks", ["no_middle", "grouped_query"])
 def test_compiles_to_one_graph(kernel_device: torch.device, blocks: str, dropout: float) -> None:
     layer = make(kernel_device, blocks, dropout)
-    graphs: dict[Any, list[Any]] = {ops.lora_linear_fwd: [], ops.lora_linear_bwd: []}
+    forward, backward = ops.KERNEL_OPS["lora_linear_fwd"], ops.KERNEL_OPS["lora_linear_bwd"]
+    graphs: dict[Any, list[Any]] = {forward: [], backward: []}
 
     def recorder(op: Any) -> Any:
         def record(graph: Any, inputs: Any) -> Any:
@@ -193,9 +194,7 @@ def test_compiles_to_one_graph(kernel_device: torch.device, blocks: str, dropout
 
         return record
 
-    backend = aot_autograd(
-        fw_compiler=recorder(ops.lora_linear_fwd), bw_compiler=recorder(ops.lora_linear_bwd)
-    )
+    backend = aot_autograd(fw_compiler=recorder(forward), bw_compiler=recorder(backward))
     compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
     for rows in (4, 6):
         x = torch.randn(rows, 40, device=kernel_device, requires_grad=True)

@@ -254,7 +254,7 @@ def test_an_unmerge_off_by_one_bit_fails(no_kernels: None, monkeypatch: pytest.M
 def test_a_wrong_kernel_fails_its_own_line_alone(
     index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find, original = ops.launcher, ops.lora_linear_bwd
+    find, original = ops.launcher, ops.KERNEL_OPS["lora_linear_bwd"]
 
     def wrong(*args: Any) -> tuple[Tensor, ...]:
         grads = list(original(*args))

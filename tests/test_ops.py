@@ -23,6 +23,7 @@ if torch.cuda.is_available():
     DTYPES.append(torch.bfloat16)
 # Only what holds for any op: these have no autograd of their own, `lora_fast.autograd` has it.
 CHECKS = ("test_schema", "test_faketensor")
+FORWARD, BACKWARD = ops.KERNEL_OPS["lora_linear_fwd"], ops.KERNEL_OPS["lora_linear_bwd"]
 N, K, R = 7, 19, 3
 SHAPES = [(K,), (5, K), (2, 3, K), (0, K)]
 Args = tuple[Any, ...]
@@ -59,7 +60,7 @@ def bwd_args(
 ) -> Args:
     """Arguments of lora_linear_bwd as autograd gives them: no more than the gradients need."""
     x, weight, _, a, b, scaling, p, seed = fwd_args(device, shape, dtype, p=p, adapter=adapter)
-    y, s, mask = ops.lora_linear_fwd(x, weight, None, a, b, scaling, p, seed)
+    y, s, mask = FORWARD(x, weight, None, a, b, scaling, p, seed)
     need_x, need_w, _, need_a, need_b = needs
     kept = (
         x if need_w or need_a else None,
@@ -94,8 +95,8 @@ def test_forward(
     kernel_device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], bias: bool, p: float
 ) -> None:
     args = fwd_args(kernel_device, shape, dtype, bias=bias, p=p)
-    torch.library.opcheck(ops.lora_linear_fwd, args, test_utils=CHECKS)
-    assert_fake_agrees(ops.lora_linear_fwd, args)
+    torch.library.opcheck(FORWARD, args, test_utils=CHECKS)
+    assert_fake_agrees(FORWARD, args)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -105,8 +106,8 @@ def test_backward(
     kernel_device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], p: float
 ) -> None:
     args = bwd_args(kernel_device, shape, dtype, p=p)
-    torch.library.opcheck(ops.lora_linear_bwd, args, test_utils=CHECKS)
-    assert_fake_agrees(ops.lora_linear_bwd, args)
+    torch.library.opcheck(BACKWARD, args, test_utils=CHECKS)
+    assert_fake_agrees(BACKWARD, args)
 
 
 EDGES = [[0, 2, 5, 7], [1, 3, 3, 4], [2, 7], [0, 7]]  # of 7 columns
@@ -134,11 +135,11 @@ def test_blocks_of_columns(
     kernel_device: torch.device, op: str, edges: list[int], p: float, rows: int
 ) -> None:
     args = merged_args(kernel_device, op, edges, rows, p)
-    assert_fake_agrees(getattr(ops, op), args)
+    assert_fake_agrees(ops.KERNEL_OPS[op], args)
     if rows and edges is EDGES[0]:
-        torch.library.opcheck(getattr(ops, op), args, test_utils=CHECKS)
+        torch.library.opcheck(ops.KERNEL_OPS[op], args, test_utils=CHECKS)
         dynamic = "test_aot_dispatch_dynamic"
-        torch.library.opcheck(getattr(ops, op), args, test_utils=dynamic)
+        torch.library.opcheck(ops.KERNEL_OPS[op], args, test_utils=dynamic)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_the_fake_refuses_blocks_that_do_not_fit(
     args = merged_args(kernel_device, "lora_linear_fwd", EDGES[0])
     with FakeTensorMode() as mode, pytest.raises(ValueError, match=re.escape(message)):
         fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args[:-1]]
-        ops.lora_linear_fwd(*fakes, edges)
+        FORWARD(*fakes, edges)
 
 
 NEEDS = list(itertools.product([True, False], repeat=5))
@@ -169,8 +170,8 @@ def test_backward_with_some_gradients(
     kernel_device: torch.device, needs: tuple[bool, ...], rows: int, p: float
 ) -> None:
     args = bwd_args(kernel_device, (rows, K), needs=needs, p=p)
-    assert_fake_agrees(ops.lora_linear_bwd, args)
-    found = ops.lora_linear_bwd(*args)
+    assert_fake_agrees(BACKWARD, args)
+    found = BACKWARD(*args)
     shapes = ((rows, K), (N, K), (N,), (R, K), (N, R))
     for grad, shape, need in zip(found, shapes, needs, strict=True):
         assert grad.shape == (shape if need else (0,))
@@ -186,10 +187,10 @@ def test_adapters_of_another_dtype(
     kernel_device: torch.device, dtype: torch.dtype, adapter: torch.dtype, rows: int
 ) -> None:
     args = fwd_args(kernel_device, (rows, K), dtype, adapter=adapter)
-    assert_fake_agrees(ops.lora_linear_fwd, args)
+    assert_fake_agrees(FORWARD, args)
     args = bwd_args(kernel_device, (rows, K), dtype, adapter=adapter, bias_dtype=adapter)
-    assert_fake_agrees(ops.lora_linear_bwd, args)
-    dx, dw, dbias, da, db = ops.lora_linear_bwd(*args)
+    assert_fake_agrees(BACKWARD, args)
+    dx, dw, dbias, da, db = BACKWARD(*args)
     assert (dx.dtype, dw.dtype) == (dtype, dtype)
     assert (dbias.dtype, da.dtype, db.dtype) == (adapter,) * 3
 
@@ -208,19 +209,19 @@ def test_strides_of_the_inputs_do_not_reach_the_outputs(
 
     args = fwd_args(kernel_device, (2, 3, K))
     names = ("x", "weight", "bias", "lora_a", "lora_b", "scaling", "p", "seed")
-    assert_fake_agrees(ops.lora_linear_fwd, strided(args, names))
+    assert_fake_agrees(FORWARD, strided(args, names))
     args = bwd_args(kernel_device, (2, 3, K))
     names = ("dy", "x", "weight", "lora_a", "lora_b", "s", "mask", "scaling", "p", "needs", "dtype")
-    assert_fake_agrees(ops.lora_linear_bwd, strided(args, names))
+    assert_fake_agrees(BACKWARD, strided(args, names))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_fakes_take_symbolic_shapes(kernel_device: torch.device, p: float) -> None:
     """As in torch.compile with dynamic=True: one graph for every number of rows."""
     fwd = fwd_args(kernel_device, (2, 3, K), p=p)
-    torch.library.opcheck(ops.lora_linear_fwd, fwd, test_utils="test_aot_dispatch_dynamic")
+    torch.library.opcheck(FORWARD, fwd, test_utils="test_aot_dispatch_dynamic")
     bwd = bwd_args(kernel_device, (2, 3, K), p=p)
-    torch.library.opcheck(ops.lora_linear_bwd, bwd, test_utils="test_aot_dispatch_dynamic")
+    torch.library.opcheck(BACKWARD, bwd, test_utils="test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize(
@@ -239,15 +240,15 @@ def test_the_fake_refuses_with_the_words_of_the_function(
     args = list(fwd_args(kernel_device))
     args[position] = torch.ones(wrong, device=kernel_device)
     with FakeTensorMode() as mode, pytest.raises(ValueError, match=re.escape(message)):
-        ops.lora_linear_fwd(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+        FORWARD(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
 
 
 @pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_bwd"])
 def test_meta_tensors_compute_shapes_alone(kernel_device: torch.device, op: str) -> None:
     args = (fwd_args if op == "lora_linear_fwd" else bwd_args)(kernel_device, p=0.3)
-    real = getattr(ops, op)(*args)
+    real = ops.KERNEL_OPS[op](*args)
     moved = (a.to("meta") if isinstance(a, Tensor) else a for a in args)
-    for pretended, true in zip(getattr(ops, op)(*moved), real, strict=True):
+    for pretended, true in zip(ops.KERNEL_OPS[op](*moved), real, strict=True):
         assert pretended.is_meta
         assert (pretended.shape, pretended.dtype) == (true.shape, true.dtype)
 
@@ -256,14 +257,14 @@ def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch: pytest.Mon
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     args = fwd_args(torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r"lora_linear_fwd got CPU tensors.*TRITON_INTERPRET=1"):
-        ops.lora_linear_fwd(*args)
+        FORWARD(*args)
 
 
 @pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_bwd"])
 def test_the_inputs_are_left_alone(kernel_device: torch.device, op: str) -> None:
     args = (fwd_args if op == "lora_linear_fwd" else bwd_args)(kernel_device, p=0.3)
     before = [a.clone() if isinstance(a, Tensor) else a for a in args]
-    getattr(ops, op)(*args)
+    ops.KERNEL_OPS[op](*args)
     for now, then in zip(args, before, strict=True):
         assert torch.equal(now, then) if isinstance(now, Tensor) else now == then
 
@@ -328,7 +329,7 @@ def test_plain_tensors_go_past_the_dispatcher() -> None:
 
 
 def test_what_is_watched_goes_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    op, plain = ops.lora_linear_fwd, torch.ones(2, 3)
+    op, plain = FORWARD, torch.ones(2, 3)
     found = []
     torch.func.vmap(lambda x: found.append(ops.launcher("lora_linear_fwd", x)) or x)(plain)
     torch.func.grad(lambda x: found.append(ops.launcher("lora_linear_fwd", x)) or x.sum())(plain)

@@ -171,7 +171,7 @@ def test_the_operator_keeps_its_contract(layout: str, kernel_device: torch.devic
         weight = weight.repeat_interleave(2, 1)[:, ::2]
     a, b = torch.randn(6, 12, device=kernel_device), torch.randn(18, 6, device=kernel_device)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(ops.merged_weight, (weight, a, b, 0.75), test_utils=checks)
+    torch.library.opcheck(ops.KERNEL_OPS["merged_weight"], (weight, a, b, 0.75), test_utils=checks)
 
 
 def test_a_scale_off_by_two_percent_is_seen(kernel_device: torch.device) -> None:

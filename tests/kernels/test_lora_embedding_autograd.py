@@ -236,11 +236,13 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 def test_the_operators_keep_their_contract(index: Tensor) -> None:
     weight, a, b = drawn(index.device).values()
-    torch.library.opcheck(ops.lora_embedding_fwd, (index, weight, a, b, 1.5), test_utils=CHECKS)
+    torch.library.opcheck(
+        ops.KERNEL_OPS["lora_embedding_fwd"], (index, weight, a, b, 1.5), test_utils=CHECKS
+    )
     dy = torch.randn(*index.shape, WIDTH, device=index.device)
     for scatter, needs in ((True, [True, True]), (False, [True, False])):
         args = (dy, index, a, b, 1.5, 3, True, scatter, needs)
-        torch.library.opcheck(ops.lora_embedding_bwd, args, test_utils=CHECKS)
+        torch.library.opcheck(ops.KERNEL_OPS["lora_embedding_bwd"], args, test_utils=CHECKS)
 
 
 def test_sparse_gradients_of_no_tokens(kernel_device: torch.device) -> None:
