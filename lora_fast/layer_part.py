@@ -38,5 +38,6 @@ class LayerPart:
     # Of the other parts.
     _restore: Callable[[Tensor, MergeRecord | None], None]
     _was_converted: Callable[[], bool]
+    _was_put_back: Callable[[MergeRecord], bool]
     _other_factors: Callable[[MergeRecord], bool]
     _one_scaling: Callable[[], float | None]

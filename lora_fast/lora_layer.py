@@ -196,9 +196,9 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
 
     @merge_weights.setter
     def merge_weights(self, value: bool) -> None:
-        self._merge_weights = value
         if not value:
             self._unmerge()
+        self._merge_weights = value  # last: what was not unmerged is left to train()
 
     def train(self: Layer, mode: bool = True) -> Layer:
         """Set the mode; merge the adapter into the weight in eval mode, take it out in train mode.
@@ -376,6 +376,7 @@ def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
     was_merged = layer.__dict__.pop("_was_merged", False)
     if layer.__dict__.pop("_kept_what_is_here", False) and layer.merged:
         layer._remember(True, layer._record)  # what was written was what had been there
+        layer.__dict__["_merged_marks"] = None  # but what was merged may be older
     # A subclass with a train() of its own merges itself, or never.
     merges = was_merged or type(layer).train is MergingLayer.train
     if not layer.training and layer.merge_weights and merges and not layer.merged:  # type: ignore[attr-defined]

@@ -150,6 +150,11 @@ def _merge_alone(request: Merge) -> None:
         reference.merge_beside_(original, weight, *what)
     except OverflowError:
         request.record = None
+    except BaseException:
+        with suppress(Exception):  # it may not even be written to
+            if torch.equal(weight, original):
+                request.record = None
+        raise
 
 
 @torch.no_grad()

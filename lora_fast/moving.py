@@ -48,3 +48,4 @@ class MovesWeight(LayerPart):
         lora_A, lora_B = record.lora_A.to(weight), record.lora_B.to(weight)
         found = functional.merge_(weight, lora_A, lora_B, record.scaling, **record.blocks())
         self._remember(True, found)
+        self.__dict__["_merged_marks"] = None  # they would be of the present factors

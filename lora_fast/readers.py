@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import parametrize
 
+from lora_fast import sharded
 from lora_fast.torch_internals import is_fake_tensor, storage_id, storage_uses, untraced
 
 
@@ -30,6 +31,9 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
         return "the adapter is computed before each forward (pruning or weight norm)"
     if is_on_meta(owner):
         return "the weight is on the meta device or under FakeTensorMode, and holds no values"
+    if _has_its_own_kernels(owner._parameters["weight"]):
+        kind = type(owner._parameters["weight"]).__name__
+        return f"the weight is a {kind}, into which nothing can be merged exactly"
     uses = _uses(owner._parameters)
     if uses == _ALONE and _UNSHARED_STORAGE is not None:
         _holders.uses.pop(id(owner._parameters["weight"]), None)
@@ -52,6 +56,16 @@ def is_on_meta(owner: nn.Module) -> bool:
     """Tell whether the weight has no values yet, or has them elsewhere as accelerate's hooks do."""
     weight = owner._parameters.get("weight")
     return weight is not None and (weight.is_meta or is_fake_tensor(weight))
+
+
+def _has_its_own_kernels(weight: Tensor | None) -> bool:
+    """Tell whether a weight is no plain tensor but one of a quantization, say.
+
+    Which may take a write for one to a copy of its values.
+    """
+    if type(weight) is nn.Parameter or weight is None or sharded.is_dtensor(weight):
+        return False
+    return type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def stored_weight(owner: nn.Module) -> Tensor | None:

@@ -36,6 +36,15 @@ class RestoresWeight(LayerPart):
         now = Tensor if type(weight) is nn.Parameter else type(weight)
         return now is not before and not sharded.is_dtensor(weight) and not is_fake_tensor(weight)
 
+    def _was_put_back(self, record: MergeRecord) -> bool:
+        """Tell whether somebody has written the base weight over the merged one."""
+        if record.spent or self._weight_version() == self._merged_version:
+            return False
+        weight = readers.stored_weight(self._weight_owner())
+        if weight is None or type(weight) is not nn.Parameter:
+            return False
+        return _is_base(self._as_delta(weight.detach()), record)
+
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
         if record is None:  # someone set `merged` by hand: do what loralib does
             self._subtract(target)

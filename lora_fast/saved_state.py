@@ -137,6 +137,8 @@ class SavedState(LayerPart):
             return "_merged_nothing" in self.__dict__ and self._has_adapter()
         if record.of_shard:  # the ranks must agree
             return False
+        if self._was_put_back(record):
+            return True
         blocks = self._blocks()
         if record.spent or (blocks and blocks != record.blocks()):
             return True

@@ -115,11 +115,21 @@ def _is_sum(weight: Tensor, base: Tensor, b: Tensor, a: Tensor, scaling: float) 
     eps_of_factors = max(torch.finfo(t.dtype).eps for t in (a, b))  # perhaps rounded since the sum
     if weight.is_cuda and wide is torch.float32:
         eps_of_factors = max(eps_of_factors, _TF32)
-    weight, base, a, b = (t.to(wide) for t in (weight, base, a, b))
-    delta = scaling * (b @ a)
-    products = abs(scaling) * (b.abs() @ a.abs())
-    allowed = eps * (weight.abs() + 3 * delta.abs()) + step * (abs(scaling) + 2)
-    allowed += (a.shape[0] + 3) * eps_of_sums * (base.abs() + products) + eps_of_factors * products
-    near = ((weight - base - delta).abs() <= allowed) & allowed.isfinite()
+
+    def compared(wide: torch.dtype, unit: float) -> tuple[Tensor, Tensor]:
+        """Whether it is the sum, and whether that could be told, in numbers of this unit."""
+        total, summand, left, right = (t.to(wide) for t in (weight, base, b, a))
+        total, summand, left = total * unit, summand * unit, left * unit
+        delta = scaling * (left @ right)
+        products = abs(scaling) * (left.abs() @ right.abs())
+        allowed = eps * (total.abs() + 3 * delta.abs()) + step * unit * (abs(scaling) + 2)
+        allowed += (a.shape[0] + 3) * eps_of_sums * (summand.abs() + products)
+        allowed += eps_of_factors * products
+        is_known = allowed.isfinite()
+        return ((total - summand - delta).abs() <= allowed) & is_known, is_known
+
+    near, is_known = compared(wide, 1.0)
+    if not is_known.all():  # of numbers near the largest that the weight can hold
+        near |= ~is_known & compared(torch.float64, 2.0**-64)[0]
     same = (weight == base) & weight.isinf() | weight.isnan() & base.isnan()
     return bool((near | same).all())
