@@ -1,11 +1,11 @@
-"""The matrix products of the eager ops: torch's, or in fp32 where torch has none for 16 bits.
+"""The matrix products of the eager ops: torch's, but where those take many times as long.
 
-torch multiplies 16-bit matrices on a CPU by oneDNN where oneDNN has kernels (of bf16 with AVX-512,
-of fp16 with AVX512-FP16), and elsewhere by loops of its own. These took 17 to 55 times as long as a
-conversion and a product in fp32: dX of 16 and 512 rows, 768 to 4096 features in bf16, torch 2.13,
-two threads of an EPYC of family 25 model 1, 2026-11-30. Here no more is converted at a time than
-the result takes room, or what is summed over the rows of a batch; sums are in fp32, and results are
-rounded once.
+Thin ones, of low ranks, are made transposed. And torch multiplies 16-bit matrices on a CPU by
+oneDNN where oneDNN has kernels (of bf16 with AVX-512, of fp16 with AVX512-FP16), and elsewhere by
+loops of its own. These took 17 to 55 times as long as a conversion and a product in fp32: dX of 16
+and 512 rows, 768 to 4096 features in bf16, torch 2.13, two threads of an EPYC of family 25 model 1,
+2026-11-30. Here no more is converted at a time than the result takes room, or what is summed over
+the rows of a batch; sums are in fp32, and results are rounded once.
 """
 
 import functools
@@ -25,6 +25,10 @@ _LEAST = 2**15
 # 1, 2026-11-30.
 FEW_ROWS = 16
 _FEW = 2**15
+# Columns up to which a product is made in less time as its transposition: dS = dY B and dB = dY^T S
+# of 64 to 2048 rows, 768 and 4096 features, ranks 2 to 8 in a third to a 28th of it, from rank 16
+# on in as much; MKL in torch 2.13, one thread of an EPYC of family 25 model 1, 2026-12-01.
+_THIN = 8
 
 
 @functools.cache
@@ -84,7 +88,20 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (M, N), contiguous.
     """
-    return a @ b if not are_slow(a, b) or _loops_serve(a, b) else _mm_in_fp32(a, b, 1.0)
+    if are_slow(a, b) and not _loops_serve(a, b):
+        return _mm_in_fp32(a, b, 1.0)
+    return _transposed_mm(a, b).contiguous() if _is_thin(a, b) else a @ b
+
+
+def _is_thin(a: Tensor, b: Tensor) -> bool:
+    """Tell whether `a @ b` is so thin a product that its transposition is made in less time."""
+    n, is_wide = b.shape[1], b.dtype in (torch.float32, torch.float64)
+    return n <= _THIN and is_wide and b.is_cpu and b.stride(1) == 1 and a.shape[0] > n
+
+
+def _transposed_mm(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` as a view of (b^T a^T), along whose rows a BLAS has more than a vector to do."""
+    return (b.t() @ a.t()).t()
 
 
 def mm_over_rows(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
@@ -101,7 +118,7 @@ def mm_over_rows(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
     """
     if are_slow(a, b) and not _loops_serve(a.t(), b):
         return _mm_in_fp32(a.t(), b, scaling, max(a.numel(), b.numel()))
-    return a.t() @ b if scaling == 1.0 else scaled_mm(a.t(), b, scaling)
+    return mm(a.t(), b) if scaling == 1.0 else scaled_mm(a.t(), b, scaling)
 
 
 def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -113,7 +130,7 @@ def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     if are_slow(a, b) and not _loops_serve(a, b):
         return _mm_in_fp32(a, b, scaling)
     if a.dtype is not torch.float16 or _is_transformed():
-        return (a @ b).mul_(scaling)
+        return mm(a, b).mul_(scaling)
     # Nothing, which beta=0 keeps from being read, but not under vmap.
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
 
@@ -124,7 +141,9 @@ def _mm_in_fp32(a: Tensor, b: Tensor, scaling: float, room: int = 0) -> Tensor:
     room = max(room, y.numel())
     for rows in _parts(m, n, room):
         left = a[rows]
-        sums = torch.zeros((left.shape[0], n), dtype=torch.float32, device=a.device)
+        shape = (left.shape[0], n)
+        sums = torch.zeros(shape[::-1] if n <= _THIN else shape, dtype=torch.float32)
+        sums = sums.t() if n <= _THIN else sums  # see `_is_thin`
         for steps in _parts(k, n + left.shape[0], room):
             _add_counted_(sums, left[:, steps].float(), b[steps].float(), scaling)
         y[rows] = sums

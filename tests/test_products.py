@@ -61,6 +61,18 @@ def test_products(size: tuple[int, int, int], transposed: bool, dtype: torch.dty
     )
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [1, 8, 9])
+def test_thin_products(n: int, kind: torch.dtype) -> None:
+    for m, k, transposed in [(30, 20, False), (30, 20, True), (5, 0, False), (0, 4, False)]:
+        a, b = draw(kind, m, k, transposed), draw(kind, k, n)
+        assert products._is_thin(a, b) == (n <= 8 and m > n)
+        assert products.mm(a, b).is_contiguous()
+        check(products.mm, torch.mm, a, b)
+        check(products.mm_over_rows, lambda a, b: a.t() @ b, a.t(), b)
+        check(lambda a, b: products.scaled_mm(a, b, 0.3), lambda a, b: 0.3 * (a @ b), a, b)
+
+
 def test_sums_are_rounded_once(dtype: torch.dtype) -> None:
     """Of 99 parts of one number each; rounded at each the sum of many ones would stay too small."""
     a = torch.ones(2, 9999, dtype=dtype)
@@ -182,4 +194,5 @@ def test_compiled_autograd_traces_a_backward(name: str, dtype: torch.dtype) -> N
     expected = grads(contextlib.nullcontext())
     compiled = compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True))
     for found, grad in zip(grads(compiled), expected, strict=True):
-        torch.testing.assert_close(found, grad)
+        eps = torch.finfo(dtype).eps  # the graph has torch's own products
+        torch.testing.assert_close(found, grad, rtol=8 * eps, atol=eps * float(grad.abs().max()))
