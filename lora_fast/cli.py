@@ -49,7 +49,6 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     demo = commands.add_parser(
         "demo",
         help="fine-tune a small GPT with loralib's layers and with ours, and compare",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument(
         "--data",
@@ -67,14 +66,26 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     demo.add_argument(
         "--device", type=not_empty, help="cpu, cuda, cuda:1 ...; a GPU if there is one by default"
     )
-    demo.add_argument("--steps", type=positive, default=150, help="fine-tuning steps")
+    demo.add_argument("--steps", type=positive, default=150, help="fine-tuning steps; default 150")
     demo.add_argument(
-        "--pretrain-steps", type=positive, default=250, help="steps of the small GPT before that"
+        "--pretrain-steps",
+        type=positive,
+        default=250,
+        help="steps of the small GPT before that; default 250",
     )
-    demo.add_argument("--dropout", type=share, default=0.0, help="lora_dropout, from 0 to below 1")
-    demo.add_argument("--seed", type=_seed, default=0, help="seed of all random numbers")
     demo.add_argument(
-        "--out", type=path, default=Path("demo-out"), metavar="FOLDER", help="where results go"
+        "--dropout",
+        type=share,
+        default=0.0,
+        help="lora_dropout, from 0 to below 1; default 0",
+    )
+    demo.add_argument("--seed", type=_seed, default=0, help="seed of all random numbers; default 0")
+    demo.add_argument(
+        "--out",
+        type=path,
+        default=Path("demo-out"),
+        metavar="FOLDER",
+        help="where results go; default demo-out",
     )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -33,6 +34,7 @@ def status_of(name: str, command: Callable[[], int]) -> int:
     if sys.stderr is None:  # closed by the shell; progress bars write to it, unlike print
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     try:
+        _print_any_text()
         status = command()
         if sys.stdout is not None:  # closed by the shell
             sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's last moments
@@ -52,6 +54,13 @@ def status_of(name: str, command: Callable[[], int]) -> int:
         print(f"{name}: the output cannot be written: {error}", file=sys.stderr)
         return _OUTPUT_FAILED
     return status
+
+
+def _print_any_text() -> None:
+    """Let a path be printed whose name the output's encoding does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _can_print() -> bool:

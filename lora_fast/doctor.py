@@ -7,6 +7,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -51,7 +52,9 @@ def _print_section(title: str, lines: Iterable[str]) -> None:
 def _without_home(text: str) -> str:
     """The text without the name of the user, which is in the path of the home folder."""
     home = os.path.expanduser("~")
-    return text.replace(home, "~") if Path(home).is_absolute() and home != "/" else text
+    if not Path(home).is_absolute() or home == "/":
+        return text
+    return re.sub(rf"{re.escape(home)}(?!\.?[\w-])", "~", text)  # no part of a longer name
 
 
 def _versions() -> Iterator[str]:

@@ -1,6 +1,7 @@
 """How a command ends: bad input, Ctrl-C, a reader that went away; what its arguments may be."""
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -69,6 +70,38 @@ def test_a_module_is_the_command(module: str) -> None:
             check=False,
         )
         assert (done.returncode, done.stdout[: len(said)]) == (status, said)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_path_is_printed_whatever_its_name(encoding: str) -> None:
+    code = (
+        "import sys; from lora_fast.commands import BadInputError, status_of\n"
+        "def command():\n"
+        "    print('\\udcff日')\n"
+        "    raise BadInputError('\\udcff日')\n"
+        "sys.exit(status_of('a', command))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    name = b"\\udcff" + "日".encode(encoding, "backslashreplace")
+    assert (done.returncode, done.stdout, done.stderr) == (2, name + b"\n", b"a: " + name + b"\n")
+
+
+@pytest.mark.parametrize("command", [["tune", "--show"], ["doctor"]])
+def test_a_cache_folder_is_printed_whatever_its_name(command: list[str], tmp_path: Path) -> None:
+    code = "import sys; from lora_fast import cli, selftest; selftest.outcomes = lambda: iter(())\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}sys.exit(cli.main({command}))"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "LORA_FAST_CACHE": str(tmp_path / "ö")},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"your tables would be in " in done.stdout and b"\\xf6" in done.stdout
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])

@@ -127,6 +127,21 @@ def test_it_does_not_tell_the_name_of_the_user(
     assert "skipped: ~/lib is missing" in text
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("/tmp/t4/y: 3 rows", "~/y: 3 rows"),
+        ("in /tmp/t4", "in ~"),
+        ("/tmp/t4:/tmp/t4.", "~:~."),
+        ("/tmp/t4x/y", "/tmp/t4x/y"),
+        ("/tmp/t4-old /tmp/t4.old/y", "/tmp/t4-old /tmp/t4.old/y"),
+    ],
+)
+def test_a_longer_name_is_no_home(text: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/tmp/t4")
+    assert doctor._without_home(text) == told
+
+
 def test_without_triton(
     no_kernels: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,7 +98,9 @@ class Report:
             axes.plot(range(1, len(run.losses) + 1), run.losses, label=run.name, linewidth=width)
         axes.set_xlabel("fine-tuning step")
         axes.set_ylabel("training loss (nats per token)")
-        axes.set_title(self.title, fontsize="medium")
+        # A path in it may hold bytes that are no text, and dollars that are no formula.
+        title = self.title.encode(errors="backslashreplace").decode()
+        axes.set_title(title, fontsize="medium", parse_math=False)
         axes.legend()
         with written_whole(path) as part:
             figure.savefig(part, format="png", dpi=120)

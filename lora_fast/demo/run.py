@@ -221,22 +221,21 @@ def _merge_rows(report: Report, ids: torch.Tensor) -> None:
 
 
 def _written(report: Report, loralib: ModuleType, out: Path) -> tuple[list[Path], list[str]]:
-    """Write what there is room for, first what took the longest; return the files, and failures."""
+    """Write what there is room for, first what took the longest; return the files, and failures.
+
+    What fails costs its own file alone.
+    """
     files: list[Path] = []
     problems: list[str] = []
 
     def write(name: str, writer: Callable[..., None], *arguments: object) -> None:
         try:
             writer(*arguments, out / name)
-        except (OSError, RuntimeError) as error:  # torch's writer has an error of its own
+        except Exception as error:  # torch's writer and matplotlib have errors of their own
             problems.append(f"{name}: {first_line(error)}")
         else:
-            if out / name not in files:
-                files.append(out / name)
+            files.append(out / name)
 
-    write("metrics.json", report.write_metrics)
-    if any(run.losses for run in report.runs):
-        write("loss.png", report.write_picture)
     if report.runs and all(run.losses for run in report.runs):
         adapters = ("adapter-loralib.pt", "adapter.safetensors")
         for run, library, name in zip(report.runs, (loralib, lora_fast), adapters, strict=True):
@@ -244,5 +243,7 @@ def _written(report: Report, loralib: ModuleType, out: Path) -> tuple[list[Path]
         if not problems:
             sizes = ((out / name).stat().st_size for name in adapters)
             report.add("adapter on disk (KiB)", (f"{size / 1024:.1f}" for size in sizes))
-            write("metrics.json", report.write_metrics)  # with that line
+    write("metrics.json", report.write_metrics)
+    if any(run.losses for run in report.runs):
+        write("loss.png", report.write_picture)
     return files, problems

@@ -40,12 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.reset:
         return _reset()
-    wanted = (
-        shapes.parsed(arguments.shapes)
-        if arguments.shapes is not None
-        else shapes.of_model(arguments.model, arguments.rows, arguments.rank)
-    )
+    wanted = None if arguments.shapes is None else shapes.parsed(arguments.shapes)
     device = _device(arguments)
+    if wanted is None:  # last, as the hub may take its time to answer
+        wanted = shapes.of_model(arguments.model, arguments.rows, arguments.rank)
     jobs = list(_jobs(arguments, wanted, device))
     target = _Target(device, arguments.out)
     if device.type == "cpu":
@@ -183,15 +181,24 @@ def _reset() -> int:
     from lora_fast.kernels import tables
 
     folder, paths = _users_folder(), tables.user_tables()
+    refused = []
     for path in paths:
-        path.unlink()
-        print(f"deleted: {path}")
+        try:
+            path.unlink()
+            print(f"deleted: {path}")
+        except OSError as error:
+            refused.append(str(error))
     if not paths:
         print(f"nothing to delete in {folder}")
     if backend.has_triton():
         from lora_fast.kernels import plans
 
         plans.reload_tables()
+    if refused:
+        raise BadInputError(
+            f"LORA_FAST_CACHE: expected tables that can be deleted: {'; '.join(refused)}; "
+            "delete them by hand"
+        )
     return 0
 
 

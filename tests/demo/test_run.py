@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 import lora_fast
 from lora_fast.cli import main
-from lora_fast.demo import compare, text, training
+from lora_fast.demo import text, training
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -146,19 +147,43 @@ def test_a_full_disk_costs_no_results(
     assert expected in line
 
 
-def test_the_numbers_are_written_before_the_adapters(
+def test_the_adapters_are_written_first(
     demo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = []
-    save = compare.save_adapter
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
 
-    def noting(model: Any, library: Any, path: Path) -> None:
-        there.append((path.parent / "metrics.json").exists())
-        save(model, library, path)
+    monkeypatch.setattr("lora_fast.demo.report.Report.write_metrics", interrupted)
+    result = demo()
+    assert result.status == 130
+    names = {"adapter.safetensors", "adapter-loralib.pt"}
+    assert {path.name for path in result.out.iterdir()} == names
 
-    monkeypatch.setattr(compare, "save_adapter", noting)
-    assert demo().status == 0
-    assert there == [True, True]
+
+@pytest.mark.parametrize("error", [TypeError("no text"), ValueError("no formula")])
+def test_a_picture_that_fails_costs_only_the_picture(
+    error: Exception, demo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", failing)
+    result = demo()
+    assert result.status == 2
+    names = {"metrics.json", "adapter.safetensors", "adapter-loralib.pt"}
+    assert {path.name for path in result.out.iterdir()} == names
+    assert f"not all could be written: loss.png: {error}" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where names of files are text")
+def test_data_of_a_name_that_is_no_text(demo: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff$x_$.txt")
+    path.write_text("What is the answer? " * 30)
+    result = demo("--data", str(path))
+    assert result.status == 0, result.stderr
+    assert r"\udcff$x_$.txt" in result.stdout
+    assert (result.out / "loss.png").read_bytes().startswith(PNG)
+    assert result.metrics["title"].endswith(str(path))
 
 
 def test_numbers_that_cannot_be_written_cost_no_adapter(
@@ -338,3 +363,4 @@ def test_version_and_help_need_no_extras(capsys: pytest.CaptureFixture[str]) -> 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--model" in done.stdout
+    assert "None" not in done.stdout

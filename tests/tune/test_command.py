@@ -305,6 +305,16 @@ def test_without_cuda(device: tuple[str, ...], refused: Refused) -> None:
     assert line.startswith("lora-fast tune: --device: expected a CUDA device to measure on")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_cuda_no_model_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    """The hub may take its time to say that it has none of that name."""
+    monkeypatch.setattr("lora_fast.tune.shapes.of_model", None)
+    assert "--device: expected a CUDA device to measure on" in refused("--model", "x")
+    assert "--shapes: expected M,K,N,r" in refused("--shapes", "1")
+
+
 def test_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     line = refused("--shapes", "1,2,3,4", "--device", "cpu")
@@ -378,6 +388,18 @@ def test_arguments_that_argparse_refuses(
         main(["tune", *arguments])
     assert error.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_deleted(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, table = cache / "a-torch-2-triton-3.json", cache / "b-torch-2-triton-3.json"
+    folder.mkdir(parents=True)
+    table.write_text("{}")
+    assert main(["tune", "--reset"]) == 2
+    out, err = capsys.readouterr()
+    assert out == f"deleted: {table}\n"
+    assert err.startswith("lora-fast tune: LORA_FAST_CACHE: expected tables that can be deleted: ")
+    assert str(folder) in err and err.count("\n") == 1
+    assert list(cache.iterdir()) == [folder]
 
 
 def test_a_cache_folder_of_nobody(

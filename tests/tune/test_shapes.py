@@ -128,7 +128,13 @@ def test_the_convolutions_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_a_missing_model(tmp_path: Path, refused: Refused) -> None:
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine with a GPU, which is asked for before a model."""
+    monkeypatch.setattr("lora_fast.tune.run._device", lambda arguments: torch.device("cuda"))
+
+
+def test_a_missing_model(gpu: None, tmp_path: Path, refused: Refused) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "empty").mkdir()
     line = refused("--model", tmp_path / "empty")
@@ -144,7 +150,7 @@ def test_a_model_without_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         shapes.of_model("bare", [1], [1])
 
 
-def test_without_transformers(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+def test_without_transformers(gpu: None, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     assert refused("--model", "x").endswith("--model needs transformers: "
                                                     "pip install transformers")  # fmt: skip
