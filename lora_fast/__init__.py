@@ -61,3 +61,8 @@ __all__ = [
     "use_backend",
     "utils",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, and those that every module has."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

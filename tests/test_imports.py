@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import loralib
 import pytest
+
+import lora_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"lora_fast": ROOT / "lora_fast", "lora_fast.kernels": ROOT / "kernels"}
@@ -149,3 +152,11 @@ def test_a_star_brings_along_what_it_brings_of_loralib(module: str) -> None:
     exec(f"from lora_fast{module} import *", ours)
     exec(f"from loralib{module} import *", theirs)
     assert set(theirs) <= set(ours)
+
+
+def test_dir_lists_what_is_public() -> None:
+    listed = dir(lora_fast)
+    assert {name for name in listed if not name.startswith("__")} == set(lora_fast.__all__)
+    assert {"__all__", "__doc__", "__name__", "__version__"} <= set(listed)
+    assert set(dir(loralib)) <= set(listed)
+    assert all(hasattr(lora_fast, name) for name in listed)
