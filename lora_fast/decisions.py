@@ -44,7 +44,7 @@ class Size(NamedTuple):
 # By the limits of the dispatch: `tests/test_decisions.py` asks on either side of each.
 _SIZES = {
     ("lora_linear", "cpu"): (
-        Size("1 row, x without gradient"),
+        Size("1 row without a gradient of x"),
         Size("2 to 32 rows", 32),
         Size("more than 32 rows", 33),
         Size("dropout of 2^16 numbers or more", 2**16, drops=True),

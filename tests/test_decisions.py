@@ -103,7 +103,7 @@ def test_a_cpu_without_instructions_for_16_bits(cpu: Says) -> None:
     on_cpu = [[line for line in lines(op)][:3] for op in ("lora_linear", "lora_embedding")]
     assert on_cpu[0] == [
         "reference        float32 (all but dropout of 2^16 numbers or more); bfloat16, float16 "
-        "(1 row, x without gradient): not a CUDA tensor",
+        "(1 row without a gradient of x): not a CUDA tensor",
         "eager            dropout of 2^16 numbers or more: a faster dropout of many numbers",
         f"eager            bfloat16, float16 (2 to 32 rows, more than 32 rows): {in_fp32}",
     ]
@@ -119,7 +119,7 @@ def test_a_cpu_with_instructions_for_16_bits(cpu: Says) -> None:
         "reference        float32 (all but dropout of 2^16 numbers or more); bfloat16, float16 "
         "(more than 32 rows): not a CUDA tensor",
         "eager            dropout of 2^16 numbers or more: a faster dropout of many numbers",
-        "eager            bfloat16, float16 (1 row, x without gradient, 2 to 32 rows): "
+        "eager            bfloat16, float16 (1 row without a gradient of x, 2 to 32 rows): "
         "few rows of 16 bits, to which one native op adds the update",
     ]
     assert lines("lora_embedding")[0] == "reference        not a CUDA tensor"
