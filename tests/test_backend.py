@@ -255,7 +255,7 @@ def test_forced_triton_takes_indices_of_an_embedding_as_torch_does(
     with lora_fast.use_backend("triton"):
         for dtype in (torch.int64, torch.int32):
             assert functional.lora_embedding(index.to(dtype), *t, 1.0).shape == (2, 4)
-        with pytest.raises(RuntimeError, match=r"dtype torch\.int8 are not int64 or int32"):
+        with pytest.raises(RuntimeError, match="int64 or int32"):
             functional.lora_embedding(index.to(torch.int8), *t, 1.0)
         with pytest.raises(RuntimeError, match=r"dtype torch\.float64 is not fp32, fp16 or bf16"):
             functional.lora_embedding(index, t[0].double(), *t[1:], 1.0)
