@@ -41,3 +41,5 @@ class LayerPart:
     _was_put_back: Callable[[MergeRecord], bool]
     _other_factors: Callable[[MergeRecord], bool]
     _one_scaling: Callable[[], float | None]
+    _set_scaling: Callable[[], float | None]
+    _register_hooks: Callable[[], None]

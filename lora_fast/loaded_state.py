@@ -15,6 +15,7 @@ from lora_fast.torch_internals import in_fake_mode, is_fake_tensor, storage_id
 _log = logging.getLogger("lora_fast.merge")
 # How far, relative to it, a merged weight may be from itself after a change of dtype, to fp8 too.
 _ROUNDED = 0.1
+_told: set[str] = set()  # what was said once in this process
 
 
 class LoadedState(LayerPart):
@@ -271,8 +272,28 @@ class LoadedState(LayerPart):
         elif is_merged or self._is_rather_merged(state_dict, prefix):
             self._subtract_saved_delta(state_dict, prefix, metadata)
         else:
+            self._tell_it_is_merged_now(state_dict, prefix)
             return
         self.__dict__["_undid_merge"] = None
+
+    def _tell_it_is_merged_now(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Log that eval mode adds an adapter to a weight of which nothing tells what it holds."""
+        module: Any = self
+        if module.training or not module.merge_weights:
+            return
+        summands = self._summands(state_dict, prefix, False)
+        if summands is None or not summands[3].any() or torch.equal(*summands[:2]):
+            return
+        level = logging.DEBUG if _told else logging.WARNING  # as all layers of a model are alike
+        _told.add("merged now")
+        _log.log(
+            level,
+            "%s: a state without a mark, with another base weight than was here, was loaded in "
+            "eval mode; it is taken for one that was saved in train mode, and the adapter is added "
+            "to it. If it was saved in eval mode, so by loralib, say: load it in train mode, set "
+            "merged = True on the LoRA layers, then call eval().",
+            prefix + self._weight_key(),
+        )
 
     def _note_what_is_left(self) -> None:
         """Note, after a load, the weight in which it has undone a merge."""
@@ -323,9 +344,9 @@ class LoadedState(LayerPart):
     def _warn_of_another_scaling(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
-        mine = self._one_scaling()
+        mine = self._set_scaling()
         scaling = metadata.get("lora_scaling", mine)
-        if scaling is not None and scaling != mine and prefix + "lora_A" in state_dict:
+        if mine is not None and scaling != mine and prefix + "lora_A" in state_dict:
             caller.warn(
                 f"{prefix or 'the layer'}: the adapter was saved with scaling {scaling}, the layer "
                 f"has {mine}; build the layer with the same r and lora_alpha",

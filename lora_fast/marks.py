@@ -16,7 +16,7 @@ def misfits(layer: MergingLayer, saved: dict[str, Any]) -> Iterator[str]:
         layer: a layer with an adapter.
         saved: the marks that the file has for it, of any types.
     """
-    here = {"lora_r": layer.r, "lora_scaling": layer._one_scaling()}
+    here = {"lora_r": layer.r, "lora_scaling": layer._set_scaling()}
     for mark, (expected, is_right) in _MARKS.items():
         if mark not in saved:
             continue

@@ -31,9 +31,9 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
         return "the adapter is computed before each forward (pruning or weight norm)"
     if is_on_meta(owner):
         return "the weight is on the meta device or under FakeTensorMode, and holds no values"
-    if _has_its_own_kernels(owner._parameters["weight"]):
+    if _takes_no_writes(owner._parameters["weight"]):
         kind = type(owner._parameters["weight"]).__name__
-        return f"the weight is a {kind}, into which nothing can be merged exactly"
+        return f"the weight is a {kind}, into which nothing can be merged"
     uses = _uses(owner._parameters)
     if uses == _ALONE and _UNSHARED_STORAGE is not None:
         _holders.uses.pop(id(owner._parameters["weight"]), None)
@@ -58,14 +58,18 @@ def is_on_meta(owner: nn.Module) -> bool:
     return weight is not None and (weight.is_meta or is_fake_tensor(weight))
 
 
-def _has_its_own_kernels(weight: Tensor | None) -> bool:
-    """Tell whether a weight is no plain tensor but one of a quantization, say.
-
-    Which may take a write for one to a copy of its values.
-    """
-    if type(weight) is nn.Parameter or weight is None or sharded.is_dtensor(weight):
+def _takes_no_writes(weight: Tensor | None) -> bool:
+    """Tell whether a write to a weight is lost, as it may be to a quantized one's plain copy."""
+    kind = type(weight)
+    if weight is None or kind is nn.Parameter or sharded.is_dtensor(weight):
         return False
-    return type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return False
+    try:
+        copied = weight.detach().clone()
+        return type(copied) is not kind or torch.equal(copied.add_(1), weight.detach())
+    except Exception:  # of any kind, as it has ops of its own, or has not
+        return True
 
 
 def stored_weight(owner: nn.Module) -> Tensor | None:

@@ -78,6 +78,7 @@ class MergeRecord:
         is_native: whether csrc merged it; the sums of torch's own products have other bits.
         versions: the weight's numbers for autograd, if the old one can be taken back.
         after: where there is no copy, some elements of the merged weight (see `some_of`).
+        evidence: by what a state shows that its weight is merged, once it was asked for.
     """
 
     shape: torch.Size
@@ -95,6 +96,7 @@ class MergeRecord:
     is_native: bool = True
     versions: Versions | None = None
     after: Tensor | None = None
+    evidence: dict[str, Any] | None = None
 
     def check(self, weight: Tensor) -> None:
         """Refuse a weight that this is not the record of, and a second use."""

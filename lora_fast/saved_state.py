@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_fast import bypasses, checks, interrupts, readers, sample, sharded
 from lora_fast.layer_part import LayerPart
-from lora_fast.record import MergeRecord
+from lora_fast.record import MergeRecord, some_of
 from lora_fast.torch_internals import mode_count, storage_id
 
 # The weights that `state_dict()` took from layers, and whose they are: they are views, and show the
@@ -78,6 +78,10 @@ class SavedState(LayerPart):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied layer; its tensors start to count their versions anew."""
         super().__setstate__(state)  # type: ignore[misc]
+        own = self.__dict__
+        if "merge_weights" in own:  # a layer of loralib, in whose place this one was imported
+            own["_merge_weights"] = own.pop("merge_weights")
+            self._register_hooks()
         readers.forget_holders()
         if self._merged_version is not None:
             self._merged_version = self._weight_version()
@@ -172,6 +176,11 @@ class SavedState(LayerPart):
         places = (id(lora_A), id(lora_B), lora_A.data_ptr(), lora_B.data_ptr())
         return (versions, places, scaling), (lora_A, lora_B)
 
+    def _set_scaling(self) -> float | None:
+        """The factor that a state does not bring along, as it does a parameter."""
+        scaling = getattr(self, "scaling", None)
+        return None if isinstance(scaling, nn.Parameter) else self._one_scaling()
+
     def _one_scaling(self) -> float | None:
         """The factor of the update, if that is one number: a subclass may have several."""
         try:
@@ -191,10 +200,20 @@ class SavedState(LayerPart):
         if any(type(tensor.data) is not Tensor for tensor in (weight, *factors)):
             return nothing  # of a subclass, which may hold anything
         target = self._as_delta(weight.detach())
-        found = sample.taken(target, *factors, record.scaling, **record.blocks())
-        if found:
-            return {"lora_sample": found}
-        return {**nothing, "lora_norms": sample.norms(*factors)}  # the delta shows nowhere
+        if record.evidence is None or not self._seems_untouched(target, record):
+            found = sample.taken(target, *factors, record.scaling, **record.blocks())
+            # Where the delta shows nowhere, its factors must tell.
+            norms = {} if found else {"lora_norms": sample.norms(*factors)}
+            record.evidence = {"lora_sample": found, **norms}
+        # Copies, as a state is its owner's to change.
+        kept = record.evidence.items()
+        return {k: [[*x] if isinstance(x, list) else x for x in value] for k, value in kept}
+
+    def _seems_untouched(self, target: Tensor, record: MergeRecord) -> bool:
+        """Tell whether the weight is as it was merged, by its number and some of its elements."""
+        if self._merged_version is None or self._weight_version() != self._merged_version:
+            return False
+        return record.after is not None and torch.equal(some_of(target), record.after)
 
 
 def _copied_module(module: Any) -> Any:

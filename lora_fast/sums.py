@@ -131,5 +131,6 @@ def _is_sum(weight: Tensor, base: Tensor, b: Tensor, a: Tensor, scaling: float) 
     near, is_known = compared(wide, 1.0)
     if not is_known.all():  # of numbers near the largest that the weight can hold
         near |= ~is_known & compared(torch.float64, 2.0**-64)[0]
+    weight, base = weight.to(wide), base.to(wide)
     same = (weight == base) & weight.isinf() | weight.isnan() & base.isnan()
     return bool((near | same).all())

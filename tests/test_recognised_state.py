@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fast as lora
-from lora_fast import sums
+from lora_fast import loaded_state, sums
 from lora_fast.testing import randomize_
 
 SPLIT = {"enable_lora": [True, False, True]}
@@ -278,3 +278,26 @@ def test_a_delta_that_rounding_hides_is_taken_out_of_the_layers_own_state() -> N
             layer.lora_A.add_(1)
         layer.load_state_dict(best)
         assert torch.equal(layer.weight, base)
+
+
+def test_a_merged_state_of_another_base_is_told_of_in_eval_mode(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing tells that it is merged; the remedy that the log names works."""
+    monkeypatch.setattr(loaded_state, "_told", set())
+    source = nn.Sequential(*(randomize_(loralib.Linear(6, 6, r=2)) for _ in range(2))).eval()
+    x, state = torch.randn(3, 6), plain(source.state_dict())
+    model = nn.Sequential(*(lora.Linear(6, 6, r=2) for _ in range(2)))
+    with caplog.at_level(logging.WARNING, "lora_fast.merge"):
+        model.load_state_dict(state)
+        model.eval().load_state_dict(plain(model.train().state_dict()))
+        model.load_state_dict(lora.lora_state_dict(model), strict=False)
+        assert not caplog.records  # loaded in train mode; its own; an adapter alone
+        model.eval().load_state_dict({k: v + 1 for k, v in state.items()})
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == ["0.weight"]
+    assert "load it in train mode, set merged = True" in caplog.text
+    model.train().load_state_dict(state)
+    for layer in model:
+        layer.merged = True
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), source(x))

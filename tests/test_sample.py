@@ -327,3 +327,28 @@ def test_merged_layers_go_to_a_spawned_process(tmp_path: Path, backend: str) -> 
     script.write_text(SPAWNING)
     environment = os.environ | {"LORA_FAST_BACKEND": backend}
     subprocess.run([sys.executable, script], check=True, timeout=120, env=environment)
+
+
+def test_a_sample_is_taken_once_for_a_weight_that_nobody_writes_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Averages ask for a state at each step, and to take a sample takes longer than the rest."""
+    layer = randomize_(lora.Linear(8, 6, r=2)).eval()
+    if layer._record.original is not None:
+        pytest.skip("a copy says nothing of what was written past torch's count")
+    calls, taken = [], sample.taken
+    monkeypatch.setattr(sample, "taken", lambda *a, **b: calls.append(1) or taken(*a, **b))
+
+    def marks() -> dict[str, Any]:
+        return layer.state_dict()._metadata[""]
+
+    first = marks()
+    first["lora_sample"][0][2] += 1.0
+    assert marks()["lora_sample"][0][2] != first["lora_sample"][0][2]
+    assert len(calls) == 1
+    layer.weight.data.mul_(1.5)  # which torch does not count
+    assert marks()["lora_sample"] != first["lora_sample"]
+    assert len(calls) == 2
+    layer.train().eval()
+    marks()
+    assert len(calls) == 3

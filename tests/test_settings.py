@@ -1,5 +1,7 @@
 """What a user may set on a layer by hand, and what is refused."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import loralib
@@ -48,6 +50,20 @@ def test_a_scaling_that_is_trained(cls: str) -> None:
     torch.testing.assert_close(ours.eval()(INPUTS[cls]), y)
     with lora.use_backend("triton"), pytest.raises(RuntimeError, match="scaling is a tensor"):
         ours.train()(INPUTS[cls])
+
+
+def test_a_trained_scaling_is_saved_and_loaded(tmp_path: Path) -> None:
+    """The state brings it along, so that it is no other layer's."""
+    one, two = pair("Linear")[0], pair("Linear")[0]
+    one.scaling, two.scaling = (nn.Parameter(torch.tensor(value)) for value in (1.3, 0.7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        two.load_state_dict(one.eval().state_dict())
+        assert two.scaling == one.scaling
+        torch.testing.assert_close(two(INPUTS["Linear"]), one(INPUTS["Linear"]))
+        two.scaling.data.fill_(0.1)
+        lora.save(one, tmp_path / "a.safetensors")
+        lora.load(two, tmp_path / "a.safetensors")
 
 
 def test_a_scaling_for_each_feature() -> None:

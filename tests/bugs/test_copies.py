@@ -158,6 +158,28 @@ def test_b17_loralib_cannot_be_pickled(name: str) -> None:
         pickle.dumps(layer)
 
 
+class _InOurPlace(pickle.Unpickler):
+    """Finds loralib's classes here, as where `sys.modules["loralib"] = lora_fast`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(module.replace("loralib", "lora_fast"), name)
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_a_layer_that_loralib_pickled(merges: bool) -> None:
+    """It can, where there is a dropout."""
+    theirs = randomize_(loralib.Linear(4, 5, r=2, lora_dropout=0.1, merge_weights=merges))
+    layer = _InOurPlace(io.BytesIO(pickle.dumps(theirs))).load()
+    assert type(layer) is lora.Linear and layer.merge_weights is merges
+    state, x = randomize_(lora.Linear(4, 5, r=2)).state_dict(), torch.randn(3, 4)
+    layer.eval().load_state_dict(state)
+    assert layer.merged is merges
+    expected = lora.Linear(4, 5, r=2)
+    expected.load_state_dict(state)
+    torch.testing.assert_close(layer(x), expected.eval()(x))
+    assert torch.equal(layer.train().weight, state["weight"])
+
+
 @pytest.mark.parametrize("copier", [copy.deepcopy, copy.copy])
 def test_copies_of_a_compiled_layer_compute_with_their_own_weights(copier: Any) -> None:
     layer, x = randomize_(lora.Linear(4, 5, r=2)), torch.randn(3, 4)

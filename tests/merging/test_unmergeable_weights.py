@@ -12,7 +12,10 @@ from lora_fast.testing import randomize_
 
 
 class Quantized(Tensor):
-    """Holds 8 bits and a scale, and takes part in any op by a copy of its values."""
+    """Holds 8 bits and a scale, and takes part in other ops by a copy of its values, or in none."""
+
+    refused: tuple[Any, ...] = ()
+    kept: tuple[Any, ...] = (torch.ops.aten.detach.default,)
 
     @staticmethod
     def __new__(cls, values: Tensor, scale: Tensor) -> Any:
@@ -33,8 +36,10 @@ class Quantized(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].values, args[0].scale)
+        if func in cls.refused:
+            raise NotImplementedError(f"{func} of {cls.__name__}")
+        if func in cls.kept:
+            return cls(args[0].values.clone(), args[0].scale)
 
         def plain(value: Any) -> Any:
             return value.whole() if isinstance(value, cls) else value
@@ -43,21 +48,34 @@ class Quantized(Tensor):
         return func(*args, **kwargs)
 
 
+class QuantizedAsItsCopies(Quantized):
+    kept = (torch.ops.aten.detach.default, torch.ops.aten.clone.default)
+
+
+class QuantizedWithoutWrites(QuantizedAsItsCopies):
+    refused = (torch.ops.aten.add_.Tensor, torch.ops.aten.equal.default)
+
+
+@pytest.mark.parametrize("kind", [Quantized, QuantizedAsItsCopies, QuantizedWithoutWrites])
 @pytest.mark.parametrize("whole", [False, True], ids=["eval", "merge"])
-def test_a_weight_that_was_quantized_before_stays_as_it_is(whole: bool, backend: str) -> None:
+def test_a_weight_that_was_quantized_before_stays_as_it_is(
+    whole: bool, kind: Any, backend: str
+) -> None:
     layer, x = randomize_(lora.Linear(6, 4, r=2)), torch.randn(3, 6)
-    layer.weight = nn.Parameter(Quantized.of(layer.weight.detach()), requires_grad=False)
+    layer.weight = nn.Parameter(kind.of(layer.weight.detach()), requires_grad=False)
     with torch.no_grad():
         expected = layer(x)
         if whole:
-            with pytest.raises(RuntimeError, match="the weight is a Quantized, into which nothing"):
+            with pytest.raises(
+                RuntimeError, match="into which nothing can be merged"
+            ):
                 lora.merge(layer)
         else:
             layer.eval()
         assert not layer.merged
         torch.testing.assert_close(layer(x), expected)
     layer.train()
-    assert type(layer.weight) is Quantized
+    assert type(layer.weight) is kind
 
 
 @pytest.mark.filterwarnings("ignore:.*was not merged:RuntimeWarning")
