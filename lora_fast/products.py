@@ -28,7 +28,7 @@ _FEW = 2**15
 # Columns up to which a product is made in less time as its transposition: dS = dY B and dB = dY^T S
 # of 64 to 2048 rows, 768 and 4096 features, ranks 2 to 8 in a third to a 28th of it, from rank 16
 # on in as much; MKL in torch 2.13, one thread of an EPYC of family 25 model 1, 2026-12-01.
-_THIN = 8
+THIN = 8
 
 
 @functools.cache
@@ -96,7 +96,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 def _is_thin(a: Tensor, b: Tensor) -> bool:
     """Tell whether `a @ b` is so thin a product that its transposition is made in less time."""
     n, is_wide = b.shape[1], b.dtype in (torch.float32, torch.float64)
-    return n <= _THIN and is_wide and b.is_cpu and b.stride(1) == 1 and a.shape[0] > n
+    return n <= THIN and is_wide and b.is_cpu and b.stride(1) == 1 and a.shape[0] > n
 
 
 def _transposed_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -142,8 +142,8 @@ def _mm_in_fp32(a: Tensor, b: Tensor, scaling: float, room: int = 0) -> Tensor:
     for rows in _parts(m, n, room):
         left = a[rows]
         shape = (left.shape[0], n)
-        sums = torch.zeros(shape[::-1] if n <= _THIN else shape, dtype=torch.float32)
-        sums = sums.t() if n <= _THIN else sums  # see `_is_thin`
+        sums = torch.zeros(shape[::-1] if n <= THIN else shape, dtype=torch.float32)
+        sums = sums.t() if n <= THIN else sums  # see `_is_thin`
         for steps in _parts(k, n + left.shape[0], room):
             _add_counted_(sums, left[:, steps].float(), b[steps].float(), scaling)
         y[rows] = sums

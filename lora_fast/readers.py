@@ -60,9 +60,9 @@ def is_on_meta(owner: nn.Module) -> bool:
 
 def _takes_no_writes(weight: Tensor | None) -> bool:
     """Tell whether a write to a weight is lost, as it may be to a quantized one's plain copy."""
-    kind = type(weight)
-    if weight is None or kind is nn.Parameter or sharded.is_dtensor(weight):
+    if weight is None or type(weight) is nn.Parameter or sharded.is_dtensor(weight):
         return False
+    kind = type(weight)
     if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
         return False
     try:

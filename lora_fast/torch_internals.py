@@ -7,13 +7,12 @@ import contextlib
 import platform
 import sys
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-Function = TypeVar("Function", bound=FunctionType)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Names of the functions themselves, as a call in between would take as long as the answer.
 mode_count: Callable[[], int] = torch._C._len_torch_dispatch_stack

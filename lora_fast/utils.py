@@ -119,7 +119,7 @@ class _Adapters:
         for name, module in modules:
             if isinstance(module, LoRALayer):
                 owner = without_wrappers(f"{name}." if name else "")
-                for child in module._modules:
+                for child, _ in module.named_children():  # type: ignore[attr-defined]
                     if child.startswith("lora_"):
                         self._owners[f"{owner}{child}."] = owner
 
