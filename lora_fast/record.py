@@ -1,7 +1,7 @@
 """What `merge_` leaves behind so that `unmerge_` can restore the weight bit for bit."""
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -57,9 +57,11 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     return start * size, (start + last + 1) * size
 
 
-@dataclass
+@dataclass(eq=False)
 class MergeRecord:
     """The way back to the original weight: a copy of it, or a code for each merged block.
+
+    Each is equal to itself alone.
 
     Attributes:
         shape: of the weight (of this rank's shard for a DTensor).
@@ -83,20 +85,20 @@ class MergeRecord:
 
     shape: torch.Size
     dtype: torch.dtype
-    original: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
+    original: Tensor | None = field(repr=False)
+    lora_A: Tensor = field(repr=False)
+    lora_B: Tensor = field(repr=False)
     scaling: float
     enable_lora: list[bool] | None
     out_splits: list[int] | None
-    codes: tuple[Code, ...] = ()
+    codes: tuple[Code, ...] = field(default=(), repr=False)
     spent: bool = False
-    restored: tuple[Place, ...] = ()
+    restored: tuple[Place, ...] = field(default=(), repr=False)
     of_shard: bool = False
     is_native: bool = True
     versions: Versions | None = None
-    after: Tensor | None = None
-    evidence: dict[str, Any] | None = None
+    after: Tensor | None = field(default=None, repr=False)
+    evidence: dict[str, Any] | None = field(default=None, repr=False)
 
     def check(self, weight: Tensor) -> None:
         """Refuse a weight that this is not the record of, and a second use."""

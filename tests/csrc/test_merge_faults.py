@@ -162,6 +162,16 @@ def test_nothing_is_lost_under_fake_tensors(backend: str) -> None:
         assert torch.equal(layer.train().weight, base)
 
 
+def test_a_record_can_be_compared_kept_in_a_set_and_printed() -> None:
+    weights = [torch.zeros(4, 3) for _ in range(2)]
+    factors = torch.ones(2, 3), torch.ones(4, 2)
+    one, two = (functional.merge_(weight, *factors, 0.5) for weight in weights)
+    assert one == one and one != two
+    assert len({one, two, one}) == 2
+    assert "scaling=0.5" in repr(one)
+    assert "tensor" not in repr(one)
+
+
 def test_integers_are_refused() -> None:
     with pytest.raises(TypeError, match=r"floating-point dtype, got torch\.int32"):
         functional.merge_(
