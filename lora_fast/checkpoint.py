@@ -159,7 +159,8 @@ def _write_safetensors(kept: dict[str, Any], metadata: dict[str, Any], path: Pat
             "choose another file name"
         )
     # safetensors refuses strided tensors (fan_in_fan_out) and tensors that share memory.
-    tensors = {k: v.detach().contiguous().clone() for k, v in kept.items()}
+    plain = torch.contiguous_format
+    tensors = {k: v.detach().clone(memory_format=plain) for k, v in kept.items()}
     safetensors.torch.save_file(tensors, path, metadata={_HEADER: json.dumps(metadata)})
 
 
