@@ -316,7 +316,7 @@ def _why_eager(op: str, tensors: tuple[Tensor | None, ...], drops: bool) -> str 
         return _PRODUCTS_IN_FP32 if x.numel() > products.FEW_ROWS else None
     if op != "lora_linear" or x is None or not x.is_cpu or x.layout is not torch.strided:
         return None
-    if x.is_nested or torch.compiler.is_compiling():
+    if x.is_nested or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if drops and x.numel() >= _MANY_DROPPED and x.is_contiguous():
         return "a faster dropout of many numbers"
