@@ -13,7 +13,8 @@ from lora_fast.saved_state import are_equal, layer_of_view, shares_memory
 from lora_fast.torch_internals import in_fake_mode, is_fake_tensor, storage_id
 
 _log = logging.getLogger("lora_fast.merge")
-# How far, relative to it, a merged weight may be from itself after a change of dtype, to fp8 too.
+# How far, relative to it, a merged weight may be from itself after a change of dtype: in fp8 with 3
+# bits an element by at most 1/16.
 _ROUNDED = 0.1
 _told: set[str] = set()  # what was said once in this process
 

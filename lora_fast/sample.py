@@ -16,7 +16,7 @@ Sample = list[list[float]]
 """For each element: the block of the delta, where in it, the merged value, the base value."""
 
 _TRIED, _KEPT = 64, 8
-_NEAR = 0.7  # of the delta's norm: how far an average of merged weights may be from one of them
+_NEAR = 0.7  # of the delta's norm, assumed: how far an average of merged weights may be from one
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 _STEP = 2654435761  # a prime, so that it goes through a matrix of any width in no pattern
 
