@@ -7,13 +7,16 @@ what the order of a sum is worth in the accumulator's precision.
 
 import math
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 @torch.no_grad()
-def randomize_(module: nn.Module, std: float = 0.5) -> nn.Module:
+def randomize_(module: Module, std: float = 0.5) -> Module:
     """Fill every `lora_A` and `lora_B` with N(0, std^2): a fresh adapter changes nothing.
 
     Args:
