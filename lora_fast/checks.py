@@ -5,7 +5,7 @@ Every refusal names the argument, what was expected and what came.
 
 import numbers
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Set
 from decimal import Decimal
 from typing import Any, SupportsFloat
 
@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from lora_fast import torch_internals
+
+
+class InputTypeError(TypeError, RuntimeError):
+    """An argument of a dtype that does not fit: torch's own layers raise RuntimeError there."""
 
 
 def tensors(op: str, bias: Any = None, **named: Any) -> None:
@@ -43,19 +47,90 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
+_AUTOCAST = frozenset((torch.float32, torch.float16, torch.bfloat16))
+"""What autocast converts."""
+_SUMMED = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+"""What a merge can add to and round to, but for complex numbers."""
+
+
 def mergeable(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """Refuse a weight that holds no fractions or cannot hold the delta, and other devices."""
-    if not weight.is_complex():
-        for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-            if not tensor.is_floating_point():
-                raise TypeError(
-                    f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}"
-                )
+    if weight.dtype not in _SUMMED or lora_A.dtype not in _SUMMED or lora_B.dtype not in _SUMMED:
+        _refuse_sum(op, weight, lora_A, lora_B)
+    if weight.layout is not torch.strided or not weight.is_contiguous():
+        _refuse_layout(op, weight)
     if weight.device != lora_A.device or weight.device != lora_B.device:
         raise ValueError(
             f"{op}: weight, lora_A and lora_B must be on one device, got {weight.device}, "
             f"{lora_A.device} and {lora_B.device}"
         )
+
+
+def _refuse_sum(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    if weight.is_complex():
+        return
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}")
+    if weight.dtype not in _SUMMED:
+        raise TypeError(
+            f"{op}: weight must have a dtype that torch adds in, as float32 or bfloat16, got "
+            f"{weight.dtype}; convert it, merge, and convert the sum back"
+        )
+
+
+def _refuse_layout(op: str, weight: Tensor) -> None:
+    if weight.layout is not torch.strided:
+        raise TypeError(
+            f"{op}: weight must be dense, got layout {weight.layout}; merge into weight.to_dense()"
+        )
+    if torch_internals.internal_overlap(weight) == 1:
+        raise ValueError(
+            f"{op}: weight must have memory of its own for each element, got shape "
+            f"{tuple(weight.shape)} with strides {weight.stride()}; merge into weight.clone()"
+        )
+
+
+def one_dtype(op: str, of: str, other: Any, **named: Any) -> None:
+    """Refuse tensors of which torch makes no product or sum with `other`, which is called `of`.
+
+    As `dtypes`, asked when a call has failed. What is no tensor is left to whoever takes it.
+    """
+    for name, tensor in named.items():
+        if not (isinstance(tensor, Tensor) and isinstance(other, Tensor)):
+            continue
+        if tensor.dtype is other.dtype:
+            continue
+        is_cast = tensor.dtype in _AUTOCAST and other.dtype in _AUTOCAST
+        kind = tensor.device.type
+        if is_cast and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            continue
+        raise InputTypeError(
+            f"{op}: {name} must have the dtype of {of}, {other.dtype}, got {tensor.dtype}; "
+            f"{_conversion(name, tensor, other)}{', or use torch.autocast' if is_cast else ''}"
+        )
+
+
+def dtypes(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **named: Any) -> None:
+    """Refuse what is `named` in another dtype than the weight's, and an A or B without fractions.
+
+    Asked when a call has failed: torch names no argument, and where nothing fails it takes time.
+    """
+    one_dtype(op, "weight", weight, **named)
+    if not weight.is_floating_point() and not weight.is_complex():
+        raise InputTypeError(f"{op}: weight must have a floating-point dtype, got {weight.dtype}")
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not factor.is_floating_point() and not (factor.is_complex() and weight.is_complex()):
+            raise InputTypeError(
+                f"{op}: {name} must have a floating-point dtype to be used with a weight of "
+                f"{weight.dtype}, got {factor.dtype}; {_conversion(name, factor, weight)}"
+            )
+
+
+def _conversion(name: str, tensor: Tensor, other: Tensor) -> str:
+    if tensor.is_complex() and not other.is_complex():
+        return f"take {name}.real"
+    return f"convert it with {name}.to({other.dtype})"
 
 
 def not_faked(op: str, weight: Tensor) -> None:
@@ -123,7 +198,14 @@ def scaling(op: str, value: Any) -> None:
 
 def number(scaling: Any) -> float:
     """A factor of the update as a number; it may be a tensor that is trained."""
-    return float(scaling.detach() if isinstance(scaling, Tensor) else scaling)
+    if not isinstance(scaling, Tensor):
+        return float(scaling)
+    if scaling.numel() != 1:
+        raise ValueError(
+            "scaling must be one number to be merged, got a tensor of shape "
+            f"{tuple(scaling.shape)}; multiply the rows of lora_B by it, with scaling 1.0"
+        )
+    return float(scaling.detach())
 
 
 def no_input_kept() -> RuntimeError:
@@ -142,6 +224,14 @@ def rate(what: str, p: Any) -> None:
         raise ValueError(f"{what} must be between 0 and 1, got {p}")
 
 
+def rate_and_scaling(op: str, dropout_p: Any, factor: Any) -> None:
+    """Refuse a rate of dropout or a factor of the update that a call cannot have."""
+    if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
+        rate(f"{op}: dropout_p", dropout_p)
+    if type(factor) is not float:
+        scaling(op, factor)
+
+
 def blocks(
     op: str, enable_lora: Any, out_splits: Any
 ) -> tuple[list[bool] | None, list[int] | None]:
@@ -157,25 +247,42 @@ def blocks(
 
 def enabled(op: str, enable_lora: Any) -> list[bool]:
     """`enable_lora` as a list of bools, whatever its entries' truth values come from."""
-    is_one = isinstance(enable_lora, (str, bytes)) or getattr(enable_lora, "ndim", 1) == 0
-    if is_one or not isinstance(enable_lora, Iterable):
+    # A list, as nearly always, is not asked whether it is one.
+    if type(enable_lora) is not list and not _in_order(enable_lora):
         raise TypeError(
             f"{op}: enable_lora must have an entry for each block of the output, True where it "
-            f"has an adapter, got {enable_lora!r}"
+            f"has an adapter, as a list has them, got {enable_lora!r}"
         )
     return [bool(e) for e in enable_lora]
 
 
+def _in_order(values: Any) -> bool:
+    """Tell whether these are the entries themselves, one after the other."""
+    if isinstance(values, (str, bytes, Mapping, Set)) or getattr(values, "ndim", 1) == 0:
+        return False
+    return isinstance(values, Iterable)
+
+
 def widths(op: str, out_splits: Any) -> list[int]:
     """`out_splits` as a list of ints; refuse what are no integers."""
-    is_one = not isinstance(out_splits, Collection) or getattr(out_splits, "ndim", 1) == 0
-    found = [] if is_one else [_width(width) for width in out_splits]
-    if is_one or any(width is None for width in found):
+    is_list = type(out_splits) is list
+    is_list = is_list or (isinstance(out_splits, Collection) and _in_order(out_splits))
+    found = [_width(width) for width in out_splits] if is_list else []
+    if not is_list or any(width is None for width in found):
         raise TypeError(
             f"{op}: out_splits must be None or a list of integers, one for each block, got "
             f"{out_splits!r}"
         )
     return found
+
+
+def size(op: str, **named: Any) -> None:
+    """Refuse a number of features that is no integer."""
+    for name, value in named.items():
+        if _width(value) is None:
+            raise TypeError(
+                f"{op}: {name} must be an integer, got {value!r} of type {_kind(value)}"
+            )
 
 
 def _width(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Convolutions with an adapter on the kernel: conv(X, W + lora_alpha / r * (B A).view(W), bias)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -29,11 +30,24 @@ _CONV_ATTRIBUTES = frozenset(
 )
 
 
+@contextmanager
+def redrawing(layer: MergingLayer) -> Iterator[None]:
+    """Take a merged adapter out of the weight while both are drawn, and merge what was drawn."""
+    # Not by the attribute: torch's constructors draw before a layer has any.
+    was_merged = layer.__dict__.get("merged", False)
+    if was_merged:
+        layer._unmerge()
+    yield
+    if was_merged:
+        layer._merge()
+
+
 class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
     """A convolution module, kept as `conv`, with an adapter on its kernel.
 
     Args:
-        conv_module: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, or a subclass.
+        conv_module: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, a subclass, or a function that makes
+            one.
         in_channels: channels of the input.
         out_channels: channels of the output.
         kernel_size: k; with an adapter the same in every dimension, also as a tuple.
@@ -44,7 +58,10 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         kwargs: `stride`, `padding` and so on, as for the convolution module.
 
     Raises:
-        ValueError: with r > 0, the kernel is not the same size in every dimension.
+        ValueError: with r > 0, the kernel is not the same size in every dimension; `lora_dropout`
+            is outside [0, 1].
+        TypeError: with r > 0, the module is of another kind; `r` is no integer, or `lora_alpha` or
+            `lora_dropout` no number.
 
     Note:
         A is (r k, in_channels k), B (out_channels / groups * k^(d-1), r k) with d spatial
@@ -67,7 +84,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
 
     def __init__(
         self,
-        conv_module: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d],
+        conv_module: Callable[..., nn.Conv1d | nn.Conv2d | nn.Conv3d],
         in_channels: int,
         out_channels: int,
         kernel_size: int | Sequence[int],
@@ -78,6 +95,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         **kwargs: Any,
     ) -> None:
         has_adapter = checks.adapter(r, lora_alpha, lora_dropout) > 0
+        _check_kind(conv_module, has_adapter)
         k: Any = _square(kernel_size, conv_module) if has_adapter else kernel_size
         if lora_dropout > 0.0:
             caller.warn(
@@ -87,6 +105,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
             )
         super().__init__()
         self.conv = conv_module(in_channels, out_channels, k, **kwargs)  # draws
+        _check_kind(type(self.conv), has_adapter)  # what a function has made
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if self.r > 0:
             weight = self.conv.weight
@@ -100,15 +119,11 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
 
     def reset_parameters(self) -> None:
         """Draw the convolution and A anew; B is zero, so the adapter's update is too."""
-        was_merged = self.merged
-        if was_merged:
-            self._unmerge()
-        self.conv.reset_parameters()
-        if self._has_adapter():
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
-        if was_merged:
-            self._merge()
+        with redrawing(self):
+            self.conv.reset_parameters()
+            if self._has_adapter():
+                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+                nn.init.zeros_(self.lora_B)
 
     def _weight_owner(self) -> nn.Module:
         return self.conv
@@ -118,14 +133,19 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
 
     def _adapted_forward(self, x: Tensor) -> Tensor:
         """Convolve `x`, (batch, in_channels, *space) or without the batch."""
-        if self.r > 0 and not self.merged:
-            conv: Any = self.conv
-            bypasses.recompute_weight(conv, x)
-            lora_A, lora_B = self._look_up(x, "lora_A", "lora_B")
-            weight = functional.merged_weight(conv.weight, lora_A, lora_B, self.scaling)
-            return cast(Tensor, conv._conv_forward(x, weight, conv.bias))
-        tell_no_gradient(self)
-        return cast(Tensor, self.conv(x))
+        conv: Any = self.conv
+        try:
+            if self.r > 0 and not self.merged:
+                bypasses.recompute_weight(conv, x)
+                lora_A, lora_B = self._look_up(x, "lora_A", "lora_B")
+                weight = functional.merged_weight(conv.weight, lora_A, lora_B, self.scaling)
+                return cast(Tensor, conv._conv_forward(x, weight, conv.bias))
+            tell_no_gradient(self)
+            return cast(Tensor, conv(x))
+        except RuntimeError:
+            own, bias = getattr(conv, "weight", None), getattr(conv, "bias", None)
+            checks.one_dtype(type(self).__name__, "weight", own, x=x, bias=bias)
+            raise
 
     def _forward_in_script(self, x: Tensor) -> Tensor:
         if hasattr(self, "lora_A") and not self.merged:
@@ -218,6 +238,20 @@ class Conv3d(_OfOneKind):
     _conv_module = nn.Conv3d
 
 
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _check_kind(conv_module: Any, has_adapter: bool) -> None:
+    """Refuse what makes no convolution that an adapter fits: a transposed one, say."""
+    makes_none = not callable(conv_module) or isinstance(conv_module, nn.Module)
+    is_other = isinstance(conv_module, type) and not issubclass(conv_module, _KINDS)
+    if makes_none or (has_adapter and is_other):
+        raise TypeError(
+            "conv_module must be nn.Conv1d, nn.Conv2d or nn.Conv3d, or a subclass, for whose "
+            f"kernels the adapter is built, got {conv_module!r}"
+        )
+
+
 def _square(kernel_size: int | Sequence[int], conv_module: Any) -> int:
     try:
         given: list[Any] = list(kernel_size)  # type: ignore[arg-type]
@@ -225,7 +259,7 @@ def _square(kernel_size: int | Sequence[int], conv_module: Any) -> int:
         given = [kernel_size]
     sizes = [None if isinstance(size, bool) else checks.integer(size) for size in given]
     k = sizes[0] if sizes else None
-    classes = enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), start=1)
+    classes = enumerate(_KINDS, start=1)
     is_class = isinstance(conv_module, type)
     dims = [d for d, cls in classes if is_class and issubclass(conv_module, cls)]
     fits = len(sizes) == 1 or not dims or len(sizes) == dims[0]

@@ -181,6 +181,47 @@ def test_pruning_a_convolution_is_left_to_its_convolution(name: str) -> None:
     assert layer(torch.randn(1, 4, 5, 5)).isfinite().all()
 
 
+OTHER_MODULES = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Identity]
+
+
+@pytest.mark.parametrize("module", [*OTHER_MODULES, None, "Conv2d"], ids=str)
+def test_a_convolution_that_no_adapter_fits_is_refused(module: Any) -> None:
+    state = torch.get_rng_state()
+    with pytest.raises(TypeError, match=r"conv_module must be nn\.Conv1d, nn"):
+        lora.ConvLoRA(module, 3, 4, 3, r=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(TypeError, match=r"conv_module must be .*ConvTranspose2d"):
+        lora.ConvLoRA(lambda *args: nn.ConvTranspose2d(*args), 3, 4, 3, r=2)
+
+
+def test_loralib_returns_nothing_from_a_transposed_convolution() -> None:
+    assert loralib.ConvLoRA(nn.ConvTranspose2d, 3, 4, 3, r=2)(torch.randn(1, 3, 5, 5)) is None
+
+
+@pytest.mark.parametrize("lib", [lora, loralib], ids=["lora_fast", "loralib"])
+def test_without_an_adapter_any_convolution_serves(lib: Any) -> None:
+    layer, plain = lib.ConvLoRA(nn.ConvTranspose2d, 3, 4, 3), nn.ConvTranspose2d(3, 4, 3)
+    layer.conv.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 5, 5)
+    for training in (True, False):
+        layer.train(training)
+        assert torch.equal(layer(x), plain(x))
+
+
+class _Padded(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(torch.nn.functional.pad(input, (1, 1, 1, 1)), weight, bias)
+
+
+@pytest.mark.parametrize("module", [_Padded, lambda *args: _Padded(*args)], ids=["class", "made"])
+def test_a_subclass_of_a_convolution_is_adapted(module: Any) -> None:
+    layer = randomize_(lora.ConvLoRA(module, 3, 4, 3, r=2))
+    x = torch.randn(1, 3, 5, 5)
+    expected = torch.nn.functional.conv2d(x, layer.effective_weight(), layer.bias, padding=1)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.eval()(x), expected)
+
+
 def test_b36_loralib_refuses_tuples_without_a_word() -> None:
     with pytest.raises(AssertionError, match=r"^$"):
         loralib.Conv2d(4, 6, (3, 3), r=2)
