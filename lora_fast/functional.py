@@ -41,7 +41,7 @@ def lora_linear(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = False,
@@ -53,8 +53,8 @@ def lora_linear(
         weight: (N, K), any strides (a weight stored (K, N) goes in as `weight.t()`), dtype of `x`.
         lora_A: (R, K).
         lora_B: (N, R).
-        scaling: factor of the update, lora_alpha / r.
-        bias: (N,) or None.
+        scaling: lora_alpha / r, a number; or a tensor of one element or N, which may be trained.
+        bias: (N,) or None, dtype of `weight`.
         dropout_p: rate of the dropout on the adapter's input, in [0, 1].
         training: whether dropout is applied.
 
@@ -63,40 +63,39 @@ def lora_linear(
 
     Raises:
         ValueError: a shape or the dropout rate does not fit; the message names both sides.
-        TypeError: an argument is no tensor, or no number, where it must be one.
+        TypeError: an argument is no tensor or no number, or its dtype does not fit.
         RuntimeError: a forced backend cannot serve the call.
 
     Note:
-        Accumulates as torch's matrix products do (fp32 for 16-bit dtypes). On a CPU, and in a call
-        too small for a GPU's kernels to pay, dropout draws what `torch.nn.functional.dropout`
-        draws; the fused kernels draw one seed per call from torch's generator and drop with the
-        multiple of 2^-16 nearest to `dropout_p`.
-        Source: loralib/layers.py:143-151.
+        Accumulates as torch's matrix products do (fp32 for 16-bit dtypes). Dropout draws what that
+        of torch does, but for the fused kernels: they draw a seed a call, and drop with the
+        multiple of 2^-16 nearest to `dropout_p`. Source: loralib/layers.py:143-151.
     """
     if not isinstance(x, Tensor):  # an fx proxy, which has no shape to check
         checks.tensors("lora_linear", x=x)
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, training)
-    # Usual values need no call to be told.
-    if type(dropout_p) is not float or dropout_p:
-        checks.rate("lora_linear: dropout_p", dropout_p)
-    if type(scaling) is not float:
-        checks.scaling("lora_linear", scaling)
+    if type(dropout_p) is not float or dropout_p or type(scaling) is not float:  # seldom
+        checks.rate_and_scaling("lora_linear", dropout_p, scaling)
     shapes.linear(x, weight, lora_A, lora_B, bias)
     p = dropout_p if training else 0.0
-    tensors = (x, weight, lora_A, lora_B, bias)
-    backend = choose("lora_linear", *tensors, drops=p > 0.0, scaling=scaling)
-    if backend is Backend.TRITON:
-        return autograd.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
-    if backend is not Backend.REFERENCE:
-        operands = (x, weight, reference.like(lora_A, x), reference.like(lora_B, x))
-        if backend is Backend.EAGER_LORA_FIRST:
-            return lora_first(*operands, scaling, bias, p)
-        return eager.low_rank_linear(*operands, scaling, bias, p, ((0, weight.shape[0]),))
-    rest = (weight, lora_A, lora_B, scaling, bias, dropout_p, training)
-    if x.dim() > 2 and _flattens(x):
-        y = reference.lora_linear(x.flatten(0, -2), *rest)
-        return eager.as_own(y, (*x.shape[:-1], y.shape[-1]))
-    return reference.lora_linear(x, *rest)
+    backend = choose("lora_linear", x, weight, lora_A, lora_B, bias, drops=p > 0, scaling=scaling)
+    number: Any = scaling  # but for the reference, which is chosen for a tensor
+    try:
+        if backend is Backend.TRITON:
+            return autograd.lora_linear(x, weight, lora_A, lora_B, number, bias, p)
+        if backend is not Backend.REFERENCE:
+            operands = (x, weight, reference.like(lora_A, x), reference.like(lora_B, x))
+            if backend is Backend.EAGER_LORA_FIRST:
+                return lora_first(*operands, number, bias, p)
+            return eager.low_rank_linear(*operands, number, bias, p, ((0, weight.shape[0]),))
+        rest = (weight, lora_A, lora_B, scaling, bias, dropout_p, training)
+        if x.dim() > 2 and _flattens(x):
+            y = reference.lora_linear(x.flatten(0, -2), *rest)
+            return eager.as_own(y, (*x.shape[:-1], y.shape[-1]))
+        return reference.lora_linear(x, *rest)
+    except (RuntimeError, TypeError):
+        checks.dtypes("lora_linear", weight, lora_A, lora_B, x=x, bias=bias)
+        raise
 
 
 def _flattens(x: Tensor) -> bool:
@@ -112,7 +111,7 @@ def lora_merged_linear(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = False,
@@ -127,8 +126,8 @@ def lora_merged_linear(
         weight: (N, K), any strides.
         lora_A: (R * enabled blocks, K), the blocks' factors one under the other.
         lora_B: (sum of the enabled blocks' widths, R).
-        scaling: factor of the update, lora_alpha / r.
-        bias: (N,) or None.
+        scaling: lora_alpha / r, a number; or a tensor of one element or N, which may be trained.
+        bias: (N,) or None, dtype of `weight`.
         dropout_p: rate of the dropout on the adapter's input, in [0, 1].
         training: whether dropout is applied.
         enable_lora: for each block of the output, whether it has an adapter.
@@ -139,7 +138,7 @@ def lora_merged_linear(
 
     Raises:
         ValueError: shapes, blocks or the dropout rate do not fit; the message names both sides.
-        TypeError: an argument is no tensor, no number or no list, where it must be one.
+        TypeError: an argument is no tensor, number or list, or its dtype does not fit.
         RuntimeError: a forced backend cannot serve the call.
 
     Note:
@@ -147,23 +146,27 @@ def lora_merged_linear(
     """
     enable = checks.enabled("lora_merged_linear", enable_lora)
     widths = None if out_splits is None else checks.widths("lora_merged_linear", out_splits)
-    if isinstance(x, Tensor):
-        if type(dropout_p) is not float or dropout_p:
-            checks.rate("lora_merged_linear: dropout_p", dropout_p)
-        if type(scaling) is not float:
-            checks.scaling("lora_merged_linear", scaling)
-        spans = shapes.merged_linear(x, weight, lora_A, lora_B, bias, enable, widths)
-        backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias, scaling=scaling)
-        p = dropout_p if training else 0.0
+    if not isinstance(x, Tensor):  # an fx proxy
+        checks.tensors("lora_merged_linear", x=x)
+        rest = (weight, lora_A, lora_B, scaling, bias, dropout_p, training)
+        return reference.lora_merged_linear(x, *rest, enable_lora=enable, out_splits=widths)
+    if type(dropout_p) is not float or dropout_p or type(scaling) is not float:
+        checks.rate_and_scaling("lora_merged_linear", dropout_p, scaling)
+    spans = shapes.merged_linear(x, weight, lora_A, lora_B, bias, enable, widths)
+    backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias, scaling=scaling)
+    number: Any = scaling  # but for the reference
+    p = dropout_p if training else 0.0
+    try:
         if backend is Backend.TRITON:
-            return autograd.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, spans)
+            return autograd.lora_linear(x, weight, lora_A, lora_B, number, bias, p, spans)
         if backend is Backend.EAGER and spans:
             operands = (x, weight, reference.like(lora_A, x), reference.like(lora_B, x))
-            return eager.low_rank_linear(*operands, scaling, bias, p, spans)
-    else:
-        checks.tensors("lora_merged_linear", x=x)
-    rest = (weight, lora_A, lora_B, scaling, bias, dropout_p, training)
-    return reference.lora_merged_linear(x, *rest, enable_lora=enable, out_splits=widths)
+            return eager.low_rank_linear(*operands, number, bias, p, spans)
+        rest = (weight, lora_A, lora_B, scaling, bias, dropout_p, training)
+        return reference.lora_merged_linear(x, *rest, enable_lora=enable, out_splits=widths)
+    except (RuntimeError, TypeError):
+        checks.dtypes("lora_merged_linear", weight, lora_A, lora_B, x=x, bias=bias)
+        raise
 
 
 def lora_embedding(
@@ -171,7 +174,7 @@ def lora_embedding(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
@@ -181,11 +184,11 @@ def lora_embedding(
     """Y = W[input] + scaling A^T[input] B^T.
 
     Args:
-        input: integer indices of any shape, also a scalar or empty.
+        input: indices of any shape, int64 or int32, also a scalar or empty.
         weight: (num_embeddings, D).
         lora_A: (R, num_embeddings).
         lora_B: (D, R).
-        scaling: factor of the update, lora_alpha / r.
+        scaling: lora_alpha / r, a number; or a tensor of one element or D, which may be trained.
         padding_idx: as in `torch.nn.functional.embedding`; its row and column get no gradient.
         max_norm: limits the rows of `weight` that are looked up, in place; never those of A.
         norm_type: p of that norm.
@@ -197,7 +200,7 @@ def lora_embedding(
 
     Raises:
         ValueError: the factors or `padding_idx` do not fit the weight.
-        TypeError: `input` does not hold integers, or `padding_idx` is none.
+        TypeError: a dtype does not fit, an argument is no tensor, or `padding_idx` no integer.
         IndexError: an index is out of range; on a GPU the kernel's assertion fails instead.
         RuntimeError: a forced backend cannot serve the call.
 
@@ -206,19 +209,23 @@ def lora_embedding(
     """
     factors = (lora_A, lora_B, scaling)
     options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    arguments = (input, weight, *factors, *options)
+    arguments: tuple[Any, ...] = (input, weight, *factors, *options)
     if isinstance(input, Tensor):
         if type(scaling) is not float:
             checks.scaling("lora_embedding", scaling)
         shapes.embedding(input, weight, lora_A, lora_B)
         shapes.padding_idx("lora_embedding", padding_idx, weight)
         backend = choose("lora_embedding", input, weight, lora_A, lora_B, scaling=scaling)
-        if backend is Backend.TRITON:
-            return autograd_embedding.lora_embedding(*arguments)
-        if input.dim() != 1 and _flattens(input):
-            y = _embedding_in_torch(backend, input.flatten(), *arguments[1:])
-            return eager.as_own(y, (*input.shape, y.shape[-1]))
-        return _embedding_in_torch(backend, *arguments)
+        try:
+            if backend is Backend.TRITON:
+                return autograd_embedding.lora_embedding(*arguments)
+            if input.dim() != 1 and _flattens(input):
+                y = _embedding_in_torch(backend, input.flatten(), *arguments[1:])
+                return eager.as_own(y, (*input.shape, y.shape[-1]))
+            return _embedding_in_torch(backend, *arguments)
+        except (RuntimeError, TypeError):
+            checks.dtypes("lora_embedding", weight, lora_A, lora_B)
+            raise
     checks.tensors("lora_embedding", input=input)
     return reference.lora_embedding(*arguments)
 
@@ -229,7 +236,7 @@ def _embedding_in_torch(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: Any,
     *options: Any,
 ) -> Tensor:
     padding_idx, _, _, scale_grad_by_freq, sparse = options
@@ -252,7 +259,7 @@ def lora_conv(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     bias: Tensor | None = None,
     stride: int | tuple[int, ...] = 1,
     padding: int | str | tuple[int, ...] = 0,
@@ -266,7 +273,7 @@ def lora_conv(
         weight: (C_out, C_in / groups, *kernel), one to three kernel dimensions.
         lora_A: (R k, C_in k).
         lora_B: (C_out / groups * k^(d-1), R k), d the number of spatial dimensions.
-        scaling: factor of the update, lora_alpha / r.
+        scaling: lora_alpha / r, a number; or a tensor of one element, which may be trained.
         bias: (C_out,) or None.
         stride: as in `torch.nn.functional.conv2d`.
         padding: likewise.
@@ -278,28 +285,31 @@ def lora_conv(
 
     Raises:
         ValueError: the factors do not fit the weight.
-        TypeError: an argument is no tensor, or no number, where it must be one.
+        TypeError: an argument is no tensor or no number, or its dtype does not fit.
         RuntimeError: a forced backend cannot serve the call.
 
     Note:
         Source: loralib/layers.py:287-294.
     """
+    options = (stride, padding, dilation, groups)
     if isinstance(x, Tensor):
         if type(scaling) is not float:
             checks.scaling("lora_conv", scaling)
         shapes.conv(weight, lora_A, lora_B, bias)
-        w = _merged_in_one_block(weight, lora_A, lora_B, scaling)
-        return reference.convolution(x, w, bias, stride, padding, dilation, groups)
+        try:
+            w = _merged_in_one_block(weight, lora_A, lora_B, scaling)
+            return reference.convolution(x, w, bias, *options)
+        except (RuntimeError, TypeError):
+            checks.dtypes("lora_conv", weight, lora_A, lora_B, x=x, bias=bias)
+            raise
     checks.tensors("lora_conv", x=x)
-    return reference.lora_conv(
-        x, weight, lora_A, lora_B, scaling, bias, stride, padding, dilation, groups
-    )
+    return reference.lora_conv(x, weight, lora_A, lora_B, scaling, bias, *options)
 
 
 def merged_delta(
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     *,
     enable_lora: Iterable[object] | None = None,
     out_splits: Sequence[int] | None = None,
@@ -309,7 +319,7 @@ def merged_delta(
     Args:
         lora_A: (R, K), or (R * enabled blocks, K) with `enable_lora`.
         lora_B: (N, R), or (sum of the enabled blocks' widths, R).
-        scaling: factor of the update, lora_alpha / r.
+        scaling: lora_alpha / r, a number; or a tensor of one element or N, which may be trained.
         enable_lora: for each block of rows, whether it has an adapter; None for a single block.
         out_splits: width of each block; None for equal blocks.
 
@@ -318,11 +328,12 @@ def merged_delta(
 
     Raises:
         ValueError: the factors do not fit each other or the blocks.
-        TypeError: an argument is no tensor, no number or no list, where it must be one.
+        TypeError: an argument is no tensor, number or list, or the factors differ in dtype.
     """
     enable, widths = checks.blocks("merged_delta", enable_lora, out_splits)
     checks.scaling("merged_delta", scaling)
     shapes.factors(lora_A, lora_B, enable, widths)
+    checks.one_dtype("merged_delta", "lora_B", lora_B, lora_A=lora_A)
     decided("merged_delta", Backend.REFERENCE, "there is no kernel for it")
     return reference.merged_delta(lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths)
 
@@ -331,7 +342,7 @@ def merged_weight(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     *,
     enable_lora: Iterable[object] | None = None,
     out_splits: Sequence[int] | None = None,
@@ -342,7 +353,7 @@ def merged_weight(
         weight: (N, K), or more dimensions with the same number of elements (a convolution's).
         lora_A: as for `merged_delta`.
         lora_B: as for `merged_delta`.
-        scaling: factor of the update, lora_alpha / r.
+        scaling: lora_alpha / r, a number; or a tensor of one element or N, which may be trained.
         enable_lora: as for `merged_delta`.
         out_splits: as for `merged_delta`.
 
@@ -351,7 +362,7 @@ def merged_weight(
 
     Raises:
         ValueError: the factors do not fit the weight.
-        TypeError: an argument is no tensor, or no number, where it must be one.
+        TypeError: an argument is no tensor or no number, or its dtype does not fit.
         RuntimeError: a forced backend cannot serve the call.
 
     Note:
@@ -364,17 +375,20 @@ def merged_weight(
         checks.scaling("merged_weight", scaling)
     if isinstance(lora_A, Tensor):
         shapes.delta("merged_weight", weight, lora_A, lora_B, enable, widths)
-        if enable is None and isinstance(weight, Tensor):
-            return _merged_in_one_block(weight, lora_A, lora_B, scaling)
     else:
         checks.tensors("merged_weight", lora_A=lora_A)
-    decided("merged_weight", Backend.REFERENCE, "blocks, for which there is no kernel")
-    return reference.merged_weight(
-        weight, lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths
-    )
+    factors = (lora_A, lora_B, scaling)
+    try:
+        if enable is None and isinstance(lora_A, Tensor) and isinstance(weight, Tensor):
+            return _merged_in_one_block(weight, *factors)
+        decided("merged_weight", Backend.REFERENCE, "blocks, for which there is no kernel")
+        return reference.merged_weight(weight, *factors, enable_lora=enable, out_splits=widths)
+    except (RuntimeError, TypeError):
+        checks.dtypes("merged_weight", weight, lora_A, lora_B)
+        raise
 
 
-def _merged_in_one_block(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def _merged_in_one_block(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Any) -> Tensor:
     backend = choose("merged_weight", weight, lora_A, lora_B, scaling=scaling)
     if backend is Backend.TRITON:
         return autograd_weight.merged_weight(weight, lora_A, lora_B, scaling)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_fast import backend, checks, functional, reference, scripting, shapes
 from lora_fast.blocks import Block, block_widths, output_blocks
-from lora_fast.conv import Conv1d, Conv2d, Conv3d, ConvLoRA
+from lora_fast.conv import Conv1d, Conv2d, Conv3d, ConvLoRA, redrawing
 from lora_fast.lora_layer import (
     LoRALayer,
     MergingLayer,
@@ -55,7 +55,7 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
         kwargs: as for `nn.Embedding`.
 
     Raises:
-        TypeError: `r` or `lora_alpha` is no number.
+        TypeError: `r` is no integer, `lora_alpha` no number or `_weight` no tensor.
 
     Note:
         A (r, num_embeddings) starts at zero and B (embedding_dim, r) random, the reverse of the
@@ -73,8 +73,10 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
     ) -> None:
         rank = checks.adapter(r, lora_alpha, 0.0)  # before anything is drawn
         given = kwargs.get("_weight")
-        if given is not None and rank > 0:
-            kwargs["_weight"] = given.clone()  # a merge must not write to the caller's tensor
+        if given is not None:
+            checks.tensors("Embedding", _weight=given)
+            # A merge must not write to the caller's tensor.
+            kwargs["_weight"] = given.clone() if rank > 0 else given
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         LoRALayer.__init__(
             self, r=r, lora_alpha=lora_alpha, lora_dropout=0, merge_weights=merge_weights
@@ -92,13 +94,9 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
 
     def reset_parameters(self) -> None:
         """Draw the table and the adapter anew; the adapter's update is zero."""
-        was_merged = self.__dict__.get("merged", False)
-        if was_merged:
-            self._unmerge()
-        nn.Embedding.reset_parameters(self)
-        self._reset_adapter()
-        if was_merged:
-            self._merge()
+        with redrawing(self):
+            nn.Embedding.reset_parameters(self)
+            self._reset_adapter()
 
     def _reset_adapter(self) -> None:
         if self._has_adapter():
@@ -163,28 +161,28 @@ class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
 
     def reset_parameters(self) -> None:
         """Draw weight, bias and A anew; B is zero, so the adapter's update is too."""
-        was_merged = self.__dict__.get("merged", False)
-        if was_merged:
-            self._unmerge()
-        if self.weight.shape[0] == self.out_features:
-            nn.Linear.reset_parameters(self)
-        else:  # stored (in, out): the fan is that of the transpose
-            # The parameter itself: transformers marks those that are loaded, and keeps them.
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), mode="fan_out")
-            if self.bias is not None:
-                bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
-                nn.init.uniform_(self.bias, -bound, bound)
-        if self._has_adapter():
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
-        if was_merged:
-            self._merge()
+        with redrawing(self):
+            if self.weight.shape[0] == self.out_features:
+                nn.Linear.reset_parameters(self)
+            else:  # stored (in, out): the fan is that of the transpose
+                # The parameter itself: transformers marks those that are loaded, and keeps them.
+                nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), mode="fan_out")
+                if self.bias is not None:
+                    bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+                    nn.init.uniform_(self.bias, -bound, bound)
+            if self._has_adapter():
+                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+                nn.init.zeros_(self.lora_B)
 
     def _as_delta(self, weight: Tensor) -> Tensor:
         return weight.transpose(0, 1) if self.fan_in_fan_out else weight
 
     def _frozen(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._as_delta(self.weight), self.bias)
+        try:
+            return F.linear(x, self._as_delta(self.weight), self.bias)
+        except RuntimeError:
+            checks.one_dtype(type(self).__name__, "weight", self.weight, x=x, bias=self.bias)
+            raise
 
     def _dropout_rate(self) -> float | None:
         """Return the rate that applies now, or None where the module must be called."""
@@ -223,7 +221,7 @@ class Linear(_LinearBase):
         kwargs: `bias`, `device`, `dtype` as for `nn.Linear`.
 
     Raises:
-        TypeError: `r`, `lora_alpha` or `lora_dropout` is no number.
+        TypeError: `r` is no integer, or `lora_alpha` or `lora_dropout` no number.
         ValueError: `lora_dropout` is outside [0, 1].
     """
 
@@ -284,7 +282,7 @@ class MergedLinear(_LinearBase):
         kwargs: `bias`, `device`, `dtype` as for `nn.Linear`.
 
     Raises:
-        TypeError: `enable_lora` is not a sequence; `r`, `lora_alpha` or `lora_dropout` no number.
+        TypeError: `enable_lora` is no list, `r` no integer, or another argument no number.
         ValueError: the blocks do not make up `out_features`; `lora_dropout` is outside [0, 1].
 
     Note:
@@ -306,6 +304,7 @@ class MergedLinear(_LinearBase):
         out_splits: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
+        checks.size("MergedLinear", out_features=out_features)
         enabled = checks.enabled("MergedLinear", enable_lora)
         given = None if out_splits is None else checks.widths("MergedLinear", out_splits)
         widths = shapes.splits("MergedLinear", out_features, enabled, given)
@@ -341,6 +340,7 @@ class MergedLinear(_LinearBase):
 
     def zero_pad(self, x: Tensor) -> Tensor:
         """Spread the enabled blocks' rows of `x` over all output features, zeros elsewhere."""
+        checks.tensors("zero_pad", x=x)
         blocks = self._output_blocks()
         rows = sum(block.width for block in blocks if block.enabled)
         if x.dim() == 0 or x.shape[0] != rows:

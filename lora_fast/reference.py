@@ -18,7 +18,7 @@ def lora_linear(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = False,
@@ -35,7 +35,7 @@ def lora_linear(
 _TOO_FEW_FOR_ADDMM = 32
 
 
-def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
     """Y + scaling S B^T, out of place: what an adapter adds to the frozen layer's output."""
     if isinstance(scaling, Tensor):  # of one's own, perhaps trained; one for each feature, too
         return y + F.linear(s, like(lora_B, y)) * scaling
@@ -84,7 +84,7 @@ def lora_merged_linear(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = False,
@@ -111,7 +111,7 @@ def lora_merged_linear(
 
 
 def grouped_expand(
-    y: Tensor, s: Tensor, lora_B: Tensor, scaling: float, blocks: list[Block]
+    y: Tensor, s: Tensor, lora_B: Tensor, scaling: float | Tensor, blocks: list[Block]
 ) -> Tensor:
     """Y, and block g of it + scaling S_g B_g^T where g is enabled, out of place."""
     if not isinstance(scaling, Tensor):  # of one's own, perhaps trained
@@ -124,9 +124,22 @@ def grouped_expand(
         if block.enabled:
             s_block = s.narrow(-1, block.adapter * rank, rank)
             update = F.linear(s_block, lora_B.narrow(0, block.row, block.width))
-            part = part + (update * scaling if isinstance(scaling, Tensor) else update)
+            if isinstance(scaling, Tensor):
+                update = update * _of_block(scaling, block, y.shape[-1])
+            part = part + update
         updated.append(part)
     return torch.cat(updated, dim=-1)
+
+
+def _of_block(scaling: float | Tensor, block: Block, out_features: int) -> float | Tensor:
+    """What scales a block, of a factor that may be one for each output feature."""
+    if not isinstance(scaling, Tensor) or scaling.dim() == 0:
+        return scaling
+    if scaling.shape[-1] not in (1, out_features):
+        got = tuple(scaling.shape)
+        raise ValueError(f"scaling must be one number or {out_features} in a row, got shape {got}")
+    each = scaling.expand(*scaling.shape[:-1], out_features)
+    return each.narrow(-1, block.begin, block.width)
 
 
 def lora_embedding(
@@ -134,7 +147,7 @@ def lora_embedding(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
@@ -161,7 +174,7 @@ def lora_conv(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     bias: Tensor | None = None,
     stride: int | tuple[int, ...] = 1,
     padding: int | str | tuple[int, ...] = 0,
@@ -190,31 +203,37 @@ def convolution(
 def merged_delta(
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     *,
     enable_lora: list[bool] | None = None,
     out_splits: list[int] | None = None,
 ) -> Tensor:
     """Delta = scaling B A, (N, K), block by block where `enable_lora` is given."""
     if enable_lora is None:
-        return (lora_B * scaling) @ lora_A
+        return _scaled_rows(lora_B, scaling) @ lora_A
     if out_splits is None:
         out_splits = [lora_B.shape[0] // sum(enable_lora)] * len(enable_lora)
-    rows = []
-    for block in output_blocks(sum(out_splits), enable_lora, out_splits):
+    rows, out_features = [], sum(out_splits)
+    for block in output_blocks(out_features, enable_lora, out_splits):
         if block.enabled:
             block_A, block_B = block.factors(lora_A, lora_B)
-            rows.append(block_B * scaling @ block_A)
+            rows.append(_scaled_rows(block_B, _of_block(scaling, block, out_features)) @ block_A)
         else:
             rows.append(lora_A.new_zeros((block.width, lora_A.shape[1])))
     return torch.cat(rows)
+
+
+def _scaled_rows(lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+    if isinstance(scaling, Tensor) and scaling.dim() == 1:  # one for each output feature
+        scaling = scaling.unsqueeze(-1)
+    return lora_B * scaling
 
 
 def merged_weight(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     *,
     enable_lora: list[bool] | None = None,
     out_splits: list[int] | None = None,
@@ -231,25 +250,17 @@ def merged_weight(
     if enable_lora is None and (not isinstance(weight, Tensor) or weight.is_contiguous()):
         # One product that adds while it multiplies: no dense delta, one rounding.
         flat = weight.reshape(lora_B.shape[0], lora_A.shape[1])
-        if _scales_products(lora_A, scaling):  # so that nothing but A and B is kept for backward
+        # Scaled as it is made, so that nothing but A and B is kept for backward. Not in 16 bits:
+        # oneDNN scales slower than another operation, and gradients of fp16 overflow before it.
+        is_wide = isinstance(lora_A, Tensor) and lora_A.dtype.itemsize > 2
+        if is_wide and not isinstance(scaling, Tensor) and not torch.compiler.is_dynamo_compiling():
             return torch.addmm(flat, lora_B, lora_A, alpha=scaling).view(weight.shape)
-        return torch.addmm(flat, lora_B * scaling, lora_A).view(weight.shape)
+        return torch.addmm(flat, _scaled_rows(lora_B, scaling), lora_A).view(weight.shape)
     widths = None
     if enable_lora is not None:
         widths = block_widths(weight.shape[0], enable_lora, out_splits)
     delta = merged_delta(lora_A, lora_B, scaling, enable_lora=enable_lora, out_splits=widths)
     return weight + delta.view(weight.shape)
-
-
-def _scales_products(lora_A: Tensor, scaling: float) -> bool:
-    """Tell whether a product may be scaled as it is made.
-
-    Not by what may want a gradient; nor in 16 bits, where oneDNN takes longer to scale a product
-    than another operation does, and the gradients of fp16 overflow before they are scaled.
-    """
-    if isinstance(scaling, Tensor) or not isinstance(lora_A, Tensor):
-        return False
-    return lora_A.dtype.itemsize > 2 and not torch.compiler.is_dynamo_compiling()
 
 
 DeltaBlock = tuple[Tensor, Tensor, Tensor]
@@ -284,6 +295,9 @@ def like(adapter: Tensor, x: Tensor) -> Tensor:
         return adapter.to(x)  # an fx proxy, which has no dtype to ask for
     if adapter.dtype is x.dtype or autocasts(x):
         return adapter
+    fits = adapter.is_floating_point() or (adapter.is_complex() and x.is_complex())
+    if not fits or not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"lora_A and lora_B must be floating-point, got {adapter.dtype}")
     return adapter.to(x.dtype)
 
 
@@ -341,7 +355,7 @@ def why_not_finite(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
             return f"{name} holds infinities or NaN; load or reset the adapter"
     return (
         f"the merged weight does not fit {weight.dtype}: some of its elements overflow; use a "
-        "wider dtype or a smaller scaling"
+        "wider dtype or a smaller, finite scaling"
     )
 
 

@@ -7,15 +7,11 @@ import torch
 from torch import Tensor
 
 from lora_fast.blocks import Spans, spans
-from lora_fast.checks import integer, tensors
+from lora_fast.checks import InputTypeError, integer, tensors
 
 
 class InputError(ValueError, RuntimeError):
     """An input of a shape that does not fit: torch's own layers raise RuntimeError there."""
-
-
-class InputTypeError(TypeError, RuntimeError):
-    """An input of a dtype that does not fit: torch's own layers raise RuntimeError there."""
 
 
 def linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
@@ -148,9 +144,10 @@ def splits(
 
 def embedding(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """Refuse tensors that do not fit `lora_embedding`."""
-    if input.is_floating_point() or input.is_complex() or input.dtype is torch.bool:
+    dtype = input.dtype
+    if dtype is not torch.int64 and dtype is not torch.int32:
         raise InputTypeError(
-            f"lora_embedding: input must hold integer indices, got dtype {input.dtype}; "
+            f"lora_embedding: input must hold integer indices, int64 or int32, got {dtype}; "
             "convert with input.long()"
         )
     try:
@@ -230,7 +227,7 @@ def factors(
     """Refuse factors that do not fit each other or the blocks, for `merged_delta`."""
     op = "merged_delta"
     tensors(op, lora_A=lora_A, lora_B=lora_B)
-    if enable_lora is not None:
+    if enable_lora is not None and lora_A.dim() > 0 and lora_B.dim() > 0:
         if out_splits is None and not any(enable_lora):
             raise ValueError(
                 f"{op}: enable_lora enables no block, so B does not tell the blocks' width; "

@@ -120,6 +120,9 @@ def test_blocks(op: str, wrong: dict[str, Any], blocks: dict[str, Any], message:
         ((2, 4), (6,), {"enable_lora": [True]}, "lora_B must be (6, r)"),
         ((2, 4), (5, 2), {"enable_lora": [True, True]}, "lora_B must be (4, r)"),
         ((0, 4), (0, 2), {"enable_lora": [False]}, "enables no block"),
+        ((), (6, 2), {"enable_lora": [True]}, "got (6, 2) and ()"),
+        ((2, 4), (), {"enable_lora": [True]}, "got () and (2, 4)"),
+        ((), (), {}, "got () and ()"),
     ],
 )
 def test_merged_delta(
@@ -169,7 +172,10 @@ def test_a_weight_that_the_delta_does_not_cover(
         ({"lora_B": torch.ones(3, 2)}, ValueError, "lora_B must be (4, 2), got (3, 2)"),
         ({"lora_B": torch.ones(4, 3)}, ValueError, "lora_B must be (4, 2), got (4, 3)"),
         ({"weight": torch.ones(6)}, ValueError, "weight must have two dimensions, got shape (6,)"),
-        ({"input": torch.ones(2)}, TypeError, "must hold integer indices, got dtype torch.float32"),
+        ({"input": torch.ones(2)}, TypeError, "integer indices, int64 or int32, got torch.float32"),
+        ({"input": torch.ones(2) > 0}, TypeError, "int64 or int32, got torch.bool"),
+        ({"input": torch.ones(2).to(torch.int16)}, TypeError, "int64 or int32, got torch.int16"),
+        ({"input": torch.ones(2).to(torch.uint8)}, TypeError, "int64 or int32, got torch.uint8"),
         ({"input": torch.tensor([6])}, IndexError, "out of range"),
         ({"input": torch.tensor([-1])}, IndexError, "out of range"),
     ],
@@ -253,7 +259,12 @@ def test_a_rank_of_a_wrong_type_with_a_given_table(r: Any) -> None:
         lora.Embedding(9, 4, r=r, _weight=table)
 
 
-@pytest.mark.parametrize("enable", [None, True, 1, "qv", b"qv", torch.tensor(True), np.array(1)])
+UNORDERED = [{"q": True, "k": False, "v": True}, {True, False}, frozenset((0, 1)), {0: 1}.keys()]
+
+
+@pytest.mark.parametrize(
+    "enable", [None, True, 1, "qv", b"qv", torch.tensor(True), np.array(1), *UNORDERED]
+)
 def test_enable_lora_that_is_no_sequence_of_truth_values(enable: Any) -> None:
     with pytest.raises(TypeError, match="MergedLinear: enable_lora must have an entry for each"):
         lora.MergedLinear(4, 6, r=2, enable_lora=enable)
@@ -282,13 +293,30 @@ def test_widths_become_plain_ints(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "splits", [3, "15", [1.0, 5.0], torch.tensor([1.0, 5.0]), torch.tensor(6), [None, 6]], ids=repr
+    "splits",
+    [
+        3,
+        "15",
+        [1.0, 5.0],
+        torch.tensor([1.0, 5.0]),
+        torch.tensor(6),
+        [None, 6],
+        {1: 0, 5: 1},
+        {1, 5},
+    ],
+    ids=repr,
 )
 def test_widths_that_are_no_integers(splits: Any) -> None:
     state = torch.get_rng_state()
     with pytest.raises(TypeError, match="MergedLinear: out_splits must be None or a list of int"):
         lora.MergedLinear(4, 6, r=2, enable_lora=[True, False], out_splits=splits)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rows_to_spread_that_are_no_tensor() -> None:
+    layer = lora.MergedLinear(4, 6, r=2, enable_lora=[True, False])
+    with pytest.raises(TypeError, match="zero_pad: x must be a tensor, got 'abc'"):
+        layer.zero_pad("abc")
 
 
 @pytest.mark.parametrize(

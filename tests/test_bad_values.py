@@ -1,4 +1,4 @@
-"""The functions of `lora_fast.functional` name the argument that is of the wrong kind."""
+"""Functions and layers name the argument that is of the wrong kind."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
+import lora_fast as lora
 from lora_fast import functional
 
 
@@ -58,18 +60,39 @@ NO_NUMBERS = [None, [1.0], np.ones((6, 4), np.float32), "2"]
 WRONG = {
     "scaling": NO_NUMBERS,
     "dropout_p": [*NO_NUMBERS, -0.1, 1.1, float("nan")],
-    "enable_lora": [3, "ab", True],
-    "out_splits": ["6", 6, [6.0], [5], [6, 6]],
+    "enable_lora": [3, "ab", True, {"q": True}, {True}, {"q": True}.keys()],
+    "out_splits": ["6", 6, [6.0], [5], [6, 6], {6: 1}, {6}],
     "training": [],
+}
+
+
+def _scalar(t: Tensor) -> Tensor:
+    return t.flatten()[0]
+
+
+# Tensors of a dtype, or with dimensions, that do not fit, made of those that do.
+OTHERS: dict[str, list[Callable[[Tensor], Tensor]]] = {
+    "x": [Tensor.double, Tensor.bfloat16, Tensor.long, Tensor.cfloat, _scalar],
+    "bias": [Tensor.double, Tensor.bfloat16, Tensor.cfloat, _scalar],
+    "lora_A": [Tensor.long, Tensor.bool, Tensor.cfloat, _scalar],
+    "lora_B": [Tensor.long, Tensor.bool, Tensor.cfloat, _scalar],
+    "input": [Tensor.char, Tensor.short, Tensor.byte, Tensor.bool, Tensor.float],
 }
 CASES = [
     (name, argument, value)
     for name, call in CALLS.items()
     for argument in (*call.arguments, *call.keywords)
-    for value in WRONG.get(argument, NO_TENSORS)
+    for value in (
+        *WRONG.get(argument, NO_TENSORS),
+        *(make(call.arguments[argument]) for make in OTHERS.get(argument, [])),
+    )
     if not (argument == "bias" and value is None)
     # Which widths are right, only the factors tell there, and the message names lora_B.
     and not (name == "merged_delta" and argument == "out_splits" and value == [5])
+    # Which dimensions are those of the channels and of space, only torch tells.
+    and not (
+        name == "lora_conv" and argument == "x" and isinstance(value, Tensor) and not value.dim()
+    )
 ]
 
 
@@ -119,3 +142,67 @@ def test_whatever_is_a_number_scales(name: str, scaling: Any) -> None:
     else:
         results = [call(scaling=value) for value in (scaling, float(scaling))]
     torch.testing.assert_close(*results)
+
+
+class Built(NamedTuple):
+    """A layer that can be built: its class, and arguments that work."""
+
+    cls: Callable[..., nn.Module]
+    arguments: dict[str, Any]
+
+
+def _layers() -> dict[str, Built]:
+    settings = {"r": 2, "lora_alpha": 16}
+    dropping = settings | {"lora_dropout": 0.1}
+    linear = {"in_features": 4, "out_features": 6, **dropping}
+    blocks = {"enable_lora": [True, False], "out_splits": [2, 4]}
+    table = {"num_embeddings": 5, "embedding_dim": 6, **settings, "_weight": torch.randn(5, 6)}
+    conv = {"in_channels": 2, "out_channels": 4, "kernel_size": 3, **settings}
+    return {
+        "Linear": Built(lora.Linear, linear),
+        "MergedLinear": Built(lora.MergedLinear, linear | blocks),
+        "Embedding": Built(lora.Embedding, table),
+        "Embedding, r=0": Built(lora.Embedding, table | {"r": 0, "lora_alpha": 1}),
+        "Conv2d": Built(lora.Conv2d, conv | {"lora_dropout": 0.0}),
+        "ConvLoRA": Built(lora.ConvLoRA, {"conv_module": nn.Conv2d, **conv}),
+    }
+
+
+LAYERS = _layers()
+UNFIT: dict[str, list[Any]] = {
+    "r": [2.0, "2", None, True, [2], torch.tensor(2.0)],
+    "lora_alpha": NO_NUMBERS,
+    "lora_dropout": WRONG["dropout_p"],
+    "enable_lora": WRONG["enable_lora"],
+    "out_splits": WRONG["out_splits"],
+    "kernel_size": [3.0, "3", None, (), (3, 5), {3.5}],
+    "conv_module": [None, "Conv2d", nn.ConvTranspose2d, nn.Linear, nn.Identity, nn.Conv2d(2, 4, 3)],
+    "_weight": [[1.0], np.ones((5, 6)), "abc"],
+}
+UNFIT_CASES = [
+    (name, argument, value)
+    for name, layer in LAYERS.items()
+    for argument in layer.arguments
+    if not (name == "Embedding, r=0" and argument == "lora_alpha")  # which it has no use for
+    for value in UNFIT.get(argument, [])
+    + (["6", 6.0, None] if (name, argument) == ("MergedLinear", "out_features") else [])
+]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_layers_can_be_built(name: str) -> None:
+    cls, arguments = LAYERS[name]
+    cls(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    UNFIT_CASES,
+    ids=[f"{i}-{n}-{a}-{type(v).__name__}" for i, (n, a, v) in enumerate(UNFIT_CASES)],
+)
+def test_the_argument_of_a_layer_is_named(name: str, argument: str, value: Any) -> None:
+    cls, arguments = LAYERS[name]
+    draws = torch.get_rng_state()
+    with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b must"):
+        cls(**{**arguments, argument: value})
+    assert torch.equal(draws, torch.get_rng_state())

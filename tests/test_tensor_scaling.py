@@ -1,0 +1,107 @@
+"""A factor of the update that is a tensor, one for each output feature say, as in loralib."""
+
+import re
+from typing import Any
+
+import loralib
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lora_fast as lora
+from lora_fast import functional
+from lora_fast.testing import randomize_
+
+N = 9
+BLOCKS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "blocks": {"enable_lora": [True, False, True]},
+    "unequal": {"enable_lora": [True, False, True], "out_splits": [1, 2, 6]},
+    "narrow": {"enable_lora": [False, True] + [False] * 7},  # a width of one broadcasts to any
+}
+
+
+def layer_of(kind: str, **kwargs: Any) -> Any:
+    if kind == "whole":
+        return randomize_(lora.Linear(4, N, r=2, dtype=torch.float64, **kwargs))
+    return randomize_(lora.MergedLinear(4, N, r=2, dtype=torch.float64, **BLOCKS[kind], **kwargs))
+
+
+def factor(shape: tuple[int, ...] = (N,)) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64, requires_grad=True)
+
+
+def expected(layer: Any, x: Tensor, scaling: Tensor) -> Tensor:
+    """loralib's formula: the update of all output features times the factor."""
+    layer.scaling = 1.0
+    base = F.linear(x, layer._as_delta(layer.weight), layer.bias)
+    return base + (layer(x) - base) * scaling
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("shape", [(), (1,), (N,), (3, 1), (3, N)], ids=str)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_factor_for_each_output_feature(
+    kind: str, shape: tuple[int, ...], fan_in_fan_out: bool, backend: str
+) -> None:
+    layer, x, scaling = layer_of(kind, fan_in_fan_out=fan_in_fan_out), factor((3, 4)), factor(shape)
+    wanted = expected(layer, x, scaling)
+    leaves = [layer.lora_A, layer.lora_B, x, scaling]
+    dy = torch.randn_like(wanted)
+    gradients = torch.autograd.grad(wanted, leaves, dy)
+    layer.scaling = scaling
+    found = layer(x)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, dy), gradients)
+
+
+def test_loralib_computes_it() -> None:
+    kwargs = {"r": 2, "enable_lora": [True, False, True]}
+    theirs, ours = loralib.MergedLinear(4, N, **kwargs), lora.MergedLinear(4, N, **kwargs)
+    ours.load_state_dict(randomize_(theirs).state_dict())
+    theirs.scaling = ours.scaling = torch.rand(N)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_the_effective_weight_has_it_too(kind: str) -> None:
+    layer, x, scaling = layer_of(kind), factor((3, 4)), factor()
+    wanted = expected(layer, x, scaling)
+    layer.scaling = scaling
+    torch.testing.assert_close(F.linear(x, layer.effective_weight(), layer.bias), wanted)
+    delta = functional.merged_delta(layer.lora_A, layer.lora_B, scaling, **layer._blocks())
+    torch.testing.assert_close(layer.weight + delta, layer.effective_weight())
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_layer_with_it_stays_unmerged_and_right(kind: str) -> None:
+    layer, x, scaling = layer_of(kind), factor((3, 4)), factor()
+    wanted, weight = expected(layer, x, scaling), layer.weight.detach().clone()
+    layer.scaling = scaling
+    with pytest.warns(RuntimeWarning, match=r"not merged: scaling must be one number.*\(9,\)"):
+        layer.eval()
+    assert not layer.merged
+    assert torch.equal(layer.weight, weight)
+    torch.testing.assert_close(layer(x), wanted)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_merge_takes_one_number(backend: str) -> None:
+    weight, a, b = torch.randn(N, 4), torch.randn(2, 4), torch.randn(N, 2)
+    before = weight.clone()
+    message = re.escape("scaling must be one number to be merged, got a tensor of shape (9,)")
+    with lora.use_backend(backend), pytest.raises(ValueError, match=message):
+        functional.merge_(weight, a, b, torch.rand(N))
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("length", [2, N - 1, N + 3])
+@pytest.mark.parametrize("kind", ["blocks", "unequal", "narrow"])
+def test_another_number_of_factors_than_of_features(kind: str, length: int) -> None:
+    layer = layer_of(kind)
+    layer.scaling = factor((length,))
+    for compute in (lambda: layer(factor((3, 4))), layer.effective_weight):
+        with pytest.raises(ValueError, match=rf"scaling must be one number or 9.*\({length},\)"):
+            compute()
