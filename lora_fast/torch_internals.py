@@ -62,8 +62,8 @@ def untraced(function: Function) -> Function:
 
     What `torch.compiler.disable` does, which would import all of the compiler.
     """
-    found: Any = torch._C._dynamo.eval_frame
     with contextlib.suppress(AttributeError, TypeError):  # then it is traced, as far as that goes
+        found: Any = torch._C._dynamo.eval_frame
         strategy = found._FrameExecStrategy(found._FrameAction.SKIP, found._FrameAction.DEFAULT)
         found.set_code_exec_strategy(function.__code__, strategy)
     return function
