@@ -1,5 +1,6 @@
 """The merge of `eval()` and `train()` as functions, and which implementation runs it."""
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 
@@ -38,6 +39,7 @@ def merge_(
     Raises:
         ValueError: the factors do not fit the weight.
         TypeError: an argument is no tensor, no number or no list, where it must be one.
+        RuntimeError: FakeTensorMode is active, under which nothing is written.
         OverflowError: a finite element would become infinite or NaN. The weight is as it was.
 
     Note:
@@ -110,6 +112,10 @@ def _check(request: Merge) -> None:
     if type(request.scaling) is not float and not sharded.is_dtensor(weight):
         checks.scaling("merge_", request.scaling)
         request.scaling = checks.number(request.scaling)
+    if type(request.scaling) is float and not math.isfinite(request.scaling):
+        raise ValueError(
+            f"merge_: scaling must be finite, got {request.scaling}; look at lora_alpha and r"
+        )
     if enable_lora is not None:
         request.enable_lora = list(enable_lora)
         request.out_splits = None if out_splits is None else list(out_splits)
@@ -212,6 +218,7 @@ def unmerge_many(weights: Sequence[Tensor], records: Sequence[MergeRecord]) -> N
 
 def _checked_local(weight: Tensor, record: MergeRecord) -> Tensor:
     """Return this rank's part of a weight; refuse what the record does not belong to."""
+    checks.tensors("unmerge_", weight=weight)
     if not isinstance(record, MergeRecord):
         raise TypeError(
             f"unmerge_: record must be the MergeRecord that merge_ returned, got "

@@ -38,7 +38,7 @@ _TOO_FEW_FOR_ADDMM = 32
 def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
     """Y + scaling S B^T, out of place: what an adapter adds to the frozen layer's output."""
     if isinstance(scaling, Tensor):  # of one's own, perhaps trained; one for each feature, too
-        return y + F.linear(s, like(lora_B, y)) * scaling
+        return y + (F.linear(s, like(lora_B, y)) * scaling).to(y.dtype)
     in_one_product = (
         type(y) is Tensor
         and y.dim() == 2
@@ -125,7 +125,7 @@ def grouped_expand(
             s_block = s.narrow(-1, block.adapter * rank, rank)
             update = F.linear(s_block, lora_B.narrow(0, block.row, block.width))
             if isinstance(scaling, Tensor):
-                update = update * _of_block(scaling, block, y.shape[-1])
+                update = (update * _of_block(scaling, block, y.shape[-1])).to(y.dtype)
             part = part + update
         updated.append(part)
     return torch.cat(updated, dim=-1)

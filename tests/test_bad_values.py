@@ -129,6 +129,22 @@ def test_a_merge_takes_real_fractions(argument: str, dtype: torch.dtype) -> None
         call(**{argument: value})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), np.inf, torch.tensor(np.nan)])
+def test_a_merge_takes_finite_factors(value: Any) -> None:
+    for name in ("merge_", "merge_, one block"):
+        weight = CALLS[name].arguments["weight"]
+        before = weight.clone()
+        with pytest.raises(ValueError, match="merge_: scaling must be finite, got"):
+            CALLS[name](scaling=value)
+        assert torch.equal(weight, before)
+
+
+def test_what_is_unmerged_is_a_tensor() -> None:
+    record = functional.merge_(torch.zeros(4, 3), torch.ones(2, 3), torch.ones(4, 2), 1.0)
+    with pytest.raises(TypeError, match="unmerge_: weight must be a tensor, got 'a' of type str"):
+        functional.unmerge_("a", record)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("scaling", [2, np.float32(2), torch.tensor(2.0), True], ids=repr)
 @pytest.mark.parametrize("name", CALLS)
 def test_whatever_is_a_number_scales(name: str, scaling: Any) -> None:

@@ -105,3 +105,19 @@ def test_another_number_of_factors_than_of_features(kind: str, length: int) -> N
     for compute in (lambda: layer(factor((3, 4))), layer.effective_weight):
         with pytest.raises(ValueError, match=rf"scaling must be one number or 9.*\({length},\)"):
             compute()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", ["Linear", "MergedLinear", "Embedding"])
+def test_a_wider_factor_leaves_the_dtype_of_the_output(make: str, dtype: torch.dtype) -> None:
+    """One that is trained in fp32 beside a layer in 16 bits."""
+    kwargs: dict[str, Any] = {"enable_lora": [True, False]} if make == "MergedLinear" else {}
+    found = []
+    for lib in (loralib, lora):
+        layer = getattr(lib, make)(8, 6, r=2, **kwargs).to(dtype)
+        layer.scaling = torch.nn.Parameter(torch.full((1,), 0.5))
+        x = torch.arange(4) if make == "Embedding" else torch.ones(4, 8, dtype=dtype)
+        y = layer(x)
+        y.sum().backward()
+        found.append((y.dtype, layer.scaling.grad.dtype, layer.lora_B.grad.dtype))
+    assert found[0] == found[1] == (dtype, torch.float32, dtype)

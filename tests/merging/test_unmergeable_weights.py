@@ -66,9 +66,7 @@ def test_a_weight_that_was_quantized_before_stays_as_it_is(
     with torch.no_grad():
         expected = layer(x)
         if whole:
-            with pytest.raises(
-                RuntimeError, match="into which nothing can be merged"
-            ):
+            with pytest.raises(RuntimeError, match="into which nothing can be merged"):
                 lora.merge(layer)
         else:
             layer.eval()
