@@ -146,9 +146,9 @@ def lora_merged_linear(
     """
     enable = checks.enabled("lora_merged_linear", enable_lora)
     widths = None if out_splits is None else checks.widths("lora_merged_linear", out_splits)
+    rest = (weight, lora_A, lora_B, scaling, bias, dropout_p, training)
     if not isinstance(x, Tensor):  # an fx proxy
         checks.tensors("lora_merged_linear", x=x)
-        rest = (weight, lora_A, lora_B, scaling, bias, dropout_p, training)
         return reference.lora_merged_linear(x, *rest, enable_lora=enable, out_splits=widths)
     if type(dropout_p) is not float or dropout_p or type(scaling) is not float:
         checks.rate_and_scaling("lora_merged_linear", dropout_p, scaling)
@@ -162,7 +162,6 @@ def lora_merged_linear(
         if backend is Backend.EAGER and spans:
             operands = (x, weight, reference.like(lora_A, x), reference.like(lora_B, x))
             return eager.low_rank_linear(*operands, number, bias, p, spans)
-        rest = (weight, lora_A, lora_B, scaling, bias, dropout_p, training)
         return reference.lora_merged_linear(x, *rest, enable_lora=enable, out_splits=widths)
     except (RuntimeError, TypeError):
         checks.dtypes("lora_merged_linear", weight, lora_A, lora_B, x=x, bias=bias)
