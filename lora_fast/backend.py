@@ -43,9 +43,6 @@ _TRITON_OPS = frozenset({"lora_linear", "lora_merged_linear", "lora_embedding", 
 # Elements from which the eager Linear's faster dropout on a CPU outweighs its calls from Python:
 # fp32, p = 0.1, 256 to 1024 features, one thread of an EPYC of family 25 model 1, 2026-11-27.
 _MANY_DROPPED = 2**16
-# Rows from which its thin gradients outweigh them: fp32, ranks 4 and 8, 768 and 1024 features, as
-# there, 2026-12-01: a step in .92 to .97 of torch's time; of 256 rows in as much, of fewer in more.
-_MANY_ROWS = 512
 # M N K of a Linear up to which eager mode leaves it to torch: on an H200 50 us of the tensor cores
 # for each of the two large products of a step, for which the host launches seven fused kernels.
 # With dropout the fused kernels save more, so the limit is lower: this many elements of x.
@@ -322,11 +319,7 @@ def _why_eager(op: str, tensors: tuple[Tensor | None, ...], drops: bool) -> str 
         return "a faster dropout of many numbers"
     if products.are_slow(x):  # but for the products of one row with a matrix as it lies
         return _PRODUCTS_IN_FP32 if x.requires_grad or x.numel() > x.shape[-1] else None
-    # In fp32 torch's products, if they are not many and thin, are as fast as a backward in Python.
-    if x.dtype is torch.float32 and x.dim() > 0 and x.numel() >= _MANY_ROWS * x.shape[-1] > 0:
-        lora_A = tensors[2]
-        if lora_A is not None and lora_A.shape[0] <= products.THIN:
-            return "thin gradients of many rows, which are made transposed"
+    # In fp32 torch's products are as fast as the call of a backward in Python.
     if x.dtype is not torch.float32 and x.dim() > 0 and delta.op_pays(x):
         return "few rows of 16 bits, to which one native op adds the update"
     return None

@@ -1,14 +1,13 @@
 """Convolutions with an adapter on the kernel: conv(X, W + lora_alpha / r * (B A).view(W), bias)."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from lora_fast import bypasses, caller, checks, functional, scripting
-from lora_fast.lora_layer import LoRALayer, MergingLayer, tell_no_gradient
+from lora_fast import bypasses, caller, checks, functional, notices, scripting
+from lora_fast.lora_layer import LoRALayer, MergingLayer, redrawing
 
 # What a caller finds on a plain nn.Conv*d, and may read and write here too.
 _CONV_ATTRIBUTES = frozenset(
@@ -28,18 +27,6 @@ _CONV_ATTRIBUTES = frozenset(
         "_reversed_padding_repeated_twice",  # of padding, for other modes than zeros
     )
 )
-
-
-@contextmanager
-def redrawing(layer: MergingLayer) -> Iterator[None]:
-    """Take a merged adapter out of the weight while both are drawn, and merge what was drawn."""
-    # Not by the attribute: torch's constructors draw before a layer has any.
-    was_merged = layer.__dict__.get("merged", False)
-    if was_merged:
-        layer._unmerge()
-    yield
-    if was_merged:
-        layer._merge()
 
 
 class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
@@ -140,7 +127,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
                 lora_A, lora_B = self._look_up(x, "lora_A", "lora_B")
                 weight = functional.merged_weight(conv.weight, lora_A, lora_B, self.scaling)
                 return cast(Tensor, conv._conv_forward(x, weight, conv.bias))
-            tell_no_gradient(self)
+            notices.no_gradient(self)
             return cast(Tensor, conv(x))
         except RuntimeError:
             own, bias = getattr(conv, "weight", None), getattr(conv, "bias", None)

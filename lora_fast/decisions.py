@@ -47,7 +47,6 @@ _SIZES = {
         Size("1 row without a gradient of x"),
         Size("2 to 32 rows", 32),
         Size("more than 32 rows", 33),
-        Size("512 rows or more of ranks up to 8", 512),
         Size("dropout of 2^16 numbers or more", 2**16, drops=True),
     ),
     ("lora_linear", "cuda"): (

@@ -98,8 +98,8 @@ def gradients_(
     dropped, rank = x, lora_B.shape[1]
     dy_blocks = [dy.narrow(1, lo, hi - lo) for lo, hi in spans]
     if keep is not None and (dx is not None or need_A or s is None):
-        # As bytes, which torch converts in vectors; bool it converts one by one.
-        keep2 = keep.view(torch.uint8).reshape(dy.shape[0], lora_A.shape[1]).to(dy.dtype)
+        # As bytes, which torch multiplies by in vectors; by bool it does one by one.
+        keep2 = keep.view(torch.uint8).reshape(dy.shape[0], lora_A.shape[1])
         dropped = None if x is None else x * keep2
     if need_B:
         if s is None:
@@ -122,7 +122,7 @@ def gradients_(
         products.add_mm_(dx, ds, lora_A)
     else:
         del dropped  # its memory serves the next product
-        dx.addcmul_(products.mm(ds, lora_A), keep2, value=keep_scale)
+        dx.add_(products.mm(ds, lora_A).mul_(keep2), alpha=keep_scale)
     return dA, dB
 
 

@@ -11,15 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fast import backend, checks, functional, reference, scripting, shapes
+from lora_fast import backend, checks, functional, notices, reference, scripting, shapes
 from lora_fast.blocks import Block, block_widths, output_blocks
-from lora_fast.conv import Conv1d, Conv2d, Conv3d, ConvLoRA, redrawing
-from lora_fast.lora_layer import (
-    LoRALayer,
-    MergingLayer,
-    identity,
-    tell_no_gradient,
-)
+from lora_fast.conv import Conv1d, Conv2d, Conv3d, ConvLoRA
+from lora_fast.lora_layer import LoRALayer, MergingLayer, identity, redrawing
 
 # With what `from loralib.layers import *` brings along.
 __all__ = [
@@ -122,7 +117,7 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
                 self.scale_grad_by_freq,
                 self.sparse,
             )
-        tell_no_gradient(self)
+        notices.no_gradient(self)
         return nn.Embedding.forward(self, x)
 
     def _forward_in_script(self, x: Tensor) -> Tensor:
@@ -247,7 +242,7 @@ class Linear(_LinearBase):
     def _adapted_forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features)."""
         if self.r <= 0 or self.merged:
-            tell_no_gradient(self)
+            notices.no_gradient(self)
             return self._frozen(x)
         weight, lora_A, lora_B, bias = self._look_up(x, *_OPERANDS)
         if self.fan_in_fan_out:
@@ -376,7 +371,7 @@ class MergedLinear(_LinearBase):
     def _adapted_forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features)."""
         if self.merged or not self._has_adapter():
-            tell_no_gradient(self)
+            notices.no_gradient(self)
             return self._frozen(x)
         weight, lora_A, lora_B, bias = self._look_up(x, *_OPERANDS)
         if self.fan_in_fan_out:

@@ -1,15 +1,15 @@
 """What every LoRA layer shares: the adapter's settings, and the merge of `eval()` and `train()`."""
 
 import functools
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lora_fast import caller, checks, fsdp, functional, interrupts, readers, sharded
+from lora_fast import caller, checks, fsdp, functional, interrupts, notices, readers, sharded
 from lora_fast.interrupts import merge_lock
 from lora_fast.loaded_state import LoadedState
 from lora_fast.moving import MovesWeight
@@ -19,7 +19,6 @@ from lora_fast.saved_state import SavedState, remember_view
 
 Layer = TypeVar("Layer", bound="MergingLayer")
 
-_log = logging.getLogger("lora_fast.merge")
 # Attributes that hold until a layer is next merged or unmerged.
 _UNTIL_NEXT = frozenset(
     ("_undid_merge", "_given_to_child", "_merged_nothing", "_merged_by_loading", "_was_merged")
@@ -237,7 +236,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
                 return
             obstacle = self._obstacle() if self._has_adapter() else None
             if obstacle is not None:
-                self._tell_obstacle(obstacle)
+                notices.obstacle(self, obstacle)
                 return
             try:
                 self._fold()
@@ -248,18 +247,6 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
                         "the same results; merge_weights=False avoids the attempt.",
                         RuntimeWarning,
                     )
-
-    def _tell_obstacle(self, obstacle: str) -> None:
-        """Log, once a layer, that `eval()` does not merge it: who exports its weight must know."""
-        told = self.__dict__.get("_told_obstacle") == obstacle
-        told = told or readers.is_on_meta(self._weight_owner())  # nobody exports that
-        self.__dict__["_told_obstacle"] = obstacle
-        _log.log(
-            logging.DEBUG if told else logging.WARNING,
-            "%s stays unmerged in eval mode: %s. Its outputs are right, but its weight is the base "
-            "weight alone; effective_weight() has the sum that eval() would have stored.",
-            *(self._described(), obstacle),
-        )
 
     def _merge_now(self) -> None:
         """Merge, or raise with the weight and the layer as they were."""
@@ -368,6 +355,18 @@ def _own_copy(function: Any) -> Any:
     return functools.update_wrapper(copied, function)
 
 
+@contextmanager
+def redrawing(layer: MergingLayer) -> Iterator[None]:
+    """Take a merged adapter out of the weight while both are drawn, and merge what was drawn."""
+    # Not by the attribute: torch's constructors draw before a layer has any.
+    was_merged = layer.__dict__.get("merged", False)
+    if was_merged:
+        layer._unmerge()
+    yield
+    if was_merged:
+        layer._merge()
+
+
 def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
     """Merge what was just loaded into a layer in eval mode (a load_state_dict post-hook)."""
     scaling = layer.__dict__.pop("_loaded_merged", None)
@@ -386,20 +385,3 @@ def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
     if had_mode is not None:
         layer.train(had_mode)
     layer._note_what_is_left()
-
-
-def tell_no_gradient(layer: MergingLayer) -> None:
-    """Log, once a layer, that a merged forward gives A and B no gradient."""
-    # First, so that no graph asks whether a layer without an adapter is merged.
-    if torch.compiler.is_compiling() or not layer.merged or not torch.is_grad_enabled():
-        return
-    told = layer.__dict__.get("_told_no_gradient", False)
-    # A tracer has put its own object in the place of layer.lora_A.
-    lora_A = layer.__dict__["_parameters"].get("lora_A")
-    if not told and lora_A is not None and lora_A.requires_grad:
-        layer.__dict__["_told_no_gradient"] = True
-        _log.warning(
-            "%s computes with merged weights while gradients are enabled: lora_A and lora_B get "
-            "none. Call train(), or set merge_weights=False; for inference use torch.no_grad().",
-            layer._described(),
-        )

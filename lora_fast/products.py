@@ -90,7 +90,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     """
     if are_slow(a, b) and not _loops_serve(a, b):
         return _mm_in_fp32(a, b, 1.0)
-    return _transposed_mm(a, b).contiguous() if _is_thin(a, b) else a @ b
+    return _thin_mm(a, b) if _is_thin(a, b) else a @ b
 
 
 def _is_thin(a: Tensor, b: Tensor) -> bool:
@@ -99,9 +99,11 @@ def _is_thin(a: Tensor, b: Tensor) -> bool:
     return n <= THIN and is_wide and b.is_cpu and b.stride(1) == 1 and a.shape[0] > n
 
 
-def _transposed_mm(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` as a view of (b^T a^T), along whose rows a BLAS has more than a vector to do."""
-    return (b.t() @ a.t()).t()
+def _thin_mm(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` by way of (b^T a^T), along whose rows a BLAS has more than a vector to do."""
+    y = b.t() @ a.t()
+    # The strides of a column are those of a new one: DDP compares them.
+    return y.view(-1, 1) if y.shape[0] == 1 else y.t().contiguous()
 
 
 def mm_over_rows(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
