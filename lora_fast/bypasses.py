@@ -163,6 +163,11 @@ def _turn(layer: nn.Module) -> _Turn:
 
 
 def _expose(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        # In one order for all modules, so that no two wait for each other.
+        for _, layer in sorted(_adapted(module), key=lambda pair: id(pair[1])):
+            if not parametrize.is_parametrized(layer, "weight"):
+                _turn(layer).take(module)
     for name, layer in _adapted(module):
         if parametrize.is_parametrized(layer, "weight"):  # by a property, which would hide it
             if not torch.compiler.is_compiling():
@@ -173,7 +178,6 @@ def _expose(module: nn.Module, args: Any) -> None:
                 )
             continue
         if not torch.compiler.is_compiling():
-            _turn(layer).take(module)
             _take_back(layer)  # what an interrupted forward has left
         effective = layer.effective_weight()
         # An instance attribute is found before the parameter of the same name. A replica of
@@ -190,10 +194,12 @@ def without_exposed(attributes: dict[str, Any]) -> None:
     """Take an exposed weight out of a layer's attributes, or of a copy of them."""
     if _OWN_WEIGHT not in attributes:
         return
-    own = attributes.pop(_OWN_WEIGHT)
-    attributes.pop("weight", None)
-    if own is not None:
+    own = attributes[_OWN_WEIGHT]
+    if own is None:
+        attributes.pop("weight", None)
+    else:
         attributes["weight"] = own
+    del attributes[_OWN_WEIGHT]  # last: if Ctrl-C comes before, this is done again
 
 
 def _hide(module: nn.Module, args: Any, output: Any) -> None:

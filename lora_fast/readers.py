@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import parametrize
 
 from lora_fast import sharded
-from lora_fast.torch_internals import is_fake_tensor, storage_id, storage_uses, untraced
+from lora_fast.torch_internals import Function, is_fake_tensor, storage_id, storage_uses, untraced
 
 
 def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
@@ -147,6 +147,7 @@ class _Holders:
         self.uses: dict[int, tuple[int, int]] = {}
         self.places: dict[int, list[_Place]] = {}
         self.asked: set[int] = set()
+        self.asked_by: object = None
 
     def heed(self, parameters: dict[str, Any], uses: tuple[int, int]) -> bool:
         """Scan if it is time to, before it is asked who else holds a weight with these uses.
@@ -196,18 +197,42 @@ class _Holders:
     def in_memory_of(self, weight: Tensor) -> Iterator["_Place"]:
         """Yield where other tensors of the known modules lie in the memory of a weight.
 
-        All are looked up anew when a weight is asked for again, so once in the `eval()` of a model:
-        a view may have gone and a module's tensor have come, by `a.data = b.data`, since then.
+        All are looked up anew but for the other layers of one model in its `eval()` or merge: since
+        then a view may have gone and a module's tensor have come, by `a.data = b.data`.
         """
-        key = id(weight)
-        if not self.places or key in self.asked:
-            self.places, self.asked = {}, set()
+        key, asked_by = id(weight), _who_asks()
+        if key in self.asked or asked_by is None or asked_by != self.asked_by:
+            self.places, self.asked, self.asked_by = {}, set(), asked_by
             for tensor in itertools.chain.from_iterable(map(_tensors, self.modules)):
                 place = _place(tensor)
                 if place.start < place.end:
                     self.places.setdefault(storage_id(tensor), []).append(place)
         self.asked.add(key)
         return (p for p in self.places.get(storage_id(weight), ()) if p.tensor != key)
+
+
+# The code within which all questions are of one model, by its name, and where it holds the model.
+_PASSES = {nn.Module.train.__code__: "self"}
+
+
+def one_pass(argument: str) -> Callable[[Function], Function]:
+    """Decorate a function that asks for all layers of what it has under a name, at once."""
+
+    def note(function: Function) -> Function:
+        _PASSES[function.__code__] = argument
+        return function
+
+    return note
+
+
+def _who_asks() -> int | None:
+    """The model whose layers are being merged, by its id; None where it is a layer alone."""
+    frame, found = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code in _PASSES:
+            found = frame
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if found is None else id(found.f_locals.get(_PASSES[found.f_code]))
 
 
 class _Place(NamedTuple):

@@ -93,17 +93,27 @@ class SavedState(LayerPart):
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is None:
             return
-        record = self._record
+        record, is_merged = self._record, self.merged and "_merged_nothing" not in self.__dict__
+        if record is not None and self._shows_base(record):
+            record, is_merged = None, False
         # What a subclass has merged it takes out itself, as the mark can't tell how.
-        if (self._has_adapter() or record is not None) and not self._merged_itself():
-            metadata["lora_merged"] = self.merged and "_merged_nothing" not in self.__dict__
+        if (self._has_adapter() or self._record is not None) and not self._merged_itself():
+            metadata["lora_merged"] = is_merged
         if self._has_adapter():
             metadata["lora_r"] = self.r
+        if self._has_adapter() or record is not None:
             scaling = self._one_scaling() if record is None else record.scaling
             if scaling is not None:
                 metadata["lora_scaling"] = scaling
         if record is not None and not record.of_shard:
             metadata.update(self._evidence(record))
+
+    def _shows_base(self, record: MergeRecord) -> bool:
+        """Tell whether what is saved of a merged layer is its base weight, which was put back."""
+        weight = readers.stored_weight(self._weight_owner())
+        if record.of_shard or weight is None or not _can_be_read(weight):
+            return False
+        return self._was_put_back(record)
 
     def _save_base_of_other_factors(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]

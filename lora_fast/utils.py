@@ -114,12 +114,13 @@ class _Adapters:
 
     def __init__(self, model: nn.Module) -> None:
         # What only has the methods that are asked for here is no module.
-        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        is_module = isinstance(model, nn.Module)
+        modules = model.named_modules(remove_duplicate=False) if is_module else ()
         self._owners: dict[str, str] = {}
         for name, module in modules:
             if isinstance(module, LoRALayer):
                 owner = without_wrappers(f"{name}." if name else "")
-                for child, _ in module.named_children():  # type: ignore[attr-defined]
+                for child in vars(module)["_modules"]:
                     if child.startswith("lora_"):
                         self._owners[f"{owner}{child}."] = owner
 

@@ -18,6 +18,7 @@ Layers = dict[str, MergingLayer]
 _BATCH = 2**26
 
 
+@readers.one_pass("model")
 def merge(model: nn.Module, *, progress: bool = False) -> int:
     """Fold every adapter of `model` into its weight, whatever `merge_weights` says; all or nothing.
 

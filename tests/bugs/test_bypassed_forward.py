@@ -129,6 +129,69 @@ def test_b12_attention_in_another_thread_after_an_interrupt(
     assert "weight" not in vars(module.out_proj)
 
 
+class _ReadsTwo(nn.Module):
+    """Computes with the weights of two layers that others hold, named in some order."""
+
+    def __init__(self, one: nn.Module, two: nn.Module, *names: str) -> None:
+        super().__init__()
+        self.one, self.two = one, two
+        lora.utils.expose_effective_weight(self, *names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.one.weight), self.two.weight)
+
+
+def test_b12_two_readers_of_the_same_layers_do_not_wait_for_each_other() -> None:
+    one, two = (randomize_(lora.Linear(4, 4, r=2)) for _ in range(2))
+    readers = [_ReadsTwo(one, two, *names) for names in (("one", "two"), ("two", "one"))]
+    x = torch.randn(3, 4)
+    expected = readers[0](x)
+
+    def read(module: nn.Module) -> None:
+        for _ in range(300):
+            torch.testing.assert_close(module(x), expected)
+
+    threads = [threading.Thread(target=read, args=(m,), daemon=True) for m in readers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("own", [None, torch.zeros(1)])
+def test_b12_what_is_exposed_is_taken_back_after_ctrl_c(own: Any) -> None:
+    """At any line; here after the first change of a dictionary that says when it is changed."""
+
+    class Interrupted(dict[str, Any]):
+        left = 1
+
+        def changed(self) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+        def pop(self, *args: Any) -> Any:
+            self.changed()
+            return super().pop(*args)
+
+        def __setitem__(self, *args: Any) -> None:
+            self.changed()
+            super().__setitem__(*args)
+
+        def __delitem__(self, name: str) -> None:
+            self.changed()
+            super().__delitem__(name)
+
+    attributes = Interrupted({bypasses._OWN_WEIGHT: own, "weight": torch.ones(1)})
+    with pytest.raises(KeyboardInterrupt):
+        bypasses.without_exposed(attributes)
+    attributes.left = 9
+    bypasses.without_exposed(attributes)
+    assert attributes.get("weight") is own
+    assert bypasses._OWN_WEIGHT not in attributes
+
+
 def test_b12_attention_waits_for_a_long_forward_in_another_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -61,6 +61,15 @@ def experts(lib: ModuleType) -> nn.Module:
     return nn.ModuleDict({"lora_A": nn.Linear(2, 2), "body": Experts()})
 
 
+def test_b25_a_layer_under_two_names_is_saved_under_both() -> None:
+    model = experts(lora)
+    model["again"] = model["body"]
+    names = {name.removeprefix("again.") for name in saved(model) if name.startswith("again.")}
+    assert (
+        names == {name.removeprefix("body.") for name in saved(model) if "body." in name} != set()
+    )
+
+
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 def test_b25_what_a_lora_layer_holds_in_the_place_of_a_parameter(bias: str) -> None:
     found = set(trained(experts(lora), bias))

@@ -220,6 +220,24 @@ def test_b14_memory_that_another_layer_takes_when_a_view_of_it_goes() -> None:
     assert torch.equal(other.weight, base)
 
 
+@pytest.mark.parametrize("ask", [lambda layer: layer.eval(), lora.merge], ids=["eval", "merge"])
+def test_b14_memory_of_a_layer_that_was_not_asked_for_yet(ask: Any) -> None:
+    one, two = (randomize_(lora.Linear(4, 4, r=2)) for _ in range(2))
+    other, views = nn.Linear(4, 4), [layer.weight.detach() for layer in (one, two)]
+    ask(one)
+    assert one.merged
+    views.pop()
+    other.weight.data = two.weight.data
+    base = two.weight.detach().clone()
+    if ask is lora.merge:
+        with pytest.raises(RuntimeError, match="the weight is tied"):
+            ask(two)
+    else:
+        ask(two)
+    assert not two.merged
+    assert torch.equal(other.weight, base)
+
+
 def test_b14_a_buffer_in_memory_of_its_own_is_no_tie() -> None:
     layer = randomize_(lora.Linear(4, 4, r=2))
     averages = nn.Module()
