@@ -7,6 +7,7 @@ During their own forward they find the effective weight there; the fast path of
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -114,45 +115,76 @@ def _adapted(module: nn.Module) -> list[tuple[str, Any]]:
 
 # Seconds after which who waits for another's forward looks again whether it still runs.
 _PATIENCE = 0.1
+Reader = Callable[[], nn.Module | None]  # a weak reference
 
 
 class _Turn:
-    """Whose forward reads a layer's effective weight: one thread's at a time.
+    """Whose forwards read a layer's effective weight: those of one thread at a time.
 
     torch calls no hook after what is no Exception, Ctrl-C say, so a turn may not be given back.
     """
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.thread: int | None = None
-        self.module: Callable[[], nn.Module | None] = lambda: None
+        self.thread = 0
+        # The modules whose forwards have begun, one within the other.
+        self.readers: list[Reader] = []
 
-    def take(self, module: nn.Module) -> None:
-        """Wait for another thread's forward to end, for one of `module` in this thread."""
+    def take(self, module: nn.Module) -> bool:
+        """Wait for other threads' forwards to end, for one of `module` in this thread.
+
+        Returns:
+            Whether it is within no other that reads the same layer.
+        """
+        thread = threading.get_ident()
         with self.changed:
-            while self._is_of_another():
+            while self.thread != thread and self._still_running():
                 self.changed.wait(_PATIENCE)
-            self.thread, self.module = threading.get_ident(), weakref.ref(module)
+            self.readers = self._still_running(module) if self.thread == thread else []
+            self.thread = thread
+            self.readers.append(weakref.ref(module))
+            return len(self.readers) == 1
 
-    def _is_of_another(self) -> bool:
-        """Tell whether a forward that has the turn still runs in another thread."""
-        if self.thread in (None, threading.get_ident()):
+    def _still_running(self, besides: nn.Module | None = None) -> list[Reader]:
+        """The readers but those that ended without the hook, besides a forward of now."""
+        if not self.readers:
+            return []
+        found, running = [], _forwards(self.thread)
+        running[id(besides)] -= 1
+        for reader in self.readers:
+            running[id(reader())] -= 1
+            if running[id(reader())] >= 0:
+                found.append(reader)
+        return found
+
+    def ends(self, module: nn.Module) -> bool:
+        """End a forward of `module`; return whether it is within no other that reads the layer."""
+        if self.thread != threading.get_ident():
             return False
-        frame, module = sys._current_frames().get(self.thread or 0), self.module()
-        while frame is not None and module is not None:
-            if frame.f_locals.get("self") is module:
-                return True
-            frame = frame.f_back
-        return False
+        others = self._still_running(module) if len(self.readers) > 1 else []
+        if others:
+            self.readers = others
+        return not others
 
     def give_back(self) -> None:
-        """Let the next thread in."""
+        """Let the next thread in, once the weight is no longer exposed."""
         with self.changed:
-            if self.thread == threading.get_ident():
-                self.thread = None
-                self.changed.notify()
+            self.readers = []
+            self.changed.notify()
 
 
+def _forwards(thread: int) -> Counter[int]:
+    """The modules, by their ids, whose forwards a thread is in the middle of."""
+    found: Counter[int] = Counter()
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            found[id(frame.f_locals["self"])] += 1
+        frame = frame.f_back
+    return found
+
+
+_CALL = nn.Module._call_impl.__code__  # within which a module's hooks and its forward are called
 _turns: "weakref.WeakKeyDictionary[nn.Module, _Turn]" = weakref.WeakKeyDictionary()
 _turns_lock = threading.Lock()
 
@@ -163,11 +195,12 @@ def _turn(layer: nn.Module) -> _Turn:
 
 
 def _expose(module: nn.Module, args: Any) -> None:
+    is_first: dict[nn.Module, bool] = {}
     if not torch.compiler.is_compiling():
         # In one order for all modules, so that no two wait for each other.
         for _, layer in sorted(_adapted(module), key=lambda pair: id(pair[1])):
             if not parametrize.is_parametrized(layer, "weight"):
-                _turn(layer).take(module)
+                is_first[layer] = _turn(layer).take(module)
     for name, layer in _adapted(module):
         if parametrize.is_parametrized(layer, "weight"):  # by a property, which would hide it
             if not torch.compiler.is_compiling():
@@ -177,6 +210,8 @@ def _expose(module: nn.Module, args: Any) -> None:
                     UserWarning,
                 )
             continue
+        if not is_first.get(layer, True):
+            continue  # a forward around this one has it exposed
         if not torch.compiler.is_compiling():
             _take_back(layer)  # what an interrupted forward has left
         effective = layer.effective_weight()
@@ -204,9 +239,13 @@ def without_exposed(attributes: dict[str, Any]) -> None:
 
 def _hide(module: nn.Module, args: Any, output: Any) -> None:
     for _, layer in _adapted(module):
-        _take_back(layer)
-        if not torch.compiler.is_compiling():
-            _turn(layer).give_back()
+        if torch.compiler.is_compiling():
+            _take_back(layer)
+        else:
+            turn = _turn(layer)
+            if turn.ends(module):
+                _take_back(layer)
+                turn.give_back()
 
 
 def _no_fast_path(layer: nn.Module, args: tuple[Tensor]) -> None:  # as torch.jit.script wants it

@@ -159,6 +159,45 @@ def test_b12_two_readers_of_the_same_layers_do_not_wait_for_each_other() -> None
     assert not any(thread.is_alive() for thread in threads)
 
 
+class _ReadsWithin(nn.Module):
+    """Reads a layer's weight after a forward that does so too, perhaps one that fails."""
+
+    def __init__(self, layer: nn.Module, error: type[BaseException] | None = None) -> None:
+        super().__init__()
+        self.layer, self.error = layer, error
+        self.inner: nn.Module = self
+        lora.utils.expose_effective_weight(self, "layer")
+
+    def forward(self, x: Tensor, depth: int = 2) -> Tensor:
+        if depth:
+            try:
+                x = self.inner(x, depth - 1)
+            except (ValueError, KeyboardInterrupt):
+                x = F.linear(x, self.layer.weight, self.layer.bias)
+        elif self.error is not None:
+            raise self.error
+        return F.linear(x, self.layer.weight, self.layer.bias)
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("is_other", [False, True])
+def test_b12_a_reader_within_a_reader(is_other: bool, error: Any) -> None:
+    layer, x = randomize_(lora.Linear(4, 4, r=2)), torch.randn(3, 4)
+    reader = _ReadsWithin(layer, error)
+    if is_other:
+        reader.inner = _ReadsWithin(layer, error)
+    expected = layer(layer(layer(x)))
+    for _ in range(2):
+        torch.testing.assert_close(reader(x), expected)
+    torch.testing.assert_close(layer(x), F.linear(x, effective(layer), layer.bias))
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(reader(x)), daemon=True)
+    thread.start()
+    thread.join(20)
+    torch.testing.assert_close(found[0], expected)
+    assert "weight" not in vars(layer)
+
+
 @pytest.mark.parametrize("own", [None, torch.zeros(1)])
 def test_b12_what_is_exposed_is_taken_back_after_ctrl_c(own: Any) -> None:
     """At any line; here after the first change of a dictionary that says when it is changed."""
