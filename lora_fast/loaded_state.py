@@ -81,6 +81,8 @@ class LoadedState(LayerPart):
     def _load_base(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         """Put the base weight into the state and, as far as it goes, into the layer."""
         holds_mine = self._holds_what_is_here(state_dict, prefix)
+        if metadata.get("lora_merged") is False and not self._is_view_of_mine(state_dict, prefix):
+            holds_mine = False  # the sum was made the base, there
         if self._merged_itself():
             self.__dict__["_had_mode"] = self.training  # type: ignore[attr-defined]
             self.train()  # type: ignore[attr-defined]
@@ -93,6 +95,12 @@ class LoadedState(LayerPart):
             state_dict[prefix + self._weight_key()] = weight.detach()
         else:
             self._undo_saved_merge(state_dict, prefix, metadata)
+
+    def _is_view_of_mine(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Tell whether a state's weight changes with the layer's, and its mark does not."""
+        weight: Any = self._weight_owner().weight
+        value = state_dict.get(prefix + self._weight_key())
+        return sharded.is_dtensor(weight) or shares_memory(value, weight)
 
     def _misfits(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         errors = []

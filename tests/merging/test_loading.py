@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -293,3 +294,53 @@ def test_a_weight_that_is_computed_since_the_merge(layer: Any, how: str) -> None
     layer.train()
     stored = owner.weight_orig if how == "pruned" else owner.parametrizations.weight.original
     torch.testing.assert_close(stored.detach(), base)
+
+
+@pytest.mark.parametrize("other_factors", [False, True])
+def test_a_base_that_was_put_back_is_saved_as_it_is(
+    layer: Any, other_factors: bool, tmp_path: Path
+) -> None:
+    owner = layer._weight_owner()
+    base = owner.weight.detach().clone()
+    layer.eval()
+    with torch.no_grad():
+        owner.weight.copy_(base)
+        if other_factors:
+            layer.lora_A.add_(1.0)
+    torch.save(layer.state_dict(), tmp_path / "a.pt")
+    lora.save(layer, tmp_path / "a.safetensors", lora_only=False)
+    for load in (
+        lambda it: it.load_state_dict(torch.load(tmp_path / "a.pt")),
+        lambda it: lora.load(it, tmp_path / "a.safetensors"),
+    ):
+        loaded = copy.deepcopy(layer).train()
+        nn.init.zeros_(loaded._weight_owner().weight)
+        load(loaded)
+        assert torch.equal(loaded._weight_owner().weight, base)
+    assert torch.equal(layer.train()._weight_owner().weight, base)
+
+
+def test_a_state_of_a_layer_that_was_switched_off_while_merged_has_its_scaling(
+    backend: str,
+) -> None:
+    layer = randomize_(lora.Linear(8, 8, r=2))
+    base, layer.scaling = layer.weight.detach().clone(), 3.0
+    layer.eval()
+    layer.r = 0
+    assert layer.state_dict()._metadata[""]["lora_scaling"] == 3.0
+    loaded = lora.Linear(8, 8, r=2)
+    with pytest.warns(UserWarning, match="saved with scaling 3.0"):
+        loaded.load_state_dict(copy.deepcopy(layer.state_dict()))
+    torch.testing.assert_close(loaded.weight, base)
+
+
+def test_a_sum_that_was_made_the_base_is_loaded_into_its_like(layer: Any, backend: str) -> None:
+    other = copy.deepcopy(layer).eval()
+    layer.eval()
+    layer.merged = False  # for good
+    state = copy.deepcopy(layer.state_dict())
+    view = other.train().state_dict()
+    other.eval().load_state_dict(view)  # a view of the merged weight, and marked before the merge
+    assert torch.equal(other.train()._weight_owner().weight, view[other._weight_key()])
+    other.eval().load_state_dict(state)
+    assert torch.equal(other.train()._weight_owner().weight, layer._weight_owner().weight)

@@ -1,7 +1,5 @@
 """Weights into which nothing can be merged, and merges that fail: the layer goes on unmerged."""
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,41 +180,3 @@ def test_a_base_that_was_put_back_is_merged_anew(whole: bool, backend: str) -> N
             layer.eval()
         torch.testing.assert_close(layer(x), expected)
     assert torch.equal(layer.train().weight, kept["weight"])
-
-
-@pytest.mark.parametrize("other_factors", [False, True])
-def test_a_base_that_was_put_back_is_saved_as_it_is(
-    layer: Any, other_factors: bool, tmp_path: Path
-) -> None:
-    owner = layer._weight_owner()
-    base = owner.weight.detach().clone()
-    layer.eval()
-    with torch.no_grad():
-        owner.weight.copy_(base)
-        if other_factors:
-            layer.lora_A.add_(1.0)
-    torch.save(layer.state_dict(), tmp_path / "a.pt")
-    lora.save(layer, tmp_path / "a.safetensors", lora_only=False)
-    for load in (
-        lambda it: it.load_state_dict(torch.load(tmp_path / "a.pt")),
-        lambda it: lora.load(it, tmp_path / "a.safetensors"),
-    ):
-        loaded = copy.deepcopy(layer).train()
-        nn.init.zeros_(loaded._weight_owner().weight)
-        load(loaded)
-        assert torch.equal(loaded._weight_owner().weight, base)
-    assert torch.equal(layer.train()._weight_owner().weight, base)
-
-
-def test_a_state_of_a_layer_that_was_switched_off_while_merged_has_its_scaling(
-    backend: str,
-) -> None:
-    layer = randomize_(lora.Linear(8, 8, r=2))
-    base, layer.scaling = layer.weight.detach().clone(), 3.0
-    layer.eval()
-    layer.r = 0
-    assert layer.state_dict()._metadata[""]["lora_scaling"] == 3.0
-    loaded = lora.Linear(8, 8, r=2)
-    with pytest.warns(UserWarning, match="saved with scaling 3.0"):
-        loaded.load_state_dict(copy.deepcopy(layer.state_dict()))
-    torch.testing.assert_close(loaded.weight, base)
