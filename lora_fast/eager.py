@@ -64,12 +64,11 @@ def _forward(
     spans: Spans,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Y, S and the dropout mask, None without dropout."""
-    keep = None
-    x2 = dropped = as_matrix(x)
+    keep, dropped = None, as_matrix(x)
+    y = products.linear(dropped, weight, bias)  # first, as it may take room beside its result
     if dropout_p > 0.0:
         dropped, keep = dropout(x, dropout_p)
         dropped = as_matrix(dropped)
-    y = products.linear(x2, weight, bias)
     s = delta.add_(y, dropped, lora_A, lora_B, scaling, spans)
     return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1])), s, keep
 

@@ -70,9 +70,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     (m, k), n = x.shape, weight.shape[0]
     y, bias = x.new_empty((m, n)), None if bias is None else bias.float()
-    for rows in _parts(m, k, y.numel()):
+    room = max(y.numel(), _room(x, weight, y) // 2)  # a forward over the formula makes few copies
+    for rows in _parts(m, k, room):
         wide = x[rows].float()
-        for cols in _parts(n, k + wide.shape[0], y.numel()):
+        for cols in _parts(n, k + wide.shape[0], room):
             bias_part = None if bias is None else bias[cols]
             y[rows, cols] = F.linear(wide, weight[cols].float(), bias_part)
     return y
@@ -140,7 +141,7 @@ def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 def _mm_in_fp32(a: Tensor, b: Tensor, scaling: float, room: int = 0) -> Tensor:
     (m, k), n = a.shape, b.shape[1]
     y = a.new_empty((m, n))
-    room = max(room, y.numel())
+    room = max(room, _room(a, b, y))
     for rows in _parts(m, n, room):
         left = a[rows]
         shape = (left.shape[0], n)
@@ -168,6 +169,14 @@ def _add_counted_(y: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     if not is_traced and torch_internals.mode_count() > 0 and not _is_transformed():
         return torch.addmm(y, a, b, alpha=scaling, out=y)
     return y.addmm_(a, b, alpha=scaling)
+
+
+def _room(a: Tensor, b: Tensor, y: Tensor) -> int:
+    """The numbers of the result, or of many rows that are multiplied by a low rank's factor.
+
+    Autograd over the plain formula makes copies of such rows, too.
+    """
+    return max(y.numel(), a.numel() if 4 * b.numel() <= a.numel() else 0)
 
 
 def _parts(length: int, width: int, room: int) -> Iterator[slice]:
