@@ -4,8 +4,10 @@ A test is named after its bug, B01 to B54 in docs/differences.md, and runs over 
 bug is about. Where it is cheap it runs loralib too, so that it is known to be able to fail.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch import Tensor
 
 import lora_fast
 from lora_fast.testing import assert_within_budget, randomize_
+
+sys.path.insert(0, str(Path(__file__).parent))  # for attention
 
 QKV = {"enable_lora": [True, False, True]}
 
