@@ -25,10 +25,14 @@ _LEAST = 2**15
 # 1, 2026-11-30.
 FEW_ROWS = 16
 _FEW = 2**15
-# Columns up to which a product is made in less time as its transposition: dS = dY B and dB = dY^T S
-# of 64 to 2048 rows, 768 and 4096 features, ranks 2 to 8 in a third to a 28th of it, from rank 16
-# on in as much; MKL in torch 2.13, one thread of an EPYC of family 25 model 1, 2026-12-01.
-THIN = 8
+# Columns for which a product may be made in less time as its transposition, in fp32 and float64, by
+# MKL in torch 2.13. On AMD's CPUs dS = dY B and dB = dY^T S of 64 to 2048 rows and 768 and 4096
+# features in a third to a 28th of it, with 16 columns in as much: an EPYC of family 25 model 1, one
+# thread, 2026-12-01. On Intel's only a sum over many rows, as dB is, in .3 to 1.05 of it from 128
+# rows on; one over 16 in up to 3.3 times, dS in .8 to 2.9 times as long: a Xeon of family 6 model
+# 207, one and two threads, 2026-12-01. One column takes as long either way.
+THIN = range(2, 9)
+_MANY_ROWS = 128
 
 
 @functools.cache
@@ -91,20 +95,21 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     """
     if are_slow(a, b) and not _loops_serve(a, b):
         return _mm_in_fp32(a, b, 1.0)
-    return _thin_mm(a, b) if _is_thin(a, b) else a @ b
+    is_wide = b.dtype in (torch.float32, torch.float64) and b.is_cpu
+    if is_wide and b.stride(1) == 1 and _is_transposed(a, b):
+        return (b.t() @ a.t()).t().contiguous()
+    return a @ b
 
 
-def _is_thin(a: Tensor, b: Tensor) -> bool:
-    """Tell whether `a @ b` is so thin a product that its transposition is made in less time."""
-    n, is_wide = b.shape[1], b.dtype in (torch.float32, torch.float64)
-    return n <= THIN and is_wide and b.is_cpu and b.stride(1) == 1 and a.shape[0] > n
+def _is_transposed(a: Tensor, b: Tensor) -> bool:
+    """Tell whether `a @ b` is so thin that its transposition is made in less time.
 
-
-def _thin_mm(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` by way of (b^T a^T), along whose rows a BLAS has more than a vector to do."""
-    y = b.t() @ a.t()
-    # The strides of a column are those of a new one: DDP compares them.
-    return y.view(-1, 1) if y.shape[0] == 1 else y.t().contiguous()
+    Along the rows of that a BLAS has more than a vector to do.
+    """
+    if b.shape[1] not in THIN or a.shape[0] <= b.shape[1]:
+        return False
+    is_over_rows = a.stride(0) == 1 and a.shape[1] >= _MANY_ROWS
+    return torch_internals.HAS_MKL_ON_AMD or is_over_rows
 
 
 def mm_over_rows(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
@@ -145,8 +150,9 @@ def _mm_in_fp32(a: Tensor, b: Tensor, scaling: float, room: int = 0) -> Tensor:
     for rows in _parts(m, n, room):
         left = a[rows]
         shape = (left.shape[0], n)
-        sums = torch.zeros(shape[::-1] if n <= THIN else shape, dtype=torch.float32)
-        sums = sums.t() if n <= THIN else sums  # see `_is_thin`
+        is_transposed = _is_transposed(left, b)
+        sums = torch.zeros(shape[::-1] if is_transposed else shape, dtype=torch.float32)
+        sums = sums.t() if is_transposed else sums
         for steps in _parts(k, n + left.shape[0], room):
             _add_counted_(sums, left[:, steps].float(), b[steps].float(), scaling)
         y[rows] = sums

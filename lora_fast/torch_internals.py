@@ -57,6 +57,16 @@ def multiplies_in_loops(dtype: torch.dtype) -> bool:
     return platform.machine() in ("x86_64", "AMD64") and ask is not None and not ask()
 
 
+def _is_amd() -> bool:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as text:
+        return "AuthenticAMD" in text.readline() + text.readline()
+    return "AuthenticAMD" in platform.processor()  # Windows
+
+
+HAS_MKL_ON_AMD = torch.backends.mkl.is_available() and _is_amd()
+"""Whether products of float32 and float64 are MKL's, on a CPU for which it was not written."""
+
+
 def untraced(function: Function) -> Function:
     """Return a function that torch calls by itself, a global hook, kept from torch.compile.
 

@@ -10,7 +10,7 @@ from torch._dynamo import compiled_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fast as lora
-from lora_fast import products
+from lora_fast import products, torch_internals
 from lora_fast.backend import BackendName
 from lora_fast.testing import assert_within_budget, randomize_
 
@@ -62,15 +62,22 @@ def test_products(size: tuple[int, int, int], transposed: bool, dtype: torch.dty
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("n", [1, 8, 9])
-def test_thin_products(n: int, kind: torch.dtype) -> None:
-    for m, k, transposed in [(30, 20, False), (30, 20, True), (5, 0, False), (0, 4, False)]:
-        a, b = draw(kind, m, k, transposed), draw(kind, k, n)
-        assert products._is_thin(a, b) == (n <= 8 and m > n)
-        assert products.mm(a, b).stride() == (a @ b).stride()
-        check(products.mm, torch.mm, a, b)
-        check(products.mm_over_rows, lambda a, b: a.t() @ b, a.t(), b)
-        check(lambda a, b: products.scaled_mm(a, b, 0.3), lambda a, b: 0.3 * (a @ b), a, b)
+@pytest.mark.parametrize("n", [1, 2, 8, 9])
+@pytest.mark.parametrize("on_amd", [False, True], ids=["intel", "amd"])
+def test_thin_products(
+    on_amd: bool, n: int, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which AMD's CPUs take any transposed, Intel's only a sum over many rows."""
+    monkeypatch.setattr(torch_internals, "HAS_MKL_ON_AMD", on_amd)
+    for m, k in [(30, 20), (30, 128), (5, 0), (0, 4)]:
+        for transposed in (False, True):
+            a, b = draw(kind, m, k, transposed), draw(kind, k, n)
+            serves = on_amd or (transposed and k == 128)
+            assert products._is_transposed(a, b) == (serves and n in (2, 8) and m > n)
+            assert products.mm(a, b).stride() == (a @ b).stride()
+            check(products.mm, torch.mm, a, b)
+            check(products.mm_over_rows, lambda a, b: a.t() @ b, a.t(), b)
+            check(lambda a, b: products.scaled_mm(a, b, 0.3), lambda a, b: 0.3 * (a @ b), a, b)
 
 
 def test_sums_are_rounded_once(dtype: torch.dtype) -> None:
