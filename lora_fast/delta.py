@@ -12,8 +12,12 @@ from lora_fast.blocks import Spans
 
 _OP_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 # Up to here the ops were the faster, but for one row at rank 64 in fp32: 768 to 4096 features, two
-# threads of a Xeon of family 6 model 207, 2026-11-29.
+# threads of a Xeon of family 6 model 207, 2026-11-29. Of ranks up to 16 they are up to 64 rows: a
+# step of a merged layer of 768 features took .73 to .95 of the time in bf16, .88 to .99 in fp16 and
+# .93 to .99 in fp32, with one and two threads, and of 96 rows as long; same machine, 2026-12-01.
 _MOST_ROWS_OF_OP = 32
+_MOST_ROWS_OF_LOW_RANK = 64
+_LOW_RANK = 16
 
 
 Saved = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -23,16 +27,19 @@ None, to be made again or not needed; and what dropout kept, bool of the shape t
 without dropout."""
 
 
-def op_pays(x: Tensor) -> bool:
+def op_pays(x: Tensor, rank: int | None = None) -> bool:
     """Tell whether csrc's ops are there and sooner done than torch with so many rows.
 
     Args:
         x: (..., K).
+        rank: of each adapter; None for any.
     """
+    is_low = rank is not None and rank <= _LOW_RANK
+    most_rows = _MOST_ROWS_OF_LOW_RANK if is_low else _MOST_ROWS_OF_OP
     return (
         x.is_cpu
         and not torch.compiler.is_compiling()  # compiled autograd traces a backward
-        and x.numel() <= _MOST_ROWS_OF_OP * x.shape[-1]
+        and x.numel() <= most_rows * x.shape[-1]
         and x.dtype in _OP_DTYPES
         and ops.load_native("cpu") is None
     )
@@ -54,13 +61,15 @@ def add_(
     Returns:
         S = X A^T, (M, R * len(spans)).
     """
-    if op_pays(x) and torch_internals.mode_count() == 0:  # which would not see what the op does
+    rank = lora_B.shape[1]
+    # A mode would not see what the op does.
+    if op_pays(x, rank) and torch_internals.mode_count() == 0:
         s = x.new_empty((x.shape[0], lora_A.shape[0]))
         if ops.lora_delta_fwd_(x, lora_A, lora_B, scaling, blocks.edges(spans), y, s):
             return s
     s = products.linear(x, lora_A)
     for (lo, hi), s_block, b_block in zip(
-        spans, blocks.columns(s, lora_B.shape[1], spans), blocks.rows(lora_B, spans), strict=True
+        spans, blocks.columns(s, rank, spans), blocks.rows(lora_B, spans), strict=True
     ):
         products.add_mm_(y[:, lo:hi], s_block, b_block.t(), scaling)
     return s
@@ -86,7 +95,8 @@ def gradients_(
     """
     dy, x, lora_A, lora_B, s, keep = saved
     need_A, need_B = needs
-    if (s is not None or not need_B) and op_pays(dy) and ops.is_plain(dy):
+    rank = lora_B.shape[1]
+    if (s is not None or not need_B) and op_pays(dy, rank) and ops.is_plain(dy):
         dA = torch.empty_like(lora_A) if need_A else None
         dB = torch.empty_like(lora_B) if need_B else None
         rest = (keep, scaling, keep_scale, blocks.edges(spans), dx, dA, dB)
@@ -95,7 +105,7 @@ def gradients_(
     # Nothing is written with `out=`, and a slice may be all of dY: vmap over the gradients has no
     # rule for the one nor for torch's alias.
     dA = dB = keep2 = None
-    dropped, rank = x, lora_B.shape[1]
+    dropped = x
     dy_blocks = [dy.narrow(1, lo, hi - lo) for lo, hi in spans]
     if keep is not None and (dx is not None or need_A or s is None):
         # As bytes, which torch multiplies by in vectors; by bool it does one by one.

@@ -28,6 +28,7 @@ SHAPES = [
     (8, 96, 16, OUTER),
     (13, 77, 5, UNEQUAL),
     (32, 200, 64, OUTER),
+    (64, 200, 16, OUTER),
 ]
 N = 111
 
@@ -309,8 +310,13 @@ def test_float64_is_torchs() -> None:
         call.by_the_op()
 
 
-@pytest.mark.parametrize("rows", [1, 32, 33])
-def test_few_rows_are_the_ops(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "rank", "is_served"),
+    [(1, 4, True), (32, 17, True), (33, 17, False), (64, 16, True), (65, 16, False)],
+)
+def test_few_rows_are_the_ops(
+    rows: int, rank: int, is_served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     called = []
 
     def counted(name: str, op: Any) -> Any:
@@ -322,12 +328,12 @@ def test_few_rows_are_the_ops(rows: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
     for name in ("lora_delta_fwd_", "lora_delta_bwd_"):
         monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
-    call = Call(rows, 40, 4, OUTER, torch.float32)
+    call = Call(rows, 40, rank, OUTER, torch.float32)
     leaves = [t.requires_grad_() for t in (call.x, call.lora_A, call.lora_B)]
     weight = torch.randn(N, 40)
     y = eager.low_rank_linear(call.x, weight, *leaves[1:], 0.75, None, 0.0, OUTER)
     torch.autograd.grad(y, leaves, call.dy)
-    assert called == ([] if rows == 33 else ["lora_delta_fwd_", "lora_delta_bwd_"])
+    assert called == (["lora_delta_fwd_", "lora_delta_bwd_"] if is_served else [])
 
 
 def test_small_numbers_of_fp16_are_not_flushed() -> None:
