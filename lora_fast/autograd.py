@@ -25,6 +25,12 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, _SEED_END, (1,), device=device, dtype=torch.int64)
 
 
+def keep_undefined(ctx: Any) -> None:
+    """Have the backward told by None that nothing depends on an output, as torch's own are."""
+    if not torch.compiler.is_compiling():  # torch.compile traces no such call
+        ctx.set_materialize_grads(False)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -78,6 +84,7 @@ class _LoraLinear(torch.autograd.Function):
         )
         need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
         ctx.scaling, ctx.dropout_p, ctx.spans, ctx.edges = scaling, dropout_p, spans, edges
+        keep_undefined(ctx)
         ctx.bias_dtype = bias.dtype if bias is not None else y.dtype
         ctx.save_for_backward(
             x if need_weight or need_A else None,
@@ -90,8 +97,10 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = dys
+        if dy is None:
+            return (None,) * 9
         # Once: what unpacks them under activation checkpointing hands them out one time only.
         saved = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])

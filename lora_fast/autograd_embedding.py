@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import eager, ops
+from lora_fast.autograd import keep_undefined
 
 
 def lora_embedding(
@@ -62,11 +63,14 @@ class _LoraEmbedding(torch.autograd.Function):
         ctx.save_for_backward(input, lora_A, lora_B)
         ctx.num, ctx.scaling, ctx.padding_idx = weight.shape[0], scaling, padding_idx
         ctx.by_freq, ctx.sparse = scale_grad_by_freq, sparse
+        keep_undefined(ctx)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = dys
+        if dy is None:
+            return (None,) * 8
         # Once: what unpacks them under activation checkpointing hands them out one time only.
         saved = input, lora_A, lora_B = ctx.saved_tensors
         need_weight, need_A, need_B = ctx.needs_input_grad[:3]

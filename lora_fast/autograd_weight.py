@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_fast import ops
 from lora_fast.autocast import no_autocast
+from lora_fast.autograd import keep_undefined
 
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -25,14 +26,17 @@ class _MergedWeight(torch.autograd.Function):
         ctx.scaling, ctx.shape = scaling, (lora_B.shape[0], lora_A.shape[1])
         ctx.dtypes = lora_A.dtype, lora_B.dtype
         ctx.save_for_backward(lora_A if need_B else None, lora_B if need_A else None)
+        keep_undefined(ctx)
         launch = ops.launcher("merged_weight", weight)
         merged: Tensor = launch(weight, lora_A, lora_B, scaling)
         return merged
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # Ordinary torch code, so that it has gradients again.
         (dweight,) = grads
+        if dweight is None:
+            return (None,) * 4
         lora_A, lora_B = ctx.saved_tensors
         need_weight, need_A, need_B = ctx.needs_input_grad[:3]
         dA = dB = None

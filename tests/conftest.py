@@ -98,6 +98,22 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+class _Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+        return None
+
+
+@pytest.fixture
+def without_gradient() -> Callable[[torch.Tensor], torch.Tensor]:
+    """A copy that gives what it is made of no gradient, not even zeros."""
+    return _Stop.apply  # type: ignore[no-any-return]
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     """Forget what `torch.compile` compiled; its limit of recompilations counts per function."""
