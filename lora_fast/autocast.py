@@ -5,11 +5,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from lora_fast import torch_internals
+
 
 def autocasts(x: Tensor) -> bool:
     """Tell whether autocast is on where `x` is; torch can't be asked for meta, which knows none."""
     if x.is_cpu:  # first, as the name of a device's type takes longer than all the rest
-        return torch.is_autocast_enabled("cpu")
+        return torch_internals.autocasts_anything() and torch.is_autocast_enabled("cpu")
     kind = x.device.type
     known = kind == "cuda" or torch.amp.is_autocast_available(kind)
     return known and torch.is_autocast_enabled(kind)

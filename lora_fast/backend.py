@@ -223,7 +223,8 @@ def _needs_reference(tensors: tuple[Tensor | None, ...]) -> str | None:
     x = tensors[0]
     # The fused operators trace as one node each and cast by themselves under autocast.
     fusable = x is not None and (x.is_cuda or _selected == "triton")
-    if torch.compiler.is_compiling() and (torch_internals.is_exporting() or not fusable):
+    compiles = torch.compiler.is_compiling()
+    if compiles and (torch_internals.is_exporting() or not fusable):
         return "traced by torch.compile or torch.export"
     for t in tensors:
         if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
@@ -234,14 +235,18 @@ def _needs_reference(tensors: tuple[Tensor | None, ...]) -> str | None:
         return "a sparse tensor"
     if x is not None and x.is_complex() and _selected != "triton":  # which names the dtype
         return "complex numbers"
-    if _in_functorch_transform(tensors):
+    if compiles:  # which can trace one question, not the other
+        is_transformed = any(t is not None and torch_internals.is_batched(t) for t in tensors)
+    else:
+        is_transformed = torch_internals.functorch_level() is not None
+    if is_transformed:
         return "inside a functorch transform"
-    if torch.compiler.is_compiling():
+    if compiles:
         return None
     for t in tensors:  # any() would make a generator, in every call
         if t is not None and (t.is_neg() or t._is_zerotensor()):
             return "a tensor that torch negates or fills when it is read"
-    if torch.jit.is_tracing():
+    if torch_internals.is_tracing():
         return "traced by torch.jit"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation"
@@ -252,12 +257,6 @@ def _needs_reference(tensors: tuple[Tensor | None, ...]) -> str | None:
     if x is not None and not fusable and autocasts(x):
         return "autocast"
     return None
-
-
-def _in_functorch_transform(tensors: tuple[Tensor | None, ...]) -> bool:
-    if torch.compiler.is_compiling():  # which can trace this question, not the other
-        return any(t is not None and torch_internals.is_batched(t) for t in tensors)
-    return torch_internals.functorch_level() is not None
 
 
 def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -311,15 +310,19 @@ def _why_eager(op: str, tensors: tuple[Tensor | None, ...], drops: bool) -> str 
             return None
         # Asked last: a graph may leave the size open.
         return _PRODUCTS_IN_FP32 if x.numel() > products.FEW_ROWS else None
-    if op != "lora_linear" or x is None or not x.is_cpu or x.layout is not torch.strided:
+    if op != "lora_linear" or x is None or not x.is_cpu:
         return None
-    if x.is_nested or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    # In fp32 torch's products are as fast as the call of a backward in Python.
+    if x.dtype is torch.float32 and not drops:
+        return None
+    if x.layout is not torch.strided or x.is_nested:
+        return None
+    if torch.compiler.is_compiling() or torch_internals.is_tracing():
         return None
     if drops and x.numel() >= _MANY_DROPPED and x.is_contiguous():
         return "a faster dropout of many numbers"
     if products.are_slow(x):  # but for the products of one row with a matrix as it lies
         return _PRODUCTS_IN_FP32 if x.requires_grad or x.numel() > x.shape[-1] else None
-    # In fp32 torch's products are as fast as the call of a backward in Python.
     if x.dtype is not torch.float32 and x.dim() > 0 and delta.op_pays(x):
         return "few rows of 16 bits, to which one native op adds the update"
     return None

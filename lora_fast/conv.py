@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -120,15 +120,17 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
 
     def _adapted_forward(self, x: Tensor) -> Tensor:
         """Convolve `x`, (batch, in_channels, *space) or without the batch."""
-        conv: Any = self.conv
+        conv: Any = self._modules["conv"]  # past the lookups of an attribute, three calls
         try:
             if self.r > 0 and not self.merged:
                 bypasses.recompute_weight(conv, x)
                 lora_A, lora_B = self._look_up(x, "lora_A", "lora_B")
                 weight = functional.merged_weight(conv.weight, lora_A, lora_B, self.scaling)
-                return cast(Tensor, conv._conv_forward(x, weight, conv.bias))
+                y: Tensor = conv._conv_forward(x, weight, conv.bias)
+                return y
             notices.no_gradient(self)
-            return cast(Tensor, conv(x))
+            y = conv(x)
+            return y
         except RuntimeError:
             own, bias = getattr(conv, "weight", None), getattr(conv, "bias", None)
             checks.one_dtype(type(self).__name__, "weight", own, x=x, bias=bias)

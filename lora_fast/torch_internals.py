@@ -30,6 +30,12 @@ def only_counted() -> bool:
 functorch_level = torch._C._functorch.peek_interpreter_stack
 """The innermost transform of torch.func that is active, or None."""
 
+is_tracing: Callable[[], bool] = torch._C._is_tracing
+"""`torch.jit.is_tracing`, for what is not scripted."""
+
+autocasts_anything: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on for a CPU, a CUDA device or one of several others."""
+
 is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
 """Whether vmap hides a dimension of a tensor; unlike the level, torch.compile traces it."""
 

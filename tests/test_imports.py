@@ -67,7 +67,7 @@ def test_kernels_know_nothing_of_the_rest(name):
     ("name", "allowed"),
     [
         ("blocks", set()),
-        ("autocast", set()),
+        ("autocast", {"torch_internals"}),
         ("reference", {"autocast", "blocks"}),
         ("testing", set()),
         ("decisions", {"backend", "ops"}),
