@@ -182,6 +182,21 @@ class LoadedState(LayerPart):
         # What the delta does not change can't tell, and needs no telling.
         return is_marked or not sums.is_sum(*summands, 0.0, **self._blocks())
 
+    def _was_given_merged(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Tell whether a weight is one that this layer gave out merged, on a base that has learned.
+
+        The best epoch's, say, which a trainer has kept in a file without marks.
+        """
+        given = self.__dict__.get("_given_merged", ())
+        summands, scaling = self._summands(state_dict, prefix, False), self._one_scaling()
+        if not given or summands is None or scaling is None:
+            return False
+        weight, _, *factors = summands
+        found = (
+            sample.is_of(taken, weight, *factors, scaling, **self._blocks()) for taken in given
+        )
+        return any(found)
+
     def _is_rather_merged(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Tell whether a saved weight is nearer to the sum than to the base weight that is here.
 
@@ -278,7 +293,11 @@ class LoadedState(LayerPart):
         if self._is_mine_merged(state_dict, prefix, is_merged):
             weight: Any = self._weight_owner().weight
             state_dict[prefix + self._weight_key()] = weight.detach()
-        elif is_merged or self._is_rather_merged(state_dict, prefix):
+        elif (
+            is_merged
+            or self._was_given_merged(state_dict, prefix)
+            or self._is_rather_merged(state_dict, prefix)
+        ):
             self._subtract_saved_delta(state_dict, prefix, metadata)
         else:
             self._tell_it_is_merged_now(state_dict, prefix)

@@ -109,6 +109,36 @@ def compared(
     return "other" if fits else None
 
 
+@torch.no_grad()
+def is_of(
+    sample: Sample,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    **blocks: Any,
+) -> bool:
+    """Tell whether a weight is the very one of which a sample was taken, merged with these factors.
+
+    Args:
+        sample: from `taken`.
+        weight: as for `taken`.
+        lora_A: likewise.
+        lora_B: likewise.
+        scaling: likewise.
+        blocks: likewise.
+    """
+    for some in (sample[:1], sample):  # as a first difference is the rule
+        found = _found(some, weight, lora_A, lora_B, blocks)
+        if len(found) != len(some):
+            return False
+        for (value, product), (_, _, merged, base) in zip(found, some, strict=True):
+            delta = merged - base
+            if value != merged or abs(scaling * product - delta) > 0.1 * abs(delta):
+                return False
+    return bool(sample)
+
+
 def fingerprint(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return some elements of a weight, and a sum of the bits of all of them, on its device."""
     parts = torch.view_as_real(weight) if weight.is_complex() else weight

@@ -1,6 +1,7 @@
 """What of a LoRA layer is pickled, copied and saved, merged or not."""
 
 import weakref
+from collections import deque
 from dataclasses import replace
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -17,6 +18,9 @@ from lora_fast.torch_internals import mode_count, storage_id
 # The weights that `state_dict()` took from layers, and whose they are: they are views, and show the
 # original as soon as the layer is in train mode again, whatever the dict's mark says.
 _views = WeakTensorKeyDictionary()
+# Merged weights of a layer that are recognised when they come back without a mark: as many epochs,
+# say, at most 1.5 KB each.
+_GIVEN = 32
 # What wrappers of torch put into the names of modules, and take out of the keys of a state.
 _WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
@@ -49,6 +53,7 @@ class SavedState(LayerPart):
     def _pickled(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
         state.pop("_given_to_child", None)
+        state.pop("_given_merged", None)
         bypasses.without_exposed(state)
         state["_merged_marks"] = None
         record = self._record
@@ -106,7 +111,15 @@ class SavedState(LayerPart):
             if scaling is not None:
                 metadata["lora_scaling"] = scaling
         if record is not None and not record.of_shard:
-            metadata.update(self._evidence(record))
+            evidence = self._evidence(record)
+            metadata.update(evidence)
+            self._note_given(evidence["lora_sample"])
+
+    def _note_given(self, taken: sample.Sample) -> None:
+        """Keep samples of the merged weights that were given out, by which they are recognised."""
+        given = self.__dict__.setdefault("_given_merged", deque(maxlen=_GIVEN))
+        if taken and (not given or given[-1] != taken):
+            given.append(taken)
 
     def _shows_base(self, record: MergeRecord) -> bool:
         """Tell whether what is saved of a merged layer is its base weight, which was put back."""

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import logging
 import types
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fast as lora
-from lora_fast import loaded_state, sums
+from lora_fast import loaded_state, saved_state, sums
 from lora_fast.testing import randomize_
 
 SPLIT = {"enable_lora": [True, False, True]}
@@ -61,6 +62,53 @@ def test_a_merged_state_without_a_mark(
     layer.train()
     assert torch.equal(owner(layer).weight, base)
     assert all(torch.equal(layer.state_dict()[key], factors[key]) for key in factors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_merged_state_of_its_own_after_the_base_has_learned(
+    name: str, training: bool, dtype: torch.dtype, backend: str
+) -> None:
+    """The best epoch of a run in which the base weights were trained, too."""
+    layer = randomize_(MAKERS[name](lora)).to(dtype)
+    states = []
+    for _ in range(3):
+        states.append((plain(layer.eval().state_dict()), layer.effective_weight().clone()))
+        layer.train()
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.add_(torch.randn_like(parameter))
+    unmerged = plain(layer.state_dict())
+    for state, merged in states:
+        layer.train(training).load_state_dict(state)
+        assert layer.merged is not training
+        torch.testing.assert_close(layer.effective_weight(), merged, rtol=0.05, atol=0.05)
+        layer.load_state_dict(unmerged)
+        assert torch.equal(owner(layer.train()).weight, unmerged[layer._weight_key()])
+
+
+def test_a_merged_weight_of_its_own_with_other_factors_is_a_base() -> None:
+    """Of these it is no sum: somebody has folded an adapter, and begun another."""
+    layer = randomize_(lora.Linear(6, 8, r=2))
+    state = plain(layer.eval().state_dict())
+    with torch.no_grad():
+        layer.train().weight.add_(1.0)
+    state |= {k: torch.randn_like(v) for k, v in state.items() if "lora_" in k}
+    layer.load_state_dict(state)
+    assert torch.equal(layer.weight, state["weight"])
+
+
+def test_the_oldest_of_many_merged_states_is_forgotten() -> None:
+    layer = randomize_(lora.Linear(6, 8, r=2))
+    for _ in range(saved_state._GIVEN + 5):
+        layer.eval().state_dict()
+        layer.state_dict()
+        with torch.no_grad():
+            layer.train().lora_B.add_(1.0)
+    given = layer.__dict__["_given_merged"]
+    assert len(given) == saved_state._GIVEN
+    assert all(a != b for a, b in itertools.pairwise(given))
+    assert "_given_merged" not in copy.deepcopy(layer).__dict__
 
 
 def test_another_base_without_a_mark_is_a_base(name: str, backend: str) -> None:
