@@ -149,6 +149,10 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         """Return the view of `weight` that has the rows and columns of the delta B A."""
         return weight
 
+    def _fitted_factor(self) -> Tensor:
+        """Return A for the weight as it is now."""
+        return self.lora_A
+
     def _blocks(self) -> dict[str, Any]:
         """Return the arguments that describe a grouped weight to the functions."""
         return {}
@@ -184,7 +188,11 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         if self.merged or not self._has_adapter():
             return weight
         merged = functional.merged_weight(
-            self._as_delta(weight), self.lora_A, self.lora_B, self.scaling, **self._blocks()
+            self._as_delta(weight),
+            self._fitted_factor(),
+            self.lora_B,
+            self.scaling,
+            **self._blocks(),
         )
         return self._as_delta(merged)  # a transposition undoes itself
 

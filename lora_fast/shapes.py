@@ -163,10 +163,7 @@ def embedding(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> 
     num, dim = _matrix("lora_embedding", weight)
     a, b = tuple(lora_A.shape), tuple(lora_B.shape)
     if len(a) != 2 or a[1] != num:
-        raise ValueError(
-            f"lora_embedding: lora_A must be (r, {num}), got {a}; build the layer anew where its "
-            "table was resized"
-        )
+        raise ValueError(f"lora_embedding: lora_A must be (r, {num}), got {a}")
     raise ValueError(f"lora_embedding: lora_B must be ({dim}, {a[0]}), got {b}")
 
 
