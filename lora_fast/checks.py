@@ -134,10 +134,11 @@ def _conversion(name: str, tensor: Tensor, other: Tensor) -> str:
 
 
 def not_faked(op: str, weight: Tensor) -> None:
-    """Refuse a weight with values under FakeTensorMode, where nothing is written to it."""
+    """Refuse a weight under FakeTensorMode, where nothing is written to it."""
     if torch_internals.mode_count() == 0:
         return
-    if torch_internals.in_fake_mode() and type(weight) in (Tensor, torch.nn.Parameter):
+    is_plain = type(weight) in (Tensor, torch.nn.Parameter)
+    if torch_internals.in_fake_mode() and (is_plain or torch_internals.is_fake_tensor(weight)):
         raise RuntimeError(f"{op}: under FakeTensorMode nothing is written; leave the mode first")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_fast import checks, native, ops, reference, shapes, sharded, versions
 from lora_fast.backend import Backend, choose_merge
 from lora_fast.native import Merge
-from lora_fast.record import MergeRecord, some_of
+from lora_fast.record import MergeRecord, are_same, some_of
 
 
 def merge_(
@@ -158,7 +158,7 @@ def _merge_alone(request: Merge) -> None:
         request.record = None
     except BaseException:
         with suppress(Exception):  # it may not even be written to
-            if torch.equal(weight, original):
+            if are_same(weight, original):
                 request.record = None
         raise
 

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_fast import functional, readers, reference, shapes, sharded, sums
 from lora_fast.layer_part import LayerPart
 from lora_fast.merging import merge_again, merge_many, undo
 from lora_fast.native import Merge
-from lora_fast.record import Code, MergeRecord, some_of
+from lora_fast.record import Code, MergeRecord, are_same, some_of
 from lora_fast.torch_internals import is_fake_tensor
 
 _log = logging.getLogger("lora_fast.merge")
@@ -204,14 +203,14 @@ def is_as_merged(shard: Tensor, record: MergeRecord) -> bool:
     """Tell by its values whether a weight is as the merge with this record has left it."""
     if not _is_like(shard, record):
         return False
-    if record.after is not None and not torch.equal(some_of(shard), record.after):
+    if record.after is not None and not are_same(some_of(shard), record.after):
         return False
     # Of a copy, which lies in memory as the weight did: elsewhere torch's product may round
     # otherwise.
     again = shard.clone() if record.original is None else record.original.clone()
     if record.original is None:
         functional.unmerge_(again, replace(record, spent=False))
-    return merge_again(again, record) is not None and torch.equal(again, shard)
+    return merge_again(again, record) is not None and are_same(again, shard)
 
 
 def _is_base(shard: Tensor, record: MergeRecord) -> bool:
@@ -222,13 +221,13 @@ def _is_base(shard: Tensor, record: MergeRecord) -> bool:
     if not _is_like(shard, record):
         return False
     if record.original is not None:
-        return torch.equal(shard, record.original)
+        return are_same(shard, record.original)
     merged = shard.clone()
     again = merge_again(merged, record)
-    if again is None or record.after is None or not torch.equal(some_of(merged), record.after):
+    if again is None or record.after is None or not are_same(some_of(merged), record.after):
         return False
     mine, its = ([t for code in r.codes for t in _ordered(code)] for r in (record, again))
-    return len(mine) == len(its) and all(map(torch.equal, mine, its))
+    return len(mine) == len(its) and all(map(are_same, mine, its))
 
 
 def _ordered(code: Code) -> Code:

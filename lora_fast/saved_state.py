@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_fast import bypasses, checks, interrupts, readers, sample, sharded
 from lora_fast.layer_part import LayerPart
-from lora_fast.record import MergeRecord, some_of
+from lora_fast.record import MergeRecord, are_same, some_of
 from lora_fast.torch_internals import mode_count, storage_id
 
 # The weights that `state_dict()` took from layers, and whose they are: they are views, and show the
@@ -236,7 +236,7 @@ class SavedState(LayerPart):
         """Tell whether the weight is as it was merged, by its number and some of its elements."""
         if self._merged_version is None or self._weight_version() != self._merged_version:
             return False
-        return record.after is not None and torch.equal(some_of(target), record.after)
+        return record.after is not None and are_same(some_of(target), record.after)
 
 
 def _copied_module(module: Any) -> Any:
@@ -303,4 +303,4 @@ def are_equal(value: Any, tensor: Tensor) -> bool:
     """Tell whether a value of a state has the bits of a tensor."""
     if not isinstance(value, Tensor) or value.is_meta or value.dtype != tensor.dtype:
         return False
-    return torch.equal(value.to(tensor.device), tensor)
+    return are_same(value.to(tensor.device), tensor)

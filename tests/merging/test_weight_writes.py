@@ -2,12 +2,14 @@
 
 import copy
 import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from each_layer import LAYERS, base_of, weight_of
-from torch import nn
+from torch import Tensor, nn
 
 import lora_fast as lora
 from lora_fast import functional, restoring
@@ -26,6 +28,35 @@ def test_a_base_that_is_put_back_while_merged_stays(layer: Any) -> None:
         assert torch.equal(parameter, before)
     expected = layer.effective_weight().detach()
     torch.testing.assert_close(weight_of(layer.eval()), expected)
+
+
+def moved(weight: nn.Parameter, _: Tensor) -> None:
+    weight.data = weight.data.clone()
+
+
+WRITES: dict[str, Callable[[nn.Parameter, Tensor], object]] = {
+    "the base": lambda weight, base: weight.copy_(base),
+    "a copy": moved,
+    "itself": lambda weight, _: weight.mul_(1.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_writes_that_leave_a_base_that_is_not_finite(
+    layer: Any, value: float, write: str, dtype: torch.dtype, backend: str
+) -> None:
+    """NaN is not equal to itself, and yet as it was."""
+    weight = weight_of(layer.to(dtype))
+    with torch.no_grad():
+        weight[0, 0] = value
+    base = base_of(layer)
+    layer.eval()
+    with torch.no_grad():
+        WRITES[write](weight_of(layer), base)
+    layer.train()
+    torch.testing.assert_close(weight_of(layer).detach(), base, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_base_that_is_put_back_beside_a_list_in_another_order() -> None:
