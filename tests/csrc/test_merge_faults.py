@@ -162,6 +162,14 @@ def test_nothing_is_lost_under_fake_tensors(backend: str) -> None:
         assert torch.equal(layer.train().weight, base)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_fake_weight_is_refused(backend: str) -> None:
+    with lora.use_backend(backend), FakeTensorMode():
+        weight, lora_A, lora_B = torch.zeros(4, 3), torch.ones(2, 3), torch.ones(4, 2)
+        with pytest.raises(RuntimeError, match="merge_: under FakeTensorMode nothing is written"):
+            functional.merge_(weight, lora_A, lora_B, 0.5)
+
+
 def test_a_record_can_be_compared_kept_in_a_set_and_printed() -> None:
     weights = [torch.zeros(4, 3) for _ in range(2)]
     factors = torch.ones(2, 3), torch.ones(4, 2)
