@@ -30,7 +30,7 @@ _FEW = 2**15
 # features in a third to a 28th of it, with 16 columns in as much: an EPYC of family 25 model 1, one
 # thread, 2026-12-01. On Intel's only a sum over many rows, as dB is, in .3 to 1.05 of it from 128
 # rows on; one over 16 in up to 3.3 times, dS in .8 to 2.9 times as long: a Xeon of family 6 model
-# 207, one and two threads, 2026-12-01. One column takes as long either way.
+# 167, one and two threads, 2026-12-01. One column takes as long either way.
 THIN = range(2, 9)
 _MANY_ROWS = 128
 
