@@ -14,7 +14,7 @@ _OP_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 # Up to here the ops were the faster, but for one row at rank 64 in fp32: 768 to 4096 features, two
 # threads of a Xeon of family 6 model 207, 2026-11-29. Of ranks up to 16 they are up to 64 rows: a
 # step of a merged layer of 768 features took .73 to .95 of the time in bf16, .88 to .99 in fp16 and
-# .93 to .99 in fp32, with one and two threads, and of 96 rows as long: a Xeon of family 6 model 167,
+# .93 to .99 in fp32, and of 96 rows as long; one and two threads of a Xeon of family 6 model 167,
 # 2026-12-01.
 _MOST_ROWS_OF_OP = 32
 _MOST_ROWS_OF_LOW_RANK = 64

@@ -282,8 +282,12 @@ class MergedLinear(_LinearBase):
         if p is None:
             y, s = self._through_dropout("lora_merged_linear", x, weight, lora_A, bias)
             return reference.grouped_expand(y, s, lora_B, self.scaling, self._output_blocks())
+        blocks = self._blocks()
+        if torch.compiler.is_compiling():  # the weight's sizes may be symbols
+            widths = block_widths(self.out_features, self.enable_lora, self.out_splits)
+            blocks["out_splits"] = widths
         return functional.lora_merged_linear(
-            x, weight, lora_A, lora_B, self.scaling, bias, p, p > 0.0, **self._blocks()
+            x, weight, lora_A, lora_B, self.scaling, bias, p, p > 0.0, **blocks
         )
 
     def _forward_in_script(self, x: Tensor) -> Tensor:

@@ -112,6 +112,8 @@ def _is_sum(weight: Tensor, base: Tensor, b: Tensor, a: Tensor, scaling: float) 
     eps, eps_of_sums = max(info.eps for info in infos), torch.finfo(wide).eps
     # What lies between two subnormal numbers, by which any of the roundings may miss.
     step = max(info.smallest_normal * info.eps for info in infos)
+    # And what a CPU may have flushed to zero, then or now (`torch.set_flush_denormal`).
+    step += torch.finfo(wide).smallest_normal * (a.shape[0] + 2)
     eps_of_factors = max(torch.finfo(t.dtype).eps for t in (a, b))  # perhaps rounded since the sum
     if weight.is_cuda and wide is torch.float32:
         eps_of_factors = max(eps_of_factors, _TF32)

@@ -248,6 +248,30 @@ def test_export(name: str, training: bool) -> None:
     assert set(program.state_dict) == set(layer.state_dict())
 
 
+class Branches(nn.Module):
+    """Two layers, of which the data choose one."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.yes, self.no = randomize_(make()), randomize_(make())
+
+    def forward(self, chosen: Tensor, x: Tensor) -> Tensor:
+        branches = (lambda x: self.yes(x), lambda x: self.no(x))
+        return torch.cond(chosen, *branches, (x,))
+
+
+@pytest.mark.parametrize("options", [{}, {"out_splits": [2, 3, 4]}], ids=["equal", "unequal"])
+def test_export_of_a_branch(options: dict[str, Any]) -> None:
+    """Whose sizes are symbols, those of its weights too."""
+    model = Branches(
+        lambda: lora.MergedLinear(6, 9, r=2, enable_lora=[True, False, True], **options)
+    )
+    x = torch.randn(4, 5, 6)
+    program = torch.export.export(model, (torch.tensor(True), x)).module()
+    for chosen, layer in ((True, model.yes), (False, model.no)):
+        torch.testing.assert_close(program(torch.tensor(chosen), x), layer(x))
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ["linear", "merged", "embedding", "conv2d"])
 # The exporter's own packages call what newer torch, onnx and Python versions deprecate.

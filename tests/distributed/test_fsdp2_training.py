@@ -175,6 +175,9 @@ class _Failing(torch.autograd.Function):
         raise RuntimeError("out of memory")
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.11", reason="of nn.Linear, too, torch 2.10 then leaves sharded weights"
+)
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_after_a_backward_that_failed(mode: str) -> None:
     """Which had begun to gather the weights of the layer before, as they were then."""

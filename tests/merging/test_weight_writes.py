@@ -59,6 +59,27 @@ def test_writes_that_leave_a_base_that_is_not_finite(
     torch.testing.assert_close(weight_of(layer).detach(), base, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_cpu_flushes_to_zero_at_one_of_both_ends(
+    layer: Any, dtype: torch.dtype, backend: str
+) -> None:
+    """Subnormal numbers of the base come back, as the sum is recognised without them."""
+    weight = weight_of(layer.to(dtype))
+    with torch.no_grad():
+        layer.lora_A.zero_()
+        weight[0] = 1e-41
+    base = base_of(layer)
+    for flushes in (True, False):
+        torch.set_flush_denormal(flushes)
+        try:
+            layer.eval()
+            torch.set_flush_denormal(not flushes)
+            layer.train()
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(weight_of(layer), base)
+
+
 def test_a_base_that_is_put_back_beside_a_list_in_another_order() -> None:
     """Several threads write the list of what the code can't tell, in whichever order."""
     layer = randomize_(lora.Linear(64, 64, r=2))
