@@ -4,18 +4,20 @@
 
 A row's yardstick is the frozen layer, or loralib, or two copies of the weight: how many times as
 long as lora_fast it takes, in one run. A row got slower where the upper quartile of that ratio is
-now below its lower quartile then, by more than the slack. Exit status: 0, 1 if a row got slower or
-fails now, 2 for bad input.
+now below its lower quartile then, by more than the slack. It fails where lora_fast was measured
+whole and within its error budget then, and is not now. Exit status: 0, 1 if a row got slower or
+fails, 2 for bad input.
 """
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.names import CLONES, FROZEN, LORALIB, OURS
-from harness.results import markdown, read
+from harness.results import markdown, number, read
 from lora_fast.commands import share, status_of
 
 YARDSTICKS = (FROZEN, LORALIB, CLONES)
@@ -29,9 +31,9 @@ def verdict(old: dict[str, Any], new: dict[str, Any], slack: float) -> dict[str,
         new: the row now.
         slack: part of a ratio that is never a difference.
     """
-    failed = new["peers"].get(OURS, {}).get("failed")
-    if failed and "us" in old["peers"].get(OURS, {}):
-        return {"row": old["id"], "against": "", "then": "", "now": failed, "verdict": "SLOWER"}
+    fault = _fault(new)
+    if fault and not _fault(old):
+        return {"row": old["id"], "against": "", "then": "", "now": fault, "verdict": "FAILS"}
     for peer in YARDSTICKS:
         pair = [row["peers"].get(peer, {}).get("ratio") for row in (old, new)]
         if None in pair:
@@ -54,13 +56,23 @@ def verdict(old: dict[str, Any], new: dict[str, Any], slack: float) -> dict[str,
     return None
 
 
+def _fault(row: dict[str, Any]) -> str:
+    """What is wrong with lora_fast in a row, if anything."""
+    own = row["peers"].get(OURS, {})
+    told = next((own[key] for key in ("failed", "incomplete", "absent") if key in own), "")
+    if told or "us" not in own:
+        return told or "lora_fast is missing"
+    error = own.get("error", 0.0)
+    return "" if error <= 1.0 else f"error {number(error)}, of a budget of 1"
+
+
 def _quartiles(ratio: Sequence[float]) -> tuple[float, float, float]:
     """A measurement without its spread counts as exact."""
     return (ratio[0], *ratio[1:]) if len(ratio) == 3 else (ratio[0],) * 3
 
 
-def compare(old: Path, new: Path, slack: float) -> tuple[list[dict[str, Any]], int]:
-    """Return the line of every row that both folders have, and how many only the old one has.
+def compare(old: Path, new: Path, slack: float) -> tuple[list[dict[str, Any]], int, int]:
+    """Return the lines of rows that compare, and how many have no ratio or are in `old` alone.
 
     Raises:
         ValueError: a folder has no results, or they have no row in common that was measured.
@@ -76,7 +88,7 @@ def compare(old: Path, new: Path, slack: float) -> tuple[list[dict[str, Any]], i
     found = [line for line in lines if line is not None]
     if not found:
         raise ValueError(f"{old} and {new} have rows in common, but no ratio of any of them")
-    return found, len(before) - len(shared)
+    return found, len(shared) - len(found), len(before) - len(shared)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,17 +99,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--slack", type=share, default=0.03, help="ratios this near are the same")
     arguments = parser.parse_args(argv)
     try:
-        lines, lost = compare(arguments.old, arguments.new, arguments.slack)
+        lines, without, lost = compare(arguments.old, arguments.new, arguments.slack)
     except ValueError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
     changed = [line for line in lines if line["verdict"] != "same"]
     if changed:
         print(markdown(changed), end="\n\n")
-    slower = sum(line["verdict"] == "SLOWER" for line in lines)
-    rest = f"; {lost} of OLD not in NEW" if lost else ""
-    print(f"{len(lines)} rows compared, {slower} slower, {len(changed) - slower} faster{rest}")
-    return int(slower > 0)
+    counts = Counter(line["verdict"] for line in lines)
+    told = [f"{counts['SLOWER']} slower", f"{counts['faster']} faster"]
+    told += [f"{counts['FAILS']} failing"] if counts["FAILS"] else []
+    rest = f"; {without} without a ratio in both" if without else ""
+    rest += f"; {lost} of OLD not in NEW" if lost else ""
+    print(f"{len(lines)} rows compared, {', '.join(told)}{rest}")
+    return int(counts["SLOWER"] + counts["FAILS"] > 0)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ item then hands its own samples to pytest-benchmark, whose options work as ever.
 
 import argparse
 import difflib
+import math
 import os
 import sys
 from pathlib import Path
@@ -16,15 +17,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness.clock import Clock, pin_cpu
+from harness.clock import Clock, cpus, pin_cpu
 from harness.contest import Lab
-from harness.measured import Measured, Replay, Store
+from harness.measured import OUTPUT_FAILED, Measured, Replay, Store
 from harness.names import OURS
-from harness.results import RESULTS, ROOT, device_name, machine
-from harness.selection import parse
+from harness.results import RESULTS, UNPUBLISHED, check_folder, device_name, machine
+from harness.selection import Level, nothing_fits, parse
 from lora_fast.commands import device_named, not_empty, number, path, positive, writable_folder
 
 _NARROWING = ("shapes", "tokens", "ranks", "dtypes", "peers")
+_WENT_TO_ITS_END = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
 _STORE = pytest.StashKey[Store]()
 
 
@@ -48,14 +50,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--rounds", type=positive, default=31, help="the most rounds of a row")
     budget = "seconds for a row, five rounds in any case"
     add("--budget", type=_not_negative, default=1.0, help=budget)
-    add("--threads", type=positive, default=2, help="threads on a CPU, bound to as many cores")
+    add("--threads", type=positive, help="on a CPU, bound to as many cores; 2 by default")
     add("--out", type=path, metavar="FOLDER", help="where results go")
     add("--profile", metavar="ROW", help="no times, a profile of every peer in this row")
 
 
 def _not_negative(text: str) -> float:
     value = number(float, text)
-    if not 0.0 <= value < float("inf"):
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
+    if value < 0.0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
     return value
 
@@ -77,46 +81,93 @@ def _store(config: pytest.Config) -> Store:
     from peers.roster import PEERS, missing  # which imports the kernels
 
     option = config.getoption
-    measuring = option("--benchmark")
+    measuring, profiling = option("--benchmark"), option("--profile") is not None
+    if measuring or profiling:
+        _refuse_processes(config)
     if not measuring:
         # pytest-benchmark reads its option after this.
         config.option.benchmark_disable = True
-    if option("--quick") and option("--full"):
-        raise ValueError("--quick, --full: expected at most one of them, got both; leave one out")
-    level = "toy"
-    if measuring:
-        level = "quick" if option("--quick") else "full" if option("--full") else "standard"
-    cuda = torch.cuda.is_available()
-    name = option("--device") or ("cuda" if cuda else "cpu")
-    if name.startswith("cuda") and not cuda:
-        raise ValueError(f"--device {name}: there is no GPU here; known is cpu")
-    device = device_named(name)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: expected cpu or cuda")
+    level, device = _level(config), _device(option("--device"))
     lists = {name: option(f"--{name}") for name in _NARROWING}
     selection = parse(level, device, **lists, known_peers=[p for p in PEERS if p != OURS])
     if measuring and device.type == "cpu":
-        pin_cpu(option("--threads"))
+        pin_cpu(_threads(option("--threads")))
     clock = Clock(device, rounds=option("--rounds"), budget=option("--budget"))
     if not measuring:
         clock = Clock(device, rounds=1, budget=0.0, sample=0.0)
     lab = Lab(device, level, clock, option("--lorafusion"))
     facts = machine(device)
     absent = missing(lab)
-    profiling = option("--profile") is not None
-    narrowed = {f"--{name}": text for name, text in lists.items() if text}
-    narrowed |= {"-k": config.option.keyword} if config.option.keyword else {}
-    partial = narrowed or option("--quick") or profiling
-    default = ROOT / "bench-out" if partial else RESULTS
-    out = option("--out") or default / device_name(facts)
-    if measuring or profiling:
-        writable_folder(out, "--out")
     known = {
         p: reason for p, reason in absent.items() if not selection.peers or p in selection.peers
     }
+    narrowed = {f"--{name}": text for name, text in lists.items() if text} | _chosen(config)
+    out, published = _folders(config, device_name(facts), narrowed)
+    if not (measuring or profiling):
+        out = published = None
+    for folder, argument in ((out, "--out"), (published, str(RESULTS))):
+        if folder is not None:
+            check_folder(folder, facts)
+            writable_folder(folder, argument)
     facts |= {"selection": level, "missing": known}
     facts |= {"narrowed by": narrowed} if narrowed else {}
-    return Store(lab, selection, facts, out if measuring or profiling else None)
+    return Store(lab, selection, facts, out, published)
+
+
+def _refuse_processes(config: pytest.Config) -> None:
+    # pytest-xdist's own options, which need not be installed; -n sets both.
+    if config.getoption("dist", "no") != "no" and config.getoption("tx", None):
+        raise ValueError("-n: processes that measure at once slow each other down; leave it out")
+
+
+def _level(config: pytest.Config) -> Level:
+    option = config.getoption
+    if option("--quick") and option("--full"):
+        raise ValueError("--quick, --full: expected at most one of them, got both; leave one out")
+    if not option("--benchmark"):
+        return "toy"
+    return "quick" if option("--quick") else "full" if option("--full") else "standard"
+
+
+def _device(name: str | None) -> torch.device:
+    cuda = torch.cuda.is_available()
+    name = name or ("cuda" if cuda else "cpu")
+    if name.startswith("cuda") and not cuda:
+        raise ValueError(f"--device {name}: there is no GPU here; known is cpu")
+    device = device_named(name)
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise ValueError(f"--device {name}: expected cpu or cuda")
+    return device
+
+
+def _threads(wanted: int | None) -> int:
+    there = cpus()
+    if wanted is not None and wanted > there:
+        raise ValueError(f"--threads {wanted}: expected at most {there}, the cores of this machine")
+    return wanted or min(2, there)
+
+
+def _chosen(config: pytest.Config) -> dict[str, str]:
+    """What pytest's own options say of the items; `Progress` counts what came of it."""
+    option = config.option
+    told = {
+        "-k": option.keyword,
+        "-m": option.markexpr,
+        "--deselect": " ".join(option.deselect or ()),
+        "node ids": " ".join(argument for argument in config.args if "::" in argument),
+    }
+    return {name: text for name, text in told.items() if text}
+
+
+def _folders(
+    config: pytest.Config, name: str, narrowed: dict[str, str]
+) -> tuple[Path, Path | None]:
+    """Where rows go at once, and where their tables go too when all of them are whole."""
+    option = config.getoption
+    if option("--out"):
+        return option("--out"), None
+    partial = narrowed or option("--quick") or option("--profile") is not None
+    return UNPUBLISHED / name, None if partial else RESULTS / name
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -127,10 +178,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     store = metafunc.config.stash[_STORE]
     module, cases = metafunc.module, []
+    store.asked.append(module.rows)
     for row in module.rows(store.selection):
         peers = select(store.selection.peers, module.peers(row))
         peers = [peer for peer in peers if peer not in store.facts["missing"]]
         for peer in peers:
+            store.progress.plan(row.table, row.id, peer)
             replay = Replay()
             marks = [
                 pytest.mark.benchmark(group=f"{row.table} {row.id}", timer=replay),
@@ -143,10 +196,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the one row that is to be profiled."""
+    """Refuse a selection without rows, and keep the one row that is to be profiled."""
+    store = config.stash[_STORE]
+    is_worker = hasattr(config, "workerinput")  # pytest-xdist's can't refuse, and measures nothing
+    if store.asked and store.progress.is_empty and not is_worker:
+        options = {f"--{name}": config.getoption(f"--{name}") for name in _NARROWING}
+        given = {option: text for option, text in options.items() if text}
+        raise pytest.UsageError(nothing_fits(store.selection, given, store.asked))
     wanted = config.getoption("--profile")
-    if wanted is None:
-        return
+    if wanted is not None:
+        _keep(wanted, config, items)
+
+
+def _keep(wanted: str, config: pytest.Config, items: list[pytest.Item]) -> None:
     rows: dict[str, list[pytest.Item]] = {}
     for item in items:
         case = item.callspec.params.get("measured") if hasattr(item, "callspec") else None
@@ -176,7 +238,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write tables and pictures of what was measured, also after Ctrl-C."""
-    session.config.stash[_STORE].finish()
+    if not session.config.stash[_STORE].finish() and session.exitstatus in _WENT_TO_ITS_END:
+        session.exitstatus = OUTPUT_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

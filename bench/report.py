@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.rendered import write_folder
-from harness.results import ROOT, markdown, read, result_folders
+from harness.results import ROOT, markdown, read, result_folders, write_text
 from harness.tables import comparison_rows, facts_line, ordered, readme_rows, summary_rows
 from lora_fast.commands import status_of
 
@@ -54,15 +54,30 @@ def section(folders: Sequence[Path]) -> str:
 
 def _rank(result: tuple[Path, dict[str, Any]]) -> tuple[bool, str]:
     """What of a result comes first: a GPU, then the later date."""
-    facts = next(table["machine"] for _, table in ordered(result[1]))
-    return "gpu" in facts, facts.get("date", "")
+    facts = [table["machine"] for table in result[1].values()]
+    return "gpu" in facts[0], max(one.get("date", "") for one in facts)
 
 
 def _facts(folder: Path, tables: dict[str, Any]) -> str:
-    names = [name for name, _ in ordered(tables)]
-    links = ", ".join(f"[{name}]({_relative(folder)}/{name}.md)" for name in names)
-    facts = {k: v for k, v in tables[names[0]]["machine"].items() if k != "missing"}
-    return f"{facts_line(facts)}. All rows: {links}."
+    """Return what all tables share, then of each table what it has for itself."""
+    found = {name: _told(table["machine"]) for name, table in ordered(tables)}
+    first = next(iter(found.values()))
+    shared = {
+        key: value
+        for key, value in first.items()
+        # Ceilings are measured anew by each run: those of the first table stand for all.
+        if isinstance(value, float) or all(facts.get(key) == value for facts in found.values())
+    }
+    parts = [facts_line(shared)]
+    for name, facts in found.items():
+        own = {k: v for k, v in facts.items() if k not in shared and not isinstance(v, float)}
+        parts += [f"{name}: {facts_line(own)}"] if own else []
+    links = ", ".join(f"[{name}]({_relative(folder)}/{name}.md)" for name in found)
+    return f"{'. '.join(parts)}. All rows: {links}."
+
+
+def _told(facts: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if key != "missing"}
 
 
 def _details(folder: Path, tables: dict[str, Any]) -> list[str]:
@@ -109,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write_folder(folder)
         new = with_section(text, section(folders))
         if not arguments.check:
-            README.write_text(new, encoding="utf-8")
+            write_text(README, new)
     except (OSError, ValueError) as error:  # of an OSError the text names the file
         print(f"report.py: {error}", file=sys.stderr)
         return 2

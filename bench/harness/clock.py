@@ -216,6 +216,13 @@ def nvidia_smi(*fields: str) -> list[str]:
     return values if done.returncode == 0 and len(values) == len(fields) else []
 
 
+def cpus() -> int:
+    """Return how many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def pin_cpu(threads: int) -> None:
     """Compute on `threads` threads, bound to as many cores."""
     torch.set_num_threads(threads)

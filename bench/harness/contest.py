@@ -216,7 +216,9 @@ def _add_errors(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return  # the row has its times; the error is that of the float64 oracle
+        for peer in checked:  # the row has its times; it was the float64 oracle that failed
+            entries[peer]["unchecked"] = f"the oracle was {OUT_OF_MEMORY}"
+        return
     if expected is None:
         return
     for peer, contestant in checked.items():

@@ -1,6 +1,7 @@
 """From the contest to pytest: results are kept on disk and handed to pytest-benchmark."""
 
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from harness.contest import OUT_OF_MEMORY, Lab, Row, measure
 from harness.names import is_ours
 from harness.profiling import profile
+from harness.progress import Progress
 from harness.rendered import write_folder
 from harness.results import write_json
 from harness.selection import Selection
+
+OUTPUT_FAILED = 74  # EX_IOERR of sysexits.h, as lora_fast's commands
 
 
 class Replay:
@@ -76,20 +80,31 @@ class Store:
 
     Args:
         out: where; None to write nothing.
+        published: where the tables go too, once all of them are whole.
     """
 
     def __init__(
-        self, lab: Lab, selection: Selection, facts: dict[str, Any], out: Path | None
+        self,
+        lab: Lab,
+        selection: Selection,
+        facts: dict[str, Any],
+        out: Path | None,
+        published: Path | None = None,
     ) -> None:
-        self.lab, self.selection, self.facts, self.out = lab, selection, facts, out
+        self.lab, self.selection, self.facts = lab, selection, facts
+        self.out, self.published = out, published
+        self.progress = Progress()
+        self.asked: list[Callable[[Selection], Iterable[Row]]] = []  # the rows of each table
+        self.problem = ""  # why results could not be written
         self.tables: dict[str, list[dict[str, Any]]] = {}
-        self._last: tuple[Row, dict[str, list[float]]] | None = None
+        # pytest may run the items of a row apart from each other, failed ones first, say.
+        self._rows: dict[tuple[str, str], tuple[dict[str, Any], dict[str, list[float]]]] = {}
 
     def measured(
         self, row: Row, peers: list[str], peer: str, benchmark: Any, replay: Replay
     ) -> Measured:
         """Return a peer's part of a row, which is measured first if it was not."""
-        if self._last is None or self._last[0] != row:
+        if (row.table, row.id) not in self._rows:
             with warnings.catch_warnings():
                 # What torch.compile says of loralib is not ours to repair; and where times are
                 # taken, no warning of another library costs a row.
@@ -100,12 +115,15 @@ class Store:
             # The single samples go to pytest-benchmark's own file.
             samples = {p: entry.pop("samples", []) for p, entry in result["peers"].items()}
             self.tables.setdefault(row.table, []).append(result)
-            self._last = (row, samples)
-            self._write(row.table)
-        entry = self.tables[row.table][-1]["peers"][peer]
+            self._rows[row.table, row.id] = (result, samples)
+            self._write_or_stop(row.table)
+        self.progress.ran(row.table, row.id, peer)
+        result, samples = self._rows[row.table, row.id]
         # How near others come is theirs; at toy sizes it shows that they were built right.
         held = self.lab.is_toy or is_ours(peer)
-        return Measured(entry, self._last[1][peer], benchmark, replay, held_to_budget=held)
+        return Measured(
+            result["peers"][peer], samples[peer], benchmark, replay, held_to_budget=held
+        )
 
     def profiled(self, row: Row, peer: str, benchmark: Any) -> Measured:
         """Write a peer's profile in the place of its times."""
@@ -117,15 +135,38 @@ class Store:
         """Return the machine's facts and the ceilings measured so far."""
         return self.facts | self.lab.facts()
 
-    def _write(self, table: str) -> None:
-        if self.out is not None:
-            write_json(self.out, table, self.all_facts(), self.tables[table])
+    def _write(self, folder: Path, table: str) -> None:
+        facts = self.all_facts()
+        if part := self.progress.part(table):
+            facts["narrowed by"] = facts.get("narrowed by", {}) | {"items": part}
+        write_json(folder, table, facts, self.tables[table])
 
-    def finish(self) -> None:
-        """Write the tables and pictures of what was measured."""
-        if self.out is None or not self.tables:
+    def _write_or_stop(self, table: str) -> None:
+        """Keep what was measured; to go on would be in vain where that fails."""
+        if self.out is None:
             return
-        write_folder(self.out)
+        try:
+            self._write(self.out, table)
+        except OSError as error:
+            pytest.exit(f"results cannot be written: {error}", returncode=OUTPUT_FAILED)
+
+    def finish(self) -> bool:
+        """Write the tables and pictures of what was measured; return whether that went well."""
+        if self.out is None or not self.tables:
+            return True
+        folders = [self.out]
+        if self.published is not None and self.progress.is_whole:
+            folders.append(self.published)
+        for folder in folders:
+            try:
+                for table in self.tables:
+                    self._write(folder, table)
+                write_folder(folder)
+            except (OSError, ValueError) as error:
+                self.problem = f"results cannot be written: {error}"
+                return False
+            self.out = folder
+        return True
 
     def summary(self) -> list[str]:
         """Return the last lines of the terminal."""
@@ -133,10 +174,18 @@ class Store:
         for name, rows in self.tables.items():
             for row in rows:
                 for peer, entry in row["peers"].items():
-                    problem = entry.get("failed") or entry.get("incomplete")
-                    if problem:
+                    if problem := _problem(entry):
                         lines.append(f"{name} {row['id']} {peer}: {problem}")
+        parts = {name: self.progress.part(name) for name in self.tables}
+        lines += [f"{name}: {part} items were run" for name, part in parts.items() if part]
+        lines += [self.problem] if self.problem else []
         return [*lines, f"results: {self.out}"]
+
+
+def _problem(entry: dict[str, Any]) -> str:
+    if "unchecked" in entry:
+        return f"error not checked, {entry['unchecked']}"
+    return entry.get("failed") or entry.get("incomplete") or ""
 
 
 def _nothing() -> None:

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
@@ -15,8 +16,13 @@ from harness.floor import dense_operations, extra_operations
 from harness.names import LORALIB, MIB, OURS, is_ours
 from harness.shapes import DTYPES
 from harness.tables import headline, label, layer_name, ordered
+from lora_fast.files import written_whole
 
 Row = dict[str, Any]
+_KINDS: dict[str, dict[str, Any]] = {
+    "png": {"dpi": 120, "metadata": {"Software": None}},
+    "svg": {"metadata": {"Date": None}},
+}
 
 
 def draw(folder: Path, tables: dict[str, Any]) -> list[str]:
@@ -36,9 +42,9 @@ def draw(folder: Path, tables: dict[str, Any]) -> list[str]:
         for name, figure in drawn.items():
             if figure is None:
                 continue
-            png, svg = (folder / f"{name}.{kind}" for kind in ("png", "svg"))
-            figure.savefig(png, dpi=120, bbox_inches="tight", metadata={"Software": None})
-            figure.savefig(svg, bbox_inches="tight", metadata={"Date": None})
+            for kind, options in _KINDS.items():
+                with written_whole(folder / f"{name}.{kind}") as part:
+                    figure.savefig(part, format=kind, bbox_inches="tight", **options)
             plt.close(figure)
     return [name for name, figure in drawn.items() if figure is not None]
 
@@ -55,6 +61,12 @@ def _name(row: Row) -> str:
 def _others(rows: Sequence[Row]) -> list[str]:
     names = dict.fromkeys(peer for row in rows for peer in row["peers"])
     return [peer for peer in names if not is_ours(peer)]
+
+
+def _legend(axes: Axes) -> None:
+    """Name the points, if any peer has one: matplotlib warns of a legend of nothing."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
 
 
 def _speedup(rows: Sequence[Row]) -> Figure | None:
@@ -80,7 +92,7 @@ def _speedup(rows: Sequence[Row]) -> Figure | None:
     axes.invert_yaxis()
     axes.set_xlabel("time of the other / time of lora_fast (right of 1: lora_fast is faster)")
     axes.grid(axis="x", which="both", alpha=0.3)
-    axes.legend(fontsize=7, loc="best")
+    _legend(axes)
     return figure
 
 
@@ -173,5 +185,5 @@ def _memory(rows: Sequence[Row]) -> Figure | None:
     axes.invert_yaxis()
     axes.set_xlabel("kept for backward beyond parameters and the input, MiB")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=7)
+    _legend(axes)
     return figure

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from harness.contest import Absent, Lab, Row, explain
-from harness.results import markdown
+from harness.results import markdown, write_text
 
 CALLS = 5
 
@@ -34,7 +34,7 @@ def profile(row: Row, lab: Lab, peer: str, folder: Path) -> dict[str, Any]:
     name = re.sub(r"[^\w.+-]", "_", f"profile-{row.id}-{peer}")
     found.export_chrome_trace(str(folder / f"{name}.json"))
     table = markdown(_kernels(found, lab.clock.is_cuda))
-    (folder / f"{name}.md").write_text(f"{row.id}, {peer}: {CALLS} calls\n\n{table}\n")
+    write_text(folder / f"{name}.md", f"{row.id}, {peer}: {CALLS} calls\n\n{table}\n")
     return {"profile": str(folder / f"{name}.md")}
 
 
@@ -47,6 +47,6 @@ def _kernels(found: torch.profiler.profile, on_gpu: bool) -> list[dict[str, Any]
     total = sum(own for own, _ in times.values())
     ordered = sorted(times.items(), key=lambda item: -item[1][0])
     return [
-        {"kernel": key[:80].replace("|", "/"), "us a call": own, "calls": n, "share": own / total}
+        {"kernel": key[:80], "us a call": own, "calls": n, "share": own / total}
         for key, (own, n) in ordered[:30]
     ]

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from harness.results import markdown, read
+from harness.results import markdown, read, write_text
 from harness.tables import facts_line, full_rows, ordered
 
 _RATIOS = (
@@ -16,6 +16,7 @@ def write_folder(folder: Path) -> None:
     """Write the Markdown tables and the pictures of a folder.
 
     Raises:
+        OSError: something cannot be written; what was there stays.
         ValueError: there are no results in it.
     """
     tables = read(folder)
@@ -24,7 +25,7 @@ def write_folder(folder: Path) -> None:
         parts = [facts_line(table["machine"])]
         if any(column.endswith(" /") for line in rows for column in line):
             parts.append(_RATIOS)
-        (folder / f"{name}.md").write_text("\n\n".join([*parts, markdown(rows)]) + "\n")
+        write_text(folder / f"{name}.md", "\n\n".join([*parts, markdown(rows)]) + "\n")
     try:
         from harness.pictures import draw
     except ImportError as error:  # matplotlib is an extra

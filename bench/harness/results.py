@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from harness.clock import nvidia_smi
-from harness.form import check_rows, is_table
+from harness.form import check_one_machine, check_table, is_table
 from lora_fast.files import written_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
+UNPUBLISHED = ROOT / "bench-out"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def write(folder: Path, name: str, facts: dict[str, Any], rows: Sequence[dict[st
     """Write flat `rows` as JSON and as a Markdown table, headed by the machine."""
     write_json(folder, name, facts, rows)
     head = ", ".join(f"{key} {value}" for key, value in facts.items())
-    (folder / f"{name}.md").write_text(f"{head}\n\n{markdown(rows)}\n")
+    write_text(folder / f"{name}.md", f"{head}\n\n{markdown(rows)}\n")
 
 
 def write_json(
@@ -100,8 +101,14 @@ def write_json(
 ) -> None:
     """Write rows as `name.json`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / f"{name}.json") as part:
-        part.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+    text = json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n"
+    write_text(folder / f"{name}.json", text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
@@ -121,20 +128,32 @@ def tables_in(folder: Path) -> dict[str, dict[str, Any]]:
     """Return every table of a folder, by name; JSON of another form is passed over.
 
     Raises:
-        ValueError: a file is damaged, or lacks what the readers of its table need.
+        ValueError: a file is damaged, lacks what the readers of its table need, or is of another
+            machine than the others.
     """
     tables = {}
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON that can be read: {error}") from None
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
         if is_table(found):
-            check_rows(str(path), path.stem, found["rows"])
+            check_table(str(path), path.stem, found)
             tables[path.stem] = found
+    check_one_machine(str(folder), {name: table["machine"] for name, table in tables.items()})
     return tables
+
+
+def check_folder(folder: Path, facts: dict[str, Any]) -> None:
+    """Refuse a folder that a run on this machine cannot write to and read again at its end.
+
+    Raises:
+        ValueError: a table in it is damaged or of another machine.
+    """
+    there = {name: table["machine"] for name, table in tables_in(folder).items()}
+    check_one_machine(str(folder), {**there, "this run": facts})
 
 
 def result_folders() -> list[Path]:
@@ -150,10 +169,15 @@ def result_folders() -> list[Path]:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return `rows` as a Markdown table; numbers get three significant digits."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        lines.append("| " + " | ".join(number(row.get(column, "")) for column in columns) + " |")
+    lines = [_line(columns), "|" + "---|" * len(columns)]
+    lines += [_line([row.get(column, "") for column in columns]) for row in rows]
     return "\n".join(lines)
+
+
+def _line(cells: Sequence[object]) -> str:
+    # A bar or a line's end in a message is no end of its cell.
+    texts = (" ".join(number(cell).splitlines()).replace("|", "\\|") for cell in cells)
+    return "| " + " | ".join(texts) + " |"
 
 
 def number(value: object) -> str:

@@ -1,9 +1,9 @@
 """Which rows a run measures: from toy sizes, which only show that all runs, to everything."""
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -74,6 +74,31 @@ def parse(
         tuple(DTYPES[name] for name in chosen_dtypes),
         _matching("peer", _split(peers), tuple(known_peers)),
     )
+
+
+def nothing_fits(
+    selection: Selection,
+    options: dict[str, str],
+    tables: Iterable[Callable[[Selection], Iterable[Any]]],
+) -> str:
+    """Return a line that says why no row is left, and which values there are.
+
+    Args:
+        selection: what leaves no row.
+        options: those that narrowed it, with what was given.
+        tables: each returns the rows of a selection.
+    """
+    what = f"no row of level {selection.level} on {selection.device.type}"
+    anything = Selection(selection.level, selection.device)
+    rows = [row.columns() for table in tables for row in table(anything)]
+    if not rows:
+        return f"{what} in the tables that were asked for"
+    there = []
+    for name, column in (("tokens", "M"), ("ranks", "r"), ("dtypes", "dtype")):
+        values = sorted({columns[column] for columns in rows if column in columns})
+        there += [f"{name} {', '.join(map(str, values))}"] if values else []
+    asked = " ".join(f"{option} {text}" for option, text in options.items())
+    return f"{what} fits {asked}; without that there are {'; '.join(there)}"
 
 
 def _split(text: str | None) -> tuple[str, ...]:

@@ -99,7 +99,9 @@ def full_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     line[f"{peer} {name} MiB"] = entry[key] / MIB
         for peer, entry in row["peers"].items():
             if "error" in entry:
-                line["error" if peer == OURS else f"{label(peer)} error"] = entry["error"]
+                line[_error_column(peer)] = entry["error"]
+            elif "unchecked" in entry:
+                line[_error_column(peer)] = f"not checked: {entry['unchecked']}"
         for key in ("host_us", "tokens/s", "GB/s", "kept B/weight", "peak B/weight"):
             if key in own:
                 line[key.replace("host_us", "host us")] = own[key]
@@ -107,6 +109,10 @@ def full_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             line["chosen"] = ", ".join(f"{what} {name}" for what, name in own["chosen"].items())
         lines.append(line)
     return _without_empty_columns(lines)
+
+
+def _error_column(peer: str) -> str:
+    return "error" if peer == OURS else f"{label(peer)} error"
 
 
 def facts_line(facts: dict[str, Any]) -> str:
@@ -118,7 +124,8 @@ def facts_line(facts: dict[str, Any]) -> str:
     ]
     narrowed = facts.get("narrowed by", {})
     if narrowed:
-        parts.append("narrowed by " + ", ".join(f"`{k} {v}`" for k, v in narrowed.items()))
+        told = (f"{k} {v}" for k, v in narrowed.items())
+        parts.append("narrowed by " + ", ".join(f"`{t}`" if t[0] == "-" else t for t in told))
     missing = facts.get("missing", {})
     if missing:
         reasons: dict[str, list[str]] = {}
@@ -163,7 +170,7 @@ def readme_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "rows": columns.get("M", ""),
             "dtype": columns["dtype"],
             "dropout": columns.get("dropout", ""),
-            "what": columns["pass"],
+            "what": columns.get("pass", ""),
             "lora_fast (ms)": own["us"] / 1e3,
         }
         for peer in peers:
@@ -215,7 +222,7 @@ def _ratios_to_loralib(tables: dict[str, Any]) -> dict[tuple[str, str], list[flo
             entry = row["peers"].get(LORALIB, {})
             if "ratio" in entry:
                 columns = row["columns"]
-                key = (columns["layer"], columns["pass"])
+                key = (columns["layer"], columns.get("pass", ""))
                 found.setdefault(key, []).append(entry["ratio"][0])
     return found
 

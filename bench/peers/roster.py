@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from harness.names import (
     OURS,
     PEFT,
 )
+from lora_fast.commands import in_one_line
 from peers import implementations, lora_orders, modules, peft_layers
 from peers.modules import SCALING, Layer, Weights, layer_of
 
@@ -118,18 +120,25 @@ def select(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def missing(lab: Lab) -> dict[str, str]:
-    """Return the peers that can't take part in this run, with the reason."""
+    """Return the peers that can't take part in this run, with the reason.
+
+    Raises:
+        ValueError: there is no LoRAFusion where it was said to be.
+    """
     found = {}
     for peer, package in ((LORALIB, "loralib"), (LORALIB_COMPILED, "loralib"), (PEFT, "peft")):
         if importlib.util.find_spec(package) is None:
             found[peer] = f"{package} is not installed"
     found |= {} if lab.lorafusion is not None else {LORAFUSION: "no --lorafusion DIR was given"}
     if lab.lorafusion is not None:
+        if not (Path(lab.lorafusion) / "lorafusion").is_dir():
+            expected = "expected a checkout that holds lorafusion/"
+            raise ValueError(f"--lorafusion: {expected}, got {lab.lorafusion!r}")
         sys.path.append(lab.lorafusion)
         try:
             importlib.import_module("lorafusion.ops.lora_v1")
-        except Exception as error:
-            found[LORAFUSION] = f"{lab.lorafusion} can't be imported: {error}"
+        except (Exception, SystemExit) as error:  # what a package does is not ours to know
+            found[LORAFUSION] = f"{lab.lorafusion} can't be imported: {in_one_line(error)}"
     if not lab.clock.is_cuda and not lab.is_toy:
         for peer in _FORCED:
             if peer != implementations.REFERENCE:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,16 +22,30 @@ ENVIRONMENT["PYTHONSAFEPATH"] = "1"
 pytestmark = pytest.mark.slow
 
 
-def command(*arguments: str | Path, without: str = "") -> list[str]:
+def command(
+    *arguments: str | Path,
+    start: str = "bench",
+    first: str = "",
+    without: str = "",
+    elsewhere: Path | None = None,
+    xdist: tuple[str, ...] = ("-p", "no:xdist"),
+) -> list[str]:
+    """Return pytest's command line; `elsewhere` takes the place of the default folders."""
     hide = f"sys.modules[{without!r}] = None; " if without else ""
-    start = f"import sys, pytest; {hide}sys.exit(pytest.main(sys.argv[1:]))"
-    options = ("bench", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
-    return [sys.executable, "-c", start, *options, *map(str, arguments)]
+    if elsewhere is not None:
+        first += (
+            "sys.path.insert(0, 'bench'); from pathlib import Path; from harness import results; "
+            f"results.RESULTS = Path({str(elsewhere)!r}, 'results'); "
+            f"results.UNPUBLISHED = Path({str(elsewhere)!r}, 'bench-out'); "
+        )
+    code = f"import sys, pytest; {hide}{first}sys.exit(pytest.main(sys.argv[1:]))"
+    options = (start, "-q", "-p", "no:cacheprovider", *xdist)
+    return [sys.executable, "-c", code, *options, *map(str, arguments)]
 
 
-def run(*arguments: str | Path, without: str = "") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments, without=without),
+        command(*arguments, **options),
         cwd=ROOT,
         env=ENVIRONMENT,
         text=True,
@@ -97,10 +113,46 @@ def test_a_missing_peft_is_listed_and_the_row_goes_on(tmp_path):
     table = json.loads((tmp_path / "layers.json").read_text())
     assert table["machine"]["missing"]["peft"] == "peft is not installed"
     assert {peer for row in table["rows"] for peer in row["peers"]} == {"frozen", "lora_fast"}
-    narrowed = {"--peers": "peft", "-k": "Conv2d and layers"}
-    assert table["machine"]["narrowed by"] == narrowed
+    narrowed = table["machine"]["narrowed by"]
+    items = narrowed.pop("items")
+    assert re.fullmatch(r"\d+ of \d+", items)
+    assert narrowed == {"--peers": "peft", "-k": "Conv2d and layers"}
     heading = (tmp_path / "layers.md").read_text().splitlines()[0]
-    assert "; narrowed by `--peers peft`, `-k Conv2d and layers`; missing: " in heading
+    told = f"`--peers peft`, `-k Conv2d and layers`, items {items}"
+    assert f"; narrowed by {told}; missing: " in heading
+
+
+def test_a_node_id_is_a_part_and_publishes_nothing(tmp_path):
+    node = "bench/bench_merge.py::test_merge[Linear-256x256-r16-float32-eval+train-lora_fast]"
+    done = run("--benchmark", *SMALL[1:], start=node, elsewhere=tmp_path)
+    assert done.returncode == 0, done.stdout
+    (found,) = tmp_path.rglob("merge.json")
+    assert found.parent.parent.name == "bench-out"
+    table = json.loads(found.read_text())
+    assert len(table["rows"]) == 1
+    narrowed = table["machine"]["narrowed by"]
+    assert narrowed["node ids"] == node
+    assert narrowed["items"].startswith("1 of ")
+    assert f"merge: {narrowed['items']} items were run" in done.stdout
+
+
+def test_results_that_cannot_be_written_are_one_line(tmp_path):
+    """As on a full disk: no file may be longer than a few bytes."""
+    out = tmp_path / "out"
+    few = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)); "
+    done = run("--benchmark", *SMALL, "--out", out, start="bench/bench_merge.py", first=few)
+    assert done.returncode == 74, done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if "merge.json" in line]
+    assert "results cannot be written: [Errno 27] File too large: " in line
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not list(out.iterdir())
+
+
+def test_processes_that_measure_at_once_are_refused():
+    pytest.importorskip("xdist")
+    done = run("--benchmark", *SMALL, "-n", "2", start="bench/bench_merge.py", xdist=())
+    assert done.returncode == 4
+    assert "ERROR: -n: processes that measure at once slow each other down" in done.stderr
 
 
 def test_profile_of_one_row(tmp_path):
@@ -121,6 +173,10 @@ def test_profile_of_one_row(tmp_path):
         (("--profile", "Linear"), "unknown row 'Linear'; known are"),
         (("--out", __file__), "--out: expected a folder that can be written to"),
         (("--full",), "--quick, --full: expected at most one of them, got both; leave one out"),
+        (("--device", "cpu:3"), "--device cpu:3: expected cpu or cuda"),
+        (("--threads", "9999"), "--threads 9999: expected at most "),
+        (("--lorafusion", "nowhere"), "--lorafusion: expected a checkout that holds lorafusion/"),
+        (("--dtypes", "bfloat16"), "no row of level quick on cpu fits --dtypes bfloat16; without"),
     ],
 )
 def test_bad_options_are_one_line(options, message):
@@ -131,11 +187,33 @@ def test_bad_options_are_one_line(options, message):
 
 
 @pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("{", "linear.json is no JSON that can be read: "),
+        (
+            '{"machine": {"cpu": "another", "cores": 7}, "rows": [{"id": "a", "columns": '
+            '{"layer": "Linear", "shape": "x", "M": 1, "K": 1, "N": 1, "r": 1, "dropout": 0, '
+            '"dtype": "float32", "pass": "fwd"}, "peers": {}}]}',
+            "expected one machine, got linear of cpu another, cores 7 and this run of cpu ",
+        ),
+    ],
+)
+def test_a_folder_is_checked_before_anything_is_measured(table, message, tmp_path):
+    (tmp_path / "linear.json").write_text(table)
+    done = run("--benchmark", *SMALL, "--out", tmp_path)
+    assert done.returncode == 4
+    (line,) = [part for part in (done.stdout + done.stderr).splitlines() if "ERROR" in part]
+    assert message in line
+
+
+@pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("--rounds", "0", "must be at least 1, got 0"),
         ("--threads", "0", "must be at least 1, got 0"),
         ("--budget", "-1", "must be at least 0, got -1"),
+        ("--budget", "inf", "must be finite, got inf"),
+        ("--budget", "nan", "must be finite, got nan"),
         ("--device", "", "expected a name, got ''"),
         ("--out", "", "expected a path, got ''"),
     ],

@@ -10,7 +10,7 @@ from harness.results import result_folders
 
 
 def row(name: str, ratio: list[float], **more: Any) -> dict[str, Any]:
-    ours = more.get("ours", {"us": 1.0})
+    ours = more.get("ours", {"us": 1.0, "error": 0.5})
     columns = {"layer": "Linear", "shape": "square-1024", "M": 8, "K": 1024, "N": 1024, "r": 16}
     columns |= {"dropout": 0.0, "dtype": "float32", "pass": "fwd"}
     return {
@@ -38,10 +38,41 @@ def test_verdict(then, now, word):
     assert line["against"] == "frozen"
 
 
-def test_a_row_that_fails_now_got_slower():
-    failed = row("a", [0.9], ours={"failed": "out of memory"})
-    assert compare.verdict(row("a", [0.9]), failed, 0.03)["verdict"] == "SLOWER"
-    assert compare.verdict(failed, failed, 0.03)["verdict"] == "same"
+FAULTS = {
+    "out of memory": {"failed": "out of memory"},
+    "the cycle did not": {"us": 1.0, "incomplete": "the cycle did not restore the weight"},
+    "error 3.2, of a budget of 1": {"us": 1.0, "error": 3.2},
+    "error nan, of a budget of 1": {"us": 1.0, "error": float("nan")},
+    "no such layer": {"absent": "no such layer"},
+    "lora_fast is missing": {},
+}
+
+
+@pytest.mark.parametrize(("fault", "ours"), FAULTS.items(), ids=FAULTS)
+def test_a_row_fails_where_lora_fast_is_no_longer_right(fault, ours):
+    good, bad = row("a", [0.9]), row("a", [0.9], ours=ours)
+    line = compare.verdict(good, bad, 0.03)
+    assert line["verdict"] == "FAILS"
+    assert line["now"].startswith(fault)
+    assert compare.verdict(bad, bad, 0.03)["verdict"] == "same"
+    assert compare.verdict(bad, good, 0.03)["verdict"] == "same"
+
+
+def test_a_row_without_lora_fast_fails():
+    gone = row("a", [0.9])
+    del gone["peers"]["lora_fast"]
+    assert compare.verdict(row("a", [0.9]), gone, 0.03)["now"] == "lora_fast is missing"
+
+
+def test_failing_rows_and_rows_without_a_ratio_are_counted(save, capsys):
+    bare = row("c", [1.0])
+    del bare["peers"]["frozen"]["ratio"]
+    old = save("old", row("a", [0.9]), row("b", [0.9]), bare)
+    new = save("new", row("a", [0.9], ours={"us": 1.0, "error": 1.2}), row("b", [0.9]), bare)
+    assert compare.main([str(old), str(new)]) == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    told = "2 rows compared, 0 slower, 0 faster, 1 failing; 1 without a ratio in both"
+    assert last == told
 
 
 def test_loralib_is_the_yardstick_where_there_is_no_frozen_layer():
@@ -72,7 +103,7 @@ def test_bad_folders_are_one_line(save, capsys, tmp_path):
     assert "no row in common" in capsys.readouterr().err
     (good / "linear.json").write_text("{")
     assert compare.main([str(good), str(other)]) == 2
-    assert "is no JSON" in capsys.readouterr().err
+    assert "is no JSON that can be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

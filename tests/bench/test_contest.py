@@ -1,6 +1,7 @@
 """A row goes on when a peer fails; what was measured is kept."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +93,7 @@ def test_an_oracle_too_large_costs_the_error_alone(fake_row, lab, monkeypatch, r
     entry = measure(row, lab, ["lora_fast"])["peers"]["lora_fast"]
     assert "us" in entry
     assert "error" not in entry
+    assert entry["unchecked"] == "the oracle was out of memory"
 
 
 def test_another_failure_of_the_oracle_is_told(fake_row, lab, monkeypatch):
@@ -176,6 +178,72 @@ def test_what_was_measured_before_ctrl_c_is_on_disk(fake_row, lab, tmp_path):
     assert "| Fake | first |" in (tmp_path / "fake.md").read_text()
     assert (tmp_path / "speedup.svg").exists()
     assert not list(tmp_path.glob("*.part"))
+
+
+def planned(fake_row, lab, folder, **rows) -> Store:
+    store = Store(lab, Selection(), FACTS, folder / "out", folder / "published")
+    for name, builders in rows.items():
+        for peer in builders:
+            store.progress.plan("fake", name, peer)
+    return store
+
+
+FACTS = {"cpu": "a cpu", "missing": {}, "narrowed by": {"--peers": "loralib"}}
+
+
+def test_only_whole_tables_are_published_and_a_part_says_so(fake_row, lab, tmp_path):
+    builders = {"loralib": quick, "lora_fast": quick}
+    store = planned(fake_row, lab, tmp_path, first=builders, second=builders)
+    out = tmp_path / "out" / "fake.json"
+    items = [(name, peer) for name in ("first", "second") for peer in builders]
+    for i, (name, peer) in enumerate(items):
+        row = fake_row(name, builders)
+        store.measured(row, list(builders), peer, Benchmark(), Replay())
+        if i + 1 == len(items):
+            break
+        assert store.finish()
+        assert not (tmp_path / "published").exists()
+        part = json.loads(out.read_text())["machine"]["narrowed by"]
+        assert part == {"--peers": "loralib", "items": f"{i + 1} of 4"}
+        assert f"fake: {i + 1} of 4 items were run" in store.summary()
+    assert store.finish()
+    for folder in ("out", "published"):
+        found = json.loads((tmp_path / folder / "fake.json").read_text())
+        assert found["machine"] == FACTS
+        assert [row["id"] for row in found["rows"]] == ["first", "second"]
+    assert store.summary()[-1] == f"results: {tmp_path / 'published'}"
+
+
+def test_a_row_whose_items_run_apart_is_measured_once(fake_row, lab, tmp_path):
+    """As with `--failed-first`."""
+    builders = {"loralib": quick, "lora_fast": quick}
+    store = Store(lab, Selection(), FACTS, tmp_path)
+    for name, peer in (("b", "lora_fast"), ("a", "loralib"), ("a", "lora_fast"), ("b", "loralib")):
+        row = fake_row(name, builders)
+        found = store.measured(row, list(builders), peer, Benchmark(), Replay())
+        (same,) = [r for r in store.tables["fake"] if r["id"] == name]
+        assert found.entry is same["peers"][peer]
+    assert [row["id"] for row in store.tables["fake"]] == ["b", "a"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_files_whole(fake_row, lab, tmp_path, monkeypatch):
+    store = Store(lab, Selection(), FACTS, tmp_path)
+    store.measured(fake_row("a", {"x": quick}), ["x"], "x", Benchmark(), Replay())
+    assert store.finish()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    write = Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        write(path, text[:9], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    refused = f"results cannot be written: [Errno 28] No space left on device: '{tmp_path}"
+    assert not store.finish()
+    assert store.summary()[-2].startswith(refused)
+    with pytest.raises(pytest.exit.Exception, match="No space left on device"):
+        store.measured(fake_row("b", {"x": quick}), ["x"], "x", Benchmark(), Replay())
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_ratios_that_ci_demands(monkeypatch, capsys, lab):

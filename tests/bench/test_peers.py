@@ -105,13 +105,24 @@ def test_what_the_dispatch_chose_is_told(kernel_lab):
     assert seen == {"merged_weight": "triton"}
 
 
-def test_missing_peers_have_a_reason(lab, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", ["import nowhere", "raise SystemExit('no GPU')", "raise OSError"])
+def test_missing_peers_have_a_reason(code, lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "lorafusion").mkdir()
+    (tmp_path / "lorafusion" / "__init__.py").write_text(code)
     lab.lorafusion = str(tmp_path)
     found = roster.missing(lab)
     assert "can't be imported" in found["lorafusion"]
     monkeypatch.setattr(roster.importlib.util, "find_spec", lambda name: None)
     assert roster.missing(lab)["peft"] == "peft is not installed"
     assert set(found) <= set(roster.PEERS)
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_a_folder_without_lorafusion_is_refused(folder, lab, tmp_path):
+    lab.lorafusion = str(tmp_path / folder)
+    with pytest.raises(ValueError, match=r"^--lorafusion: expected a checkout that holds"):
+        roster.missing(lab)
 
 
 def test_each_kind_has_its_peers():

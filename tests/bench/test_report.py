@@ -41,7 +41,8 @@ CEILINGS = {"float32 TFLOP/s": 1.5, "copy GB/s": 20.0, "missing": {"lorafusion":
 
 @pytest.fixture
 def folder(save):
-    return save("machine", row("a"), row("b", M=16), row("b"), row("c", r=4), **CEILINGS)
+    smaller = row("b", M=16) | {"id": "b-M16"}
+    return save("machine", row("a"), smaller, row("b"), row("c", r=4), **CEILINGS)
 
 
 def test_the_readme_shows_the_results():
@@ -76,7 +77,7 @@ def test_a_damaged_machine_is_told_and_not_dropped(folder, monkeypatch, tmp_path
     before = readme.read_text()
     (folder / "linear.json").write_text("{")
     assert report.main([]) == report.main(["--check"]) == 2
-    assert capsys.readouterr().err.count("is no JSON") == 2
+    assert capsys.readouterr().err.count("is no JSON that can be read") == 2
     assert readme.read_text() == before
 
 
@@ -196,18 +197,125 @@ def test_what_cannot_be_written_is_one_line(refused, folder, monkeypatch, tmp_pa
     readme = tmp_path / "README.md"
     readme.write_text(f"# a\n\n{report.BEGIN}\n{report.END}\n")
     monkeypatch.setattr(report, "README", readme)
-    write = Path.write_text
+    before = readme.read_text()
+    replace = Path.replace
 
-    def refusing(path: Path, *arguments: Any, **options: Any) -> int:
-        if path.name == refused:
-            raise PermissionError(13, "Permission denied", str(path))
-        return write(path, *arguments, **options)
+    def refusing(path: Path, target: Path) -> Path:
+        if target.name == refused:
+            raise PermissionError(13, "Permission denied", str(path), None, str(target))
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "write_text", refusing)
+    monkeypatch.setattr(Path, "replace", refusing)
     assert report.main([str(folder)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("report.py: [Errno 13] Permission denied: ")
     assert refused in line
+    assert readme.read_text() == before
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_bar_in_a_message_ends_no_cell(save):
+    damaged = row("a")
+    damaged["peers"]["peft"] = {"failed": "a|b\nc"}
+    folder = save("bars", damaged)
+    rendered.write_folder(folder)
+    heading, _, line = (folder / "linear.md").read_text().splitlines()[-3:]
+    assert r"| a\|b c |" in line
+    assert line.replace(r"\|", "").count("|") == heading.count("|")
+
+
+def test_an_error_that_was_not_checked_is_told(save):
+    unchecked = row("a")
+    del unchecked["peers"]["lora_fast"]["error"]
+    unchecked["peers"]["lora_fast"]["unchecked"] = "the oracle was out of memory"
+    (line,) = tables.full_rows([unchecked])
+    assert line["error"] == "not checked: the oracle was out of memory"
+
+
+def test_rows_without_ratios_have_a_picture_without_a_legend(save):
+    bare = row("a")
+    bare["peers"] = {"frozen": {"us": 3.0}, "lora_fast": {"us": 2.0}}
+    folder = save("bare", bare)
+    rendered.write_folder(folder)  # matplotlib's warning would be an error
+    assert (folder / "speedup.svg").is_file()
+
+
+def test_tables_of_two_machines_in_a_folder_are_refused(save, capsys):
+    folder = save("mixed", row("a"))
+    results.write_json(folder, "merge", {"cpu": "another", "cores": 2}, [row("a")])
+    assert report.main([str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    told = "expected one machine, got linear of cpu a cpu, cores 2 and merge of cpu another, cores"
+    assert told in line
+
+
+def test_each_table_is_credited_to_its_own_run(save):
+    folder = save("runs", row("a"), commit="abc", torch="2.13.0", **CEILINGS)
+    facts = {"cpu": "a cpu", "cores": 2, "date": "2026-01-05", "commit": "def", "torch": "2.13.0"}
+    results.write_json(folder, "merge", facts | {"narrowed by": {"items": "1 of 9"}}, [row("a")])
+    assert (
+        "cpu a cpu; cores 2; torch 2.13.0; float32 TFLOP/s 1.5; copy GB/s 20. "
+        "linear: date 2026-01-01; commit abc. "
+        "merge: date 2026-01-05; commit def; narrowed by items 1 of 9. All rows: "
+    ) in report.section([folder])
+
+
+DAMAGED = [
+    ({"us_low": "abc"}, "us_low of lora_fast must be a finite number above 0, got 'abc'"),
+    ({"us_low": 9e9}, "us of lora_fast must lie between its quartiles, got [9000000000.0, 2000.0,"),
+    ({"us": True}, "us of lora_fast must be a finite number above 0, got True"),
+    ({"us": 10**400}, "us of lora_fast must be a finite number above 0, got 1000"),
+    ({"ratio": [1.0, 1.2, 0.9]}, "ratio of lora_fast must be 1 or 3 finite numbers above 0"),
+    ({"saved_bytes": "x"}, "saved_bytes of lora_fast must be a finite number from 0 on, got 'x'"),
+    ({"peak_bytes": "x"}, "peak_bytes of lora_fast must be a finite number from 0 on, got 'x'"),
+    ({"efficiency": None}, "efficiency of lora_fast must be a finite number from 0 on, got None"),
+    ({"error": "x"}, "error of lora_fast must be a number from 0 on, got 'x'"),
+    ({"chosen": "str"}, "chosen of lora_fast must be an object of texts, got 'str'"),
+    ({"failed": 3}, "failed of lora_fast must be a text, got 3"),
+]
+
+
+@pytest.mark.parametrize("main", [report.main, model_table.main], ids=["report", "model_table"])
+@pytest.mark.parametrize(("changed", "message"), DAMAGED, ids=[m for _, m in DAMAGED])
+def test_what_a_peer_measured_is_checked(main, changed, message, save, capsys):
+    damaged = row("a")
+    damaged["peers"]["lora_fast"] |= changed
+    assert main([str(save("damaged", damaged))]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"linear.json: row a: {message}" in line
+    assert line.endswith("; measure again or delete the file")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"narrowed by": "-k"}, "narrowed by must be an object of texts, got '-k'"),
+        ({"missing": "peft"}, "missing must be an object of texts, got 'peft'"),
+        ({"date": 3}, "date must be a text, got 3"),
+        ({"float32 TFLOP/s": "fast"}, "float32 TFLOP/s must be a finite number above 0, got"),
+        ({"torch": ["2.13"]}, "torch must be a text or a number, got ['2.13']"),
+    ],
+)
+def test_a_machines_facts_are_checked(facts, message, save, capsys):
+    assert report.main([str(save("damaged", row("a"), **facts))]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"linear.json: machine: {message}" in line
+
+
+def test_rows_have_ids_of_their_own(save, capsys):
+    for damaged, told in (
+        ((row("a"), row("a")), "row 1 must have a text of its own as id, got 'a'"),
+        ((row("a") | {"id": ["a"]},), "row 0 must have a text of its own as id, got ['a']"),
+    ):
+        assert report.main([str(save("damaged", *damaged))]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_json_nested_too_deeply_is_one_line(tmp_path, capsys):
+    (tmp_path / "linear.json").write_text("[" * 100_000)
+    assert report.main([str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "linear.json is no JSON that can be read: " in line
 
 
 def test_the_readme_shows_rank_16_and_the_most_rows(folder):

@@ -70,3 +70,19 @@ def test_options_narrow_and_replace():
         ("gpt2-medium.c_fc", 7, 2),
         ("gpt2-medium.c_fc", 7, 3),
     }
+
+
+def test_a_selection_without_rows_tells_which_values_there_are():
+    import bench_gemm
+    import bench_merge
+
+    chosen = selection.parse("quick", CPU, dtypes="float16", ranks="7")
+    line = selection.nothing_fits(
+        chosen, {"--ranks": "7", "--dtypes": "float16"}, [bench_merge.rows, bench_gemm.rows]
+    )
+    assert line == (
+        "no row of level quick on cpu fits --ranks 7 --dtypes float16; "
+        "without that there are ranks 16; dtypes float32"
+    )
+    line = selection.nothing_fits(selection.parse("full", CPU), {}, [bench_gemm.rows])
+    assert line == "no row of level full on cpu in the tables that were asked for"
