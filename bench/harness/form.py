@@ -66,9 +66,9 @@ def check_table(where: str, name: str, table: dict[str, Any]) -> None:
             raise ValueError(
                 f"{where}: row {i} must have an id, columns and peers, as the others have; {_AGAIN}"
             )
-        if not _is_text(row["id"]) or row["id"] in ids:
+        if not _is_line(row["id"]) or row["id"] in ids:
             raise ValueError(
-                f"{where}: row {i} must have a text of its own as id, got {row['id']!r}; {_AGAIN}"
+                f"{where}: row {i} must have a line of its own as id, got {row['id']!r}; {_AGAIN}"
             )
         ids.add(row["id"])
         _check_columns(f"{where}: row {row['id']}", name, row["columns"])
@@ -175,11 +175,18 @@ def _of_machine(key: str) -> Expected:
         return "a finite number above 0", lambda value: _is_number(value) and value > 0
     if key == "date":
         return "a text", _is_text
-    return "a text or a number", lambda value: value is None or type(value) in (str, int, float)
+    return (
+        "a line of text or a number",
+        lambda value: value is None or type(value) in (int, float) or _is_line(value),
+    )
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_line(value: Any) -> bool:
+    return _is_text(value) and value.splitlines() in ([], [value])
 
 
 def _is_number(value: Any) -> bool:

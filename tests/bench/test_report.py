@@ -293,7 +293,8 @@ def test_what_a_peer_measured_is_checked(main, changed, message, save, capsys):
         ({"missing": "peft"}, "missing must be an object of texts, got 'peft'"),
         ({"date": 3}, "date must be a text, got 3"),
         ({"float32 TFLOP/s": "fast"}, "float32 TFLOP/s must be a finite number above 0, got"),
-        ({"torch": ["2.13"]}, "torch must be a text or a number, got ['2.13']"),
+        ({"torch": ["2.13"]}, "torch must be a line of text or a number, got ['2.13']"),
+        ({"cpu": "a\nb"}, r"cpu must be a line of text or a number, got 'a\nb'"),
     ],
 )
 def test_a_machines_facts_are_checked(facts, message, save, capsys):
@@ -304,8 +305,9 @@ def test_a_machines_facts_are_checked(facts, message, save, capsys):
 
 def test_rows_have_ids_of_their_own(save, capsys):
     for damaged, told in (
-        ((row("a"), row("a")), "row 1 must have a text of its own as id, got 'a'"),
-        ((row("a") | {"id": ["a"]},), "row 0 must have a text of its own as id, got ['a']"),
+        ((row("a"), row("a")), "row 1 must have a line of its own as id, got 'a'"),
+        ((row("a") | {"id": ["a"]},), "row 0 must have a line of its own as id, got ['a']"),
+        ((row("a\n"),), r"row 0 must have a line of its own as id, got 'a\n'"),
     ):
         assert report.main([str(save("damaged", *damaged))]) == 2
         assert told in capsys.readouterr().err
