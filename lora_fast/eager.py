@@ -90,7 +90,7 @@ class _LowRankLinear(torch.autograd.Function):
             lora_A,
             lora_B,
             s if keeps_s else None,
-            keep if need_x or need_A or need_B else None,
+            keep if need_x or need_A or (need_B and not keeps_s) else None,
         )
         ctx.scaling, ctx.spans = scaling, spans
         ctx.keep_scale = keep_scale(dropout_p)
@@ -148,7 +148,8 @@ def backward_through_reference(
     if x is None:
         inputs[0] = x = dy.new_zeros(ctx.in_shape, requires_grad=True)
     dropped = x if keep is None else x * keep.view(x.shape) * ctx.keep_scale
-    s = kept_s.view(*x.shape[:-1], -1) if is_of_s else F.linear(dropped, lora_A)
+    shape = (*x.shape[:-1], lora_A.shape[0])
+    s = kept_s.view(shape) if is_of_s else F.linear(dropped, lora_A)
     s, lora_B = scaled_factors(s, lora_B, ctx.scaling)
     n = ctx.out_features
     y = x.new_zeros((*x.shape[:-1], n)) if weight is None else F.linear(x, weight)

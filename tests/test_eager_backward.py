@@ -103,3 +103,29 @@ def test_dropped_elements_do_not_overflow(rate: float) -> None:
     finite = [[grad.isfinite() for grad in grads] for grads in found]
     assert all(mine[theirs].all() for mine, theirs in zip(*finite, strict=True))
     assert any(theirs.any() for theirs in finite[1])
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_second_derivatives_of_no_rows_in_lora_b_alone(name: str) -> None:
+    layer = FEW[name]()
+    for key, parameter in layer.named_parameters():
+        parameter.requires_grad_(key == "lora_B")
+    y = layer(torch.zeros(0, 24, dtype=layer.weight.dtype))
+    (first,) = torch.autograd.grad(y.sum(), layer.lora_B, create_graph=True)
+    assert torch.equal(first, torch.zeros_like(layer.lora_B))
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("width", [32, 33])
+def test_what_is_not_finite_stays_in_its_block(width: int, rank: int) -> None:
+    """Of bf16, whose rows oneDNN fills up to pairs and fours, from what lies beside a block."""
+    settings = {"r": rank, "enable_lora": [True, True, False]}
+    layer = randomize_(lora.MergedLinear(64, 3 * width, **settings)).bfloat16()
+    x, dy = torch.randn(128, 64).bfloat16(), torch.randn(128, 3 * width).bfloat16()
+    dy[5, width] = torch.inf
+    layer(x).backward(dy)
+    assert layer.lora_A.grad[:rank].isfinite().all()
+    assert layer.lora_B.grad[:width].isfinite().all()
+    with torch.no_grad():
+        layer.lora_A[rank, 0] = torch.nan
+    assert layer(x)[:, :width].isfinite().all()

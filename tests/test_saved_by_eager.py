@@ -1,9 +1,14 @@
 """What the ops on torch's kernels keep for backward: S or, in a long batch, not even that."""
 
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import loralib
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import lora_fast as lora
 from lora_fast import eager
@@ -36,6 +41,41 @@ def test_never_more_than_loralib(rows: int, dropout: float) -> None:
     assert ours <= theirs
     mask = rows * K if dropout else 0
     assert ours == mask + (rows * 2 * R * 4 if rows < LONG else 0)
+
+
+@pytest.mark.parametrize("make", [lora.Linear, loralib.Linear])
+def test_no_mask_is_kept_where_only_b_learns(make: Any) -> None:
+    layer = make(256, N, r=R, lora_dropout=0.5)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name == "lora_B")
+    x = torch.randn(256, 256)
+    assert saved_bytes(lambda: layer(x), [x, *layer.parameters()]) == 256 * R * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("x_learns", [False, True])
+def test_a_dropout_peaks_at_no_more_than_loralib(x_learns: bool, dtype: torch.dtype) -> None:
+    """Also where x, of which backward makes a dropped copy, is larger than y."""
+    x, dy = torch.randn(512, 1024).to(dtype).requires_grad_(x_learns), torch.randn(512, 256)
+    peaks = []
+    for lib in (lora, loralib):
+        layer = lib.Linear(1024, 256, r=4, lora_dropout=0.1).to(dtype)
+        lib.mark_only_lora_as_trainable(layer)
+        peaks.append(peak_bytes(lambda layer=layer: layer(x).backward(dy.to(dtype))))
+        x.grad = None
+    # In bf16 a byte of the mask is half a number, and stays beside the copy that loralib keeps.
+    assert peaks[0] <= 1.02 * peaks[1]
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most that a step takes beside what was there, by torch's profiler."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = [e for e in events if e.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes))
 
 
 @pytest.mark.parametrize("needs", ["x lora_A lora_B", "lora_B", "lora_A lora_B", "x"])
