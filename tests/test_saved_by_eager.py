@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import lora_fast as lora
-from lora_fast import eager
+from lora_fast import eager, products
 from lora_fast.testing import assert_within_budget, randomize_, saved_bytes
 
 K, N, R = 24, 36, 4
@@ -56,15 +56,17 @@ def test_no_mask_is_kept_where_only_b_learns(make: Any) -> None:
 @pytest.mark.parametrize("x_learns", [False, True])
 def test_a_dropout_peaks_at_no_more_than_loralib(x_learns: bool, dtype: torch.dtype) -> None:
     """Also where x, of which backward makes a dropped copy, is larger than y."""
-    x, dy = torch.randn(512, 1024).to(dtype).requires_grad_(x_learns), torch.randn(512, 256)
+    if dtype in products.slow_dtypes():
+        pytest.skip("its products are made in fp32, by parts that take room")
+    # So many rows that the room which oneDNN takes for itself does not count.
+    x, dy = torch.randn(2048, 2048).to(dtype).requires_grad_(x_learns), torch.randn(2048, 512)
     peaks = []
     for lib in (lora, loralib):
-        layer = lib.Linear(1024, 256, r=4, lora_dropout=0.1).to(dtype)
+        layer = lib.Linear(2048, 512, r=4, lora_dropout=0.1).to(dtype)
         lib.mark_only_lora_as_trainable(layer)
         peaks.append(peak_bytes(lambda layer=layer: layer(x).backward(dy.to(dtype))))
         x.grad = None
-    # In bf16 a byte of the mask is half a number, and stays beside the copy that loralib keeps.
-    assert peaks[0] <= 1.02 * peaks[1]
+    assert peaks[0] <= peaks[1]
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
