@@ -191,11 +191,9 @@ class LoadedState(LayerPart):
         summands, scaling = self._summands(state_dict, prefix, False), self._one_scaling()
         if not given or summands is None or scaling is None:
             return False
-        weight, _, *factors = summands
-        found = (
-            sample.is_of(taken, weight, *factors, scaling, **self._blocks()) for taken in given
-        )
-        return any(found)
+        weight, _, lora_A, lora_B = summands
+        merged = (weight, lora_A, lora_B, scaling)
+        return any(sample.is_of(taken, *merged, **self._blocks()) for taken in given)
 
     def _is_rather_merged(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Tell whether a saved weight is nearer to the sum than to the base weight that is here.
