@@ -119,7 +119,7 @@ class SavedState(LayerPart):
         """Keep samples of the merged weights that were given out, by which they are recognised."""
         given = self.__dict__.setdefault("_given_merged", deque(maxlen=_GIVEN))
         if taken and (not given or given[-1] != taken):
-            given.append(taken)
+            given.append([[*element] for element in taken])  # a state is its owner's to change
 
     def _shows_base(self, record: MergeRecord) -> bool:
         """Tell whether what is saved of a merged layer is its base weight, which was put back."""
@@ -300,7 +300,7 @@ def _can_be_read(weight: Tensor) -> bool:
 
 
 def are_equal(value: Any, tensor: Tensor) -> bool:
-    """Tell whether a value of a state has the bits of a tensor."""
+    """Tell whether a value of a state has a tensor's dtype and numbers."""
     if not isinstance(value, Tensor) or value.is_meta or value.dtype != tensor.dtype:
         return False
     return are_same(value.to(tensor.device), tensor)

@@ -98,6 +98,19 @@ def test_a_merged_weight_of_its_own_with_other_factors_is_a_base() -> None:
     assert torch.equal(layer.weight, state["weight"])
 
 
+def test_who_changes_a_states_mark_changes_no_memory_of_it() -> None:
+    layer = randomize_(lora.Linear(6, 8, r=2))
+    merged = layer.effective_weight().detach()
+    state = layer.eval().state_dict()
+    values = plain(state)
+    for element in state._metadata[""]["lora_sample"]:
+        element[2] += 1.0
+    with torch.no_grad():
+        layer.train().weight.add_(1.0)
+    layer.load_state_dict(values)
+    torch.testing.assert_close(layer.effective_weight().detach(), merged)
+
+
 def test_the_oldest_of_many_merged_states_is_forgotten() -> None:
     layer = randomize_(lora.Linear(6, 8, r=2))
     for _ in range(saved_state._GIVEN + 5):
