@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.contest import Lab
 from harness.floor import extra_bytes, extra_operations
 from harness.names import QKV
-from harness.selection import Selection
+from harness.selection import Selection, at_most
 from peers.adapter_row import AdapterRow
 from peers.modules import Weights, drawn
 from peers.roster import known
@@ -191,7 +191,7 @@ def _of_gpu(ranks: tuple[int, ...]) -> Iterator[LayerRow]:
 def _of_cpu(ranks: tuple[int, ...]) -> Iterator[LayerRow]:
     both = (False, True)
     for dtype in (FP32, BF16):
-        for r, m, backward in product(ranks, (16, 512), both):
+        for r, m, backward in product(ranks, (16, at_most(512, dtype)), both):
             dropouts = (0.0, 0.1) if backward else (0.0,)
             for n in (768, 1024):
                 yield from _products(m, n, r, dtype, dropouts, backward=backward)

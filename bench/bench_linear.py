@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.contest import Lab
 from harness.floor import extra_seconds
-from harness.selection import Selection
+from harness.selection import Selection, at_most
 from harness.shapes import RANKS, TOKENS, TOY, Shape, find_shapes
 from peers.adapter_row import AdapterRow
 from peers.modules import Weights, drawn
@@ -148,16 +148,16 @@ def _standard(selection: Selection) -> Iterator[LinearRow]:
 def _standard_cpu(selection: Selection) -> Iterator[LinearRow]:
     for dtype in (torch.float32, torch.bfloat16):
         for shape in selection.shapes or find_shapes(["square-768", "square-1024"]):
-            for tokens in selection.tokens or (1, 16, 512):
+            for tokens in selection.tokens or (1, 16, at_most(512, dtype)):
                 for r in selection.ranks or (16,):
                     yield LinearRow(shape, tokens, r, 0.0, dtype, False)
                     for p in (0.0, 0.1):
                         yield LinearRow(shape, tokens, r, p, dtype, True)
         for shape in selection.shapes or find_shapes(["square-1024"]):
             for r in selection.ranks or (4, 64):
-                yield LinearRow(shape, 512, r, 0.0, dtype, True)
+                yield LinearRow(shape, at_most(512, dtype), r, 0.0, dtype, True)
         for shape in selection.shapes or find_shapes(["square-4096"]):
-            yield LinearRow(shape, 128, 16, 0.0, dtype, True)
+            yield LinearRow(shape, at_most(128, dtype), 16, 0.0, dtype, True)
 
 
 def _full(selection: Selection) -> Iterator[LinearRow]:

@@ -18,6 +18,7 @@ from harness.contest import Absent, Contestant, Lab, Row
 from harness.names import LORALIB, LORALIB_COMPILED, OURS, PEFT, QKV
 from harness.selection import Selection
 from harness.shapes import dtype_name
+from lora_fast.products import slow_dtypes
 from peers.models import (
     GPT2_MEDIUM,
     LLAMA_3_8B_BLOCK,
@@ -176,7 +177,9 @@ def rows(selection: Selection) -> Iterator[ModelRow]:
     else:
         # A step reads all weights several times; more tokens make it minutes.
         sizes = ((LLAMA_3_8B_BLOCK, 1, 16), (GPT2_MEDIUM, 1, 32))
-    dtype = torch.float32 if selection.level == "toy" else torch.bfloat16
+    # Where a step in 16 bits takes a minute, nobody trains in them.
+    is_slow = not selection.on_gpu and torch.bfloat16 in slow_dtypes()
+    dtype = torch.float32 if is_slow or selection.level == "toy" else torch.bfloat16
     for size, batch, tokens in sizes:
         for p in (0.0, 0.1) if selection.on_gpu else (0.0,):
             yield ModelRow(size, batch, tokens, 16, p, dtype)

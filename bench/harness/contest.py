@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.clock import Candidate, Clock, Samples, Step
 from harness.floor import Ceilings
 from harness.names import FROZEN, OURS
-from harness.selection import Level
+from harness.selection import Level, at_most
 from harness.shapes import dtype_name
 from lora_fast.commands import in_one_line
 from lora_fast.testing import budget_used, saved_bytes
@@ -78,7 +78,7 @@ class Lab:
     def ceilings(self, dtype: torch.dtype) -> Ceilings:
         """Return what this device did in this run: a large dense product, a large copy."""
         if dtype not in self._rates:
-            n = 64 if self.is_toy else 8192 if self.clock.is_cuda else 2048
+            n = 64 if self.is_toy else 8192 if self.clock.is_cuda else at_most(2048, dtype)
             a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
             samples = self.clock.interleave({"mm": Candidate([lambda: a @ b])})
             self._rates[dtype] = 2 * n**3 / samples.median("mm")

@@ -29,7 +29,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
         facts["driver"] = next(iter(nvidia_smi("driver_version")), "unknown")
-    facts |= {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    facts |= {"cpu": _cpu(), "vectors": torch.backends.cpu.get_cpu_capability()}
+    facts |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     for package in ("torch", "triton", "loralib", "peft"):
         try:
             facts[package] = metadata.version(package)
@@ -47,12 +48,16 @@ def device_name(facts: dict[str, Any]) -> str:
     """Return the folder of a machine's results: `nvidia-h200`, `epyc-25.17-2-cores`.
 
     A processor's family and model are in it: a virtual machine's "EPYC" may be of any generation.
+    So may be its vectors, which are told where they are not AVX-512, without which 16-bit products
+    are others: `epyc-25.17-avx2-2-cores`.
     """
     if "gpu" in facts:
         return _slug(facts["gpu"])
     cpu = re.sub(r"\(family (\d+) model (\d+)\)", r" \1.\2 ", facts["cpu"])
     name = re.sub(r"\(.*?\)|@ \S+|\b(Intel|AMD|CPU|Processor)\b", " ", cpu)
-    return f"{_slug(name) or 'cpu'}-{facts['cores']}-cores"
+    vectors = facts.get("vectors", "AVX512")  # older results, all of them of AVX-512
+    kind = "" if vectors == "AVX512" else f"-{_slug(vectors)}"
+    return f"{_slug(name) or 'cpu'}{kind}-{facts['cores']}-cores"
 
 
 def _slug(text: str) -> str:

@@ -8,8 +8,17 @@ from typing import Any, Literal
 import torch
 
 from harness.shapes import DTYPES, Shape, find_shapes
+from lora_fast.products import slow_dtypes
 
 Level = Literal["toy", "quick", "standard", "full"]
+# Where torch multiplies by loops of its own, more take the frozen layer a second and more for each
+# step: 0.5 s for 1024 to 3072 features in bf16, two threads of an EPYC with AVX2, 2026-12-01.
+_MOST_IN_LOOPS = 32
+
+
+def at_most(tokens: int, dtype: torch.dtype) -> int:
+    """Return `tokens`, or the fewer that a CPU without instructions for `dtype` can measure."""
+    return min(tokens, _MOST_IN_LOOPS) if dtype in slow_dtypes() else tokens
 
 
 @dataclass(frozen=True)

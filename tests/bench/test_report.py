@@ -367,6 +367,8 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, folder):
         ({"gpu": "NVIDIA H200", "cpu": "AMD EPYC"}, "nvidia-h200"),
         ({"cpu": "AMD EPYC (family 25 model 1)"}, "epyc-25.1-2-cores"),
         ({"cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6 model 79)"}, "xeon-6.79-2-cores"),
+        ({"cpu": "AMD EPYC (family 25 model 1)", "vectors": "AVX512"}, "epyc-25.1-2-cores"),
+        ({"cpu": "AMD EPYC (family 25 model 1)", "vectors": "AVX2"}, "epyc-25.1-avx2-2-cores"),
         ({"cpu": "unknown (family None model None)"}, "unknown-2-cores"),
         ({"cpu": ""}, "cpu-2-cores"),
     ],

@@ -55,6 +55,29 @@ def test_rows_are_distinct_and_levels_grow(device):
     assert sizes[1] < sizes[2] < sizes[3]
 
 
+def test_a_cpu_that_multiplies_16_bits_in_loops_measures_fewer_rows_of_them(monkeypatch):
+    def most() -> dict[torch.dtype, int]:
+        found = [row for row in rows("standard", CPU) if row.table in ("linear", "layers")]
+        found = [row for row in found if not row.columns()["layer"].startswith("Conv")]
+        dtypes = {row.dtype for row in found}
+        return {dtype: max(row.tokens for row in found if row.dtype is dtype) for dtype in dtypes}
+
+    def trained() -> set[torch.dtype]:
+        return {row.dtype for row in rows("standard", CPU) if row.table == "models"}
+
+    for module in ("harness.selection", "bench_models"):
+        monkeypatch.setattr(f"{module}.slow_dtypes", frozenset)
+    assert most() == {torch.float32: 512, torch.bfloat16: 512}
+    assert trained() == {torch.bfloat16}
+    for module in ("harness.selection", "bench_models"):
+        monkeypatch.setattr(f"{module}.slow_dtypes", lambda: frozenset((torch.bfloat16,)))
+    assert most() == {torch.float32: 512, torch.bfloat16: 32}
+    assert trained() == {torch.float32}
+    on_gpu = rows("standard", CUDA)
+    assert max(row.tokens for row in on_gpu if row.table == "linear") == 8192
+    assert {row.dtype for row in on_gpu if row.table == "models"} == {torch.bfloat16}
+
+
 def test_the_full_gpu_selection_is_the_whole_list():
     found = [row for row in rows("full", CUDA) if row.table == "linear"]
     assert {row.tokens for row in found} == {1, 16, 512, 2048, 8192}
