@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lora_fast import bypasses, caller, checks, functional, notices, scripting
 from lora_fast.lora_layer import LoRALayer, MergingLayer, redrawing
@@ -34,7 +35,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
 
     Args:
         conv_module: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, a subclass, or a function that makes
-            one.
+            one; of another kind only for a subclass of this with a `forward` of its own.
         in_channels: channels of the input.
         out_channels: channels of the output.
         kernel_size: k; with an adapter the same in every dimension, also as a tuple.
@@ -82,7 +83,8 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         **kwargs: Any,
     ) -> None:
         has_adapter = checks.adapter(r, lora_alpha, lora_dropout) > 0
-        _check_kind(conv_module, has_adapter)
+        checks_kind = has_adapter and self._computes_here()
+        _check_kind(conv_module, checks_kind)
         k: Any = _square(kernel_size, conv_module) if has_adapter else kernel_size
         if lora_dropout > 0.0:
             caller.warn(
@@ -92,7 +94,7 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
             )
         super().__init__()
         self.conv = conv_module(in_channels, out_channels, k, **kwargs)  # draws
-        _check_kind(type(self.conv), has_adapter)  # what a function has made
+        _check_kind(type(self.conv), checks_kind)  # what a function has made
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if self.r > 0:
             weight = self.conv.weight
@@ -112,6 +114,11 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
                 nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
                 nn.init.zeros_(self.lora_B)
 
+    def _computes_here(self) -> bool:
+        """Tell whether the forward is ours: a subclass's own may be for transposed kernels."""
+        forward = type(self).forward
+        return getattr(forward, "__wrapped__", forward) is MergingLayer.forward
+
     def _weight_owner(self) -> nn.Module:
         return self.conv
 
@@ -126,6 +133,8 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
                 bypasses.recompute_weight(conv, x)
                 lora_A, lora_B = self._look_up(x, "lora_A", "lora_B")
                 weight = functional.merged_weight(conv.weight, lora_A, lora_B, self.scaling)
+                if type(conv).forward not in _TORCH_FORWARDS:  # standardizes the weight, say
+                    return functional_call(conv, {"weight": weight}, x)  # type: ignore[no-any-return]
                 y: Tensor = conv._conv_forward(x, weight, conv.bias)
                 return y
             notices.no_gradient(self)
@@ -228,6 +237,7 @@ class Conv3d(_OfOneKind):
 
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TORCH_FORWARDS = frozenset(kind.forward for kind in _KINDS)
 
 
 def _check_kind(conv_module: Any, has_adapter: bool) -> None:

@@ -28,9 +28,9 @@ class LayerPart:
     _described: Callable[[], str]
     effective_weight: Callable[[], Tensor]
     # Of the merge.
-    _merge: Callable[[], None]
+    _merge_adapter: Callable[[], None]
     _merge_arguments: Callable[[], tuple[Tensor, Tensor, Tensor, float]]
-    _unmerge: Callable[[], None]
+    _unmerge_adapter: Callable[[], None]
     _merged_itself: Callable[[], bool]
     _merged_target: Callable[[], Tensor]
     _remember: Callable[[bool, MergeRecord | None], None]

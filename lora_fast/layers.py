@@ -44,7 +44,7 @@ class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
 
     fan_in_fan_out: bool
 
-    def _init_adapter(self, rows_A: int, rows_B: int) -> None:
+    def _make_factors(self, rows_A: int, rows_B: int) -> None:
         self.lora_A = nn.Parameter(self.weight.new_zeros((rows_A, self.in_features)))
         self.lora_B = nn.Parameter(self.weight.new_zeros((rows_B, self.r)))
         self.scaling = checks.scaling_of(self.lora_alpha, self.r)
@@ -74,14 +74,14 @@ class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
     def _as_delta(self, weight: Tensor) -> Tensor:
         return weight.transpose(0, 1) if self.fan_in_fan_out else weight
 
-    def _frozen(self, x: Tensor) -> Tensor:
+    def _frozen_output(self, x: Tensor) -> Tensor:
         try:
             return F.linear(x, self._as_delta(self.weight), self.bias)
         except RuntimeError:
             checks.one_dtype(type(self).__name__, "weight", self.weight, x=x, bias=self.bias)
             raise
 
-    def _dropout_rate(self) -> float | None:
+    def _applied_dropout(self) -> float | None:
         """Return the rate that applies now, or None where the module must be called."""
         dropout = self.lora_dropout
         if dropout is identity:
@@ -138,18 +138,18 @@ class Linear(_LinearBase):
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self.fan_in_fan_out = fan_in_fan_out
         if self.r > 0:
-            self._init_adapter(self.r, out_features)
+            self._make_factors(self.r, out_features)
         self._finish_init()
 
     def _adapted_forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features)."""
         if self.r <= 0 or self.merged:
             notices.no_gradient(self)
-            return self._frozen(x)
+            return self._frozen_output(x)
         weight, lora_A, lora_B, bias = self._look_up(x, *_OPERANDS)
         if self.fan_in_fan_out:
             weight = weight.t()
-        p = self._dropout_rate()
+        p = self._applied_dropout()
         if p is None:
             y, s = self._through_dropout("lora_linear", x, weight, lora_A, bias)
             return reference.lora_expand(y, s, lora_B, self.scaling)
@@ -213,7 +213,7 @@ class MergedLinear(_LinearBase):
         self.fan_in_fan_out = fan_in_fan_out
         if self.r > 0 and any(enabled):
             rows = sum(w for w, on in zip(widths, enabled, strict=True) if on)
-            self._init_adapter(self.r * sum(enabled), rows)
+            self._make_factors(self.r * sum(enabled), rows)
         self._finish_init()
 
     @property
@@ -274,11 +274,11 @@ class MergedLinear(_LinearBase):
         """Map `x` (..., in_features) to (..., out_features)."""
         if self.merged or not self._has_adapter():
             notices.no_gradient(self)
-            return self._frozen(x)
+            return self._frozen_output(x)
         weight, lora_A, lora_B, bias = self._look_up(x, *_OPERANDS)
         if self.fan_in_fan_out:
             weight = weight.t()
-        p = self._dropout_rate()
+        p = self._applied_dropout()
         if p is None:
             y, s = self._through_dropout("lora_merged_linear", x, weight, lora_A, bias)
             return reference.grouped_expand(y, s, lora_B, self.scaling, self._output_blocks())

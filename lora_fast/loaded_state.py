@@ -32,6 +32,7 @@ class LoadedState(LayerPart):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self._register_hooks()
         was_merged = self.merged and self._record is not None  # by eval()
         # Before anything is judged, as they may rename or transpose; super() finds none left.
         hooks = self.__dict__["_load_state_dict_pre_hooks"]
@@ -52,7 +53,7 @@ class LoadedState(LayerPart):
             if not (self._merged_itself() and is_like_mine):  # else only the subclass can tell
                 self._load_base(state_dict, prefix, local_metadata)
         elif self.merged:  # the adapter was switched off or deleted meanwhile
-            self._unmerge()
+            self._unmerge_adapter()
         if local_metadata.get("assign_to_params_buffers", False) and key in state_dict:
             self.__dict__["_is_lent"] = True
             self._own_parameter(state_dict, key)
@@ -87,7 +88,7 @@ class LoadedState(LayerPart):
             self.__dict__["_had_mode"] = self.training  # type: ignore[attr-defined]
             self.train()  # type: ignore[attr-defined]
         if holds_mine or self._record is not None:
-            self._unmerge()
+            self._unmerge_adapter()
         else:  # by hand, or emptied since: nothing to restore, and the state's base comes
             self._remember(False, None)
         if holds_mine:

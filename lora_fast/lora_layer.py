@@ -95,7 +95,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
             # Past nn.Module.__setattr__, which looks for parameters: part of each eval().
             object.__setattr__(self, name, value)
             if value and own.get("merged") and self.merge_weights and self._is_ours():
-                self._outside_of_graphs(self._unmerge)
+                self._outside_of_graphs(self._unmerge_adapter)
             return
         if name == "merged" and value and "_undid_merge" in own:
             if self._is_as_loading_left_it():
@@ -103,7 +103,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
                 return
             del own["_undid_merge"]
         if name == "merged" and not value and own.get("_merged_by_loading"):
-            self._unmerge()
+            self._unmerge_adapter()
         super().__setattr__(name, value)
         if name == "merged" and not value and self._record is not None:
             self._remember(False, None)
@@ -126,9 +126,12 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         return exists and self.r > 0
 
     def _register_hooks(self) -> None:
+        """Register what follows loading and saving, once: a subclass may have built it by itself."""
         module: Any = self
-        module.register_load_state_dict_post_hook(merge_after_load)
-        module.register_state_dict_post_hook(remember_view)
+        if merge_after_load not in module._load_state_dict_post_hooks.values():
+            module.register_load_state_dict_post_hook(merge_after_load)
+        if remember_view not in module._state_dict_hooks.values():
+            module.register_state_dict_post_hook(remember_view)
 
     def _look_up(self, x: Tensor, *names: str) -> list[Any]:
         """Return parameters by name, for a forward of `x`."""
@@ -203,8 +206,8 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
 
     @merge_weights.setter
     def merge_weights(self, value: bool) -> None:
-        if not value:
-            self._unmerge()
+        if not value and self.__dict__.get("merged"):
+            self._unmerge_adapter()
         self._merge_weights = value  # last: what was not unmerged is left to train()
 
     def train(self: Layer, mode: bool = True) -> Layer:
@@ -219,10 +222,10 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         self.__dict__.pop("_merged_by_loading", None)  # from now on by eval()
         if self.merge_weights:
             if self.merged == mode:
-                self._outside_of_graphs(self._unmerge if mode else self._merge)
+                self._outside_of_graphs(self._unmerge_adapter if mode else self._merge_adapter)
             elif self.merged and not torch.compiler.is_compiling() and self._is_stale():
-                self._unmerge()
-                self._merge()
+                self._unmerge_adapter()
+                self._merge_adapter()
         return self
 
     def _outside_of_graphs(self, change: Callable[[], None]) -> None:
@@ -237,7 +240,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         # The ranks that hold the shards of a weight decide together.
         return sharded.agreed(fsdp.shard(owner), why)
 
-    def _merge(self) -> None:
+    def _merge_adapter(self) -> None:
         # Signals wait for the end of this: what a handler raises is no reason to stay unmerged.
         with merge_lock, interrupts.held_back():
             if self.merged:
@@ -282,7 +285,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         self._take_own_memory(weight)
         return self._as_delta(weight.detach())
 
-    def _unmerge(self) -> None:
+    def _unmerge_adapter(self) -> None:
         with merge_lock, interrupts.held_back():
             if self.__dict__.get("merged"):
                 self._take_out()
@@ -369,10 +372,10 @@ def redrawing(layer: MergingLayer) -> Iterator[None]:
     # Not by the attribute: torch's constructors draw before a layer has any.
     was_merged = layer.__dict__.get("merged", False)
     if was_merged:
-        layer._unmerge()
+        layer._unmerge_adapter()
     yield
     if was_merged:
-        layer._merge()
+        layer._merge_adapter()
 
 
 def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
@@ -387,7 +390,7 @@ def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
     # A subclass with a train() of its own merges itself, or never.
     merges = was_merged or type(layer).train is MergingLayer.train
     if not layer.training and layer.merge_weights and merges and not layer.merged:  # type: ignore[attr-defined]
-        layer._merge()
+        layer._merge_adapter()
         layer.__dict__["_merged_by_loading"] = layer.merged
     had_mode = layer.__dict__.pop("_had_mode", None)
     if had_mode is not None:

@@ -18,7 +18,7 @@ class MovesWeight(LayerPart):
         record = self._record if self.merged and not self._was_converted() else None
         if record is not None:
             self.__dict__["_is_lent"] = True  # the views of a state stay as they were saved
-            self._unmerge()
+            self._unmerge_adapter()
         try:
             return super()._apply(fn, recurse)  # type: ignore[misc]
         finally:
@@ -37,7 +37,7 @@ class MovesWeight(LayerPart):
             # A frame for merged values, as torch.func.stack_module_state's recipe makes it.
             self._remember(True, None)
         elif stored is owner._parameters.get("weight") and (self._has_adapter() or self.r <= 0):
-            self._merge()
+            self._merge_adapter()
         else:  # the factors were deleted after the merge, or the weight is computed of the merged
             with interrupts.merge_lock, interrupts.held_back():
                 self._fold_again(record)

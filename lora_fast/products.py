@@ -5,7 +5,7 @@ oneDNN where oneDNN has kernels (of bf16 with AVX-512, of fp16 with AVX512-FP16)
 loops of its own. These took 17 to 55 times as long as a conversion and a product in fp32: dX of 16
 and 512 rows, 768 to 4096 features in bf16, torch 2.13, two threads of an EPYC of family 25 model 1,
 2026-11-30. Here no more is converted at a time than the result takes room, or what is summed over
-the rows of a batch; sums are in fp32, and results are rounded once.
+the rows of a batch, but 2^18 numbers in any case; sums are in fp32, and results are rounded once.
 """
 
 import functools
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from lora_fast import torch_internals
 
-# Elements that are converted at a time, however small the result.
-_LEAST = 2**15
-# Rows up to which the loops of torch are as fast, where both factors lie as they are summed, and
-# multiply-adds where they do not: 768 to 4096 features, two threads of an EPYC of family 25 model
-# 1, 2026-11-30.
-FEW_ROWS = 16
+# Elements that are converted at a time, however small the result: 1 MiB in fp32. With an eighth of
+# that a forward took 1.1 to 4.6 times as long, with four times that .5 to 1.4 times: 8 to 256 rows,
+# 768 to 4096 features in bf16, one thread of an EPYC of family 25 model 17 with AVX2, 2026-12-01.
+_LEAST = 2**18
+# Rows up to which the loops of torch are as fast, where both factors lie as they are summed:
+# between 4 (768 features) and 7 (4096), bf16 and fp16, on that machine; and multiply-adds where
+# they do not: two threads of an EPYC of family 25 model 1, 2026-11-30.
+FEW_ROWS = 5
 _FEW = 2**15
 # Columns for which a product may be made in less time as its transposition, in fp32 and float64, by
 # MKL in torch 2.13. On AMD's CPUs dS = dY B and dB = dY^T S of 64 to 2048 rows and 768 and 4096

@@ -86,7 +86,6 @@ class SavedState(LayerPart):
         own = self.__dict__
         if "merge_weights" in own:  # a layer of loralib, in whose place this one was imported
             own["_merge_weights"] = own.pop("merge_weights")
-            self._register_hooks()
         readers.forget_holders()
         if self._merged_version is not None:
             self._merged_version = self._weight_version()
@@ -94,6 +93,7 @@ class SavedState(LayerPart):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        self._register_hooks()
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is None:

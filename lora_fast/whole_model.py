@@ -63,7 +63,7 @@ def _merge(layers: Layers, progress: bool) -> int:
     try:
         with interrupts.held_back():
             for layer in stale.values():
-                layer._unmerge()
+                layer._unmerge_adapter()
         for batch in _shown(todo, "merge", progress):
             done += batch.values()
             _merge_batch(batch)
@@ -73,7 +73,7 @@ def _merge(layers: Layers, progress: bool) -> int:
             for name, layer in stale.items():
                 each.callback(_fold_again, layer, records[name])
             for layer in done:
-                each.callback(layer._unmerge)
+                each.callback(layer._unmerge_adapter)
         raise
     return len(done)
 
@@ -148,7 +148,7 @@ def _unmerge_batch(batch: Layers) -> None:
             raise
         for layer, _ in found:
             if layer.merged:
-                layer._unmerge()
+                layer._unmerge_adapter()
 
 
 def _restorable(layer: MergingLayer) -> tuple[Tensor, MergeRecord] | None:
