@@ -136,15 +136,16 @@ def backward_through_reference(
 
     Args:
         ctx: with `scaling`, `keep_scale`, `spans`, `in_shape` and `out_features` set.
-        saved: x, W, A, B, S and the mask; None for x where no gradient but that of B depends on it,
-            which then is made of S.
+        saved: x, W, A, B, S and the mask; None for x where no gradient depends on it. That of B is
+            made of S, where S is kept and nothing else depends on it.
         dy: (..., N).
     """
     *inputs, kept_s, keep = saved
     # One input may depend on another: through an alias of its own each is differentiated alone.
     inputs = [None if t is None else t.view_as(t) for t in inputs]
     x, weight, lora_A, lora_B = inputs
-    is_of_s = x is None and ctx.needs_input_grad[3]
+    # Where neither x nor A needs a gradient, the mask was not kept, and the kept S is of the dropped.
+    is_of_s = kept_s is not None and not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2])
     if x is None:
         inputs[0] = x = dy.new_zeros(ctx.in_shape, requires_grad=True)
     dropped = x if keep is None else x * keep.view(x.shape) * ctx.keep_scale

@@ -1,6 +1,8 @@
 """The backward written by hand for a CPU, under what may surround it."""
 
 from collections.abc import Callable
+from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import lora_fast as lora
+from lora_fast import backend, functional
+from lora_fast.backend import BackendName
 from lora_fast.testing import randomize_
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -129,3 +133,34 @@ def test_what_is_not_finite_stays_in_its_block(width: int, rank: int) -> None:
     with torch.no_grad():
         layer.lora_A[rank, 0] = torch.nan
     assert layer(x)[:, :width].isfinite().all()
+
+
+WHO_LEARNS = [who for n in range(1, 6) for who in combinations(("x", "W", "A", "B", "bias"), n)]
+
+
+@pytest.mark.parametrize("rows", [30, 300], ids=["s_is_kept", "s_is_made_again"])
+@pytest.mark.parametrize("op", [functional.lora_linear, functional.lora_merged_linear])
+@pytest.mark.parametrize("who", WHO_LEARNS, ids="".join)
+def test_both_orders_of_gradients_with_a_dropout_of_whatever_learns(
+    who: tuple[str, ...], op: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_MANY_DROPPED", 0)
+    merged = op is functional.lora_merged_linear
+    blocks: Any = {"enable_lora": [1, 0, 1]} if merged else {}
+    shapes = {"x": (rows, 10), "W": (12, 10), "A": (4 if merged else 2, 10)}
+    shapes |= {"B": (8 if merged else 12, 2), "bias": (12,)}
+
+    def gradients(name: BackendName) -> tuple[Any, list[Tensor]]:
+        torch.manual_seed(1)
+        t = {k: torch.randn(shape).double().requires_grad_(k in who) for k, shape in shapes.items()}
+        learns = [t[k] for k in who]
+        with lora.use_backend(name):
+            y = op(t["x"], t["W"], t["A"], t["B"], 2.0, t["bias"], 0.5, True, **blocks)
+            once = torch.autograd.grad((y**2).sum(), learns, create_graph=True)
+            bent = torch.stack([(grad**2).sum() for grad in once]).sum()
+            twice = torch.autograd.grad(bent, learns, materialize_grads=True)
+        return y.grad_fn, [y.detach(), *once, *twice]
+
+    served, found = gradients("auto")
+    assert "LowRankLinear" in served.name()
+    torch.testing.assert_close(found, gradients("reference")[1])
