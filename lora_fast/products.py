@@ -153,7 +153,7 @@ def _mm_in_fp32(a: Tensor, b: Tensor, scaling: float, room: int = 0) -> Tensor:
         left = a[rows]
         shape = (left.shape[0], n)
         is_transposed = _is_transposed(left, b)
-        sums = torch.zeros(shape[::-1] if is_transposed else shape, dtype=torch.float32)
+        sums = a.new_zeros(shape[::-1] if is_transposed else shape, dtype=torch.float32)
         sums = sums.t() if is_transposed else sums
         for steps in _parts(k, n + left.shape[0], room):
             _add_counted_(sums, left[:, steps].float(), b[steps].float(), scaling)

@@ -99,9 +99,10 @@ def test_dropped_elements_do_not_overflow(rate: float) -> None:
     largest = (dy @ layer.lora_B.detach().float()).abs().max()
     dy = (dy * (65000 / largest)).half()  # dS fits
     found = []
-    for backend in ("auto", "reference"):
+    names: tuple[BackendName, ...] = ("auto", "reference")
+    for name in names:
         torch.manual_seed(0)
-        with lora.use_backend(backend):  # type: ignore[arg-type]
+        with lora.use_backend(name):
             y = layer(x)
         found.append(torch.autograd.grad(y, [x, layer.lora_A], dy))
     finite = [[grad.isfinite() for grad in grads] for grads in found]

@@ -203,3 +203,15 @@ def test_compiled_autograd_traces_a_backward(name: str, dtype: torch.dtype) -> N
     for found, grad in zip(grads(compiled), expected, strict=True):
         eps = torch.finfo(dtype).eps  # the graph has torch's own products
         torch.testing.assert_close(found, grad, rtol=8 * eps, atol=eps * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("size", [(3, 5, 7), (40, 33, 4)], ids=str)
+def test_products_under_another_default_device(
+    size: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    m, k, n = size
+    a, b, y = draw(dtype, m, k), draw(dtype, k, n), draw(dtype, m, n)
+    with torch.device("meta"):
+        found = [products.mm(a, b), products.scaled_mm(a, b, 0.3), products.linear(a, b.t())]
+        found += [products.mm_over_rows(a.t(), b), products.add_mm_(y, a, b)]
+    assert {str(t.device) for t in found} == {"cpu"}
