@@ -144,7 +144,7 @@ def backward_through_reference(
     # One input may depend on another: through an alias of its own each is differentiated alone.
     inputs = [None if t is None else t.view_as(t) for t in inputs]
     x, weight, lora_A, lora_B = inputs
-    # Where neither x nor A needs a gradient, the mask was not kept, and the kept S is of the dropped.
+    # Where neither x nor A learns the mask was not kept, but S, which is of what was dropped.
     is_of_s = kept_s is not None and not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2])
     if x is None:
         inputs[0] = x = dy.new_zeros(ctx.in_shape, requires_grad=True)

@@ -126,7 +126,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         return exists and self.r > 0
 
     def _register_hooks(self) -> None:
-        """Register what follows loading and saving, once: a subclass may build a layer by itself."""
+        """Register what follows loading and saving, once, whoever has built the layer."""
         module: Any = self
         if merge_after_load not in module._load_state_dict_post_hooks.values():
             module.register_load_state_dict_post_hook(merge_after_load)
