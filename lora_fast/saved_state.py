@@ -21,6 +21,8 @@ _views = WeakTensorKeyDictionary()
 # Merged weights of a layer that are recognised when they come back without a mark: as many epochs,
 # say, at most 1.5 KB each.
 _GIVEN = 32
+# In a copy's `_merged_version`: like no number, as the base weight was put back before.
+_WRITTEN: tuple[int, ...] = ()
 # What wrappers of torch put into the names of modules, and take out of the keys of a state.
 _WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
@@ -58,6 +60,8 @@ class SavedState(LayerPart):
         state["_merged_marks"] = None
         record = self._record
         weight = readers.stored_weight(self._weight_owner())
+        if record is not None and self._was_put_back(record):
+            state["_merged_version"] = _WRITTEN
         if not self.merged or self._was_converted():  # then the record is of no use
             state["_record"] = None
         elif record is not None and record.codes and weight is not None:
@@ -70,6 +74,7 @@ class SavedState(LayerPart):
                 dtype=mine.dtype,
                 original=mine,
                 codes=(),
+                evidence=None,  # of what may have been written to since
                 of_shard=sharded.is_dtensor(weight),
             )
         return state
@@ -87,7 +92,7 @@ class SavedState(LayerPart):
         if "merge_weights" in own:  # a layer of loralib, in whose place this one was imported
             own["_merge_weights"] = own.pop("merge_weights")
         readers.forget_holders()
-        if self._merged_version is not None:
+        if self._merged_version:
             self._merged_version = self._weight_version()
 
     def _save_to_state_dict(

@@ -196,3 +196,18 @@ def test_a_compiled_layer_is_pickled() -> None:
     layer, x = randomize_(lora.Linear(4, 5, r=2)), torch.randn(3, 4)
     layer.compile(backend="eager")
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_know_that_the_base_was_put_back_while_merged(case: Any, how: str) -> None:
+    """As an average of the weights does after a validation."""
+    layer, x, fresh = case.build(), case.input(), case.build()
+    base, expected = case.weight(layer).detach().clone(), layer(x)
+    with torch.no_grad():
+        case.weight(layer.eval()).copy_(base)
+    twin = COPIES[how](layer)
+    fresh.load_state_dict(copy.deepcopy(twin.state_dict()))
+    assert torch.equal(case.weight(fresh), base)
+    torch.testing.assert_close(COPIES[how](twin).eval()(x), expected)
+    torch.testing.assert_close(twin.eval()(x), expected)
+    assert torch.equal(case.weight(twin.train()), base)
