@@ -6,20 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fast import caller, fsdp, functional, readers, sample, sharded, sums
-from lora_fast.layer_part import LayerPart
+from lora_fast import caller, fsdp, functional, readers, sample, sharded
+from lora_fast.recognising import RecognisesMerged
 from lora_fast.restoring import is_as_merged
-from lora_fast.saved_state import are_equal, layer_of_view, shares_memory
+from lora_fast.saved_state import are_equal, base_of_view, shares_memory
 from lora_fast.torch_internals import in_fake_mode, is_fake_tensor, storage_id
 
 _log = logging.getLogger("lora_fast.merge")
-# How far, relative to it, a merged weight may be from itself after a change of dtype: in fp8 with 3
-# bits an element by at most 1/16.
-_ROUNDED = 0.1
 _told: set[str] = set()  # what was said once in this process
 
 
-class LoadedState(LayerPart):
+class LoadedState(RecognisesMerged):
     """The part of a LoRA layer that reads its state, without losing the base weight."""
 
     def _load_from_state_dict(
@@ -173,115 +170,6 @@ class LoadedState(LayerPart):
             for name, tensor in mine.items()
         )
 
-    def _is_mine_merged(self, state_dict: dict[str, Any], prefix: str, is_marked: bool) -> bool:
-        """Tell whether a saved weight is this layer's base weight with the saved delta."""
-        summands, scaling = self._summands(state_dict, prefix, is_marked), self._one_scaling()
-        if summands is None or scaling is None:
-            return False
-        if not sums.is_sum(*summands, scaling, **self._blocks()):
-            return False
-        # What the delta does not change can't tell, and needs no telling.
-        return is_marked or not sums.is_sum(*summands, 0.0, **self._blocks())
-
-    def _was_given_merged(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Tell whether a weight is one that this layer gave out merged, on a base that has learned.
-
-        The best epoch's, say, which a trainer has kept in a file without marks.
-        """
-        given = self.__dict__.get("_given_merged", ())
-        summands, scaling = self._summands(state_dict, prefix, False), self._one_scaling()
-        if not given or summands is None or scaling is None:
-            return False
-        weight, _, lora_A, lora_B = summands
-        merged = (weight, lora_A, lora_B, scaling)
-        return any(sample.is_of(taken, *merged, **self._blocks()) for taken in given)
-
-    def _is_rather_merged(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Tell whether a saved weight is nearer to the sum than to the base weight that is here.
-
-        In loralib each `eval()` and `train()` leaves the rounding of a sum in the base weight; and
-        an average of states is not quite the sum of what it holds.
-        """
-        summands, scaling = self._summands(state_dict, prefix, False), self._one_scaling()
-        if summands is None or scaling is None:
-            return False
-        if not sums.is_nearer_to_sum(*summands, scaling, **self._blocks()):
-            return False
-        told = self.__dict__.get("_told_rather_merged", False)
-        self.__dict__["_told_rather_merged"] = True
-        _log.log(
-            logging.DEBUG if told else logging.WARNING,
-            "%s: a state without a mark holds in %s about the base weight that was here plus the "
-            "delta of its lora_A and lora_B, so it is taken for merged, and the delta is "
-            "subtracted. Save in train mode, or by lora_fast.save, what is to be loaded as it is.",
-            *(self._described(), prefix + self._weight_key()),
-        )
-        return True
-
-    def _summands(
-        self, state_dict: dict[str, Any], prefix: str, is_marked: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Return a saved weight, the base weight that is here, A and B; None if not all are."""
-        weight: Any = self._weight_owner().weight
-        # Without factors, and without a mark, it may be what somebody has merged for good.
-        mine = {n: getattr(self, n) if is_marked else None for n in ("lora_A", "lora_B")}
-        factors = (state_dict.get(prefix + name, factor) for name, factor in mine.items())
-        found = [weight, state_dict.get(prefix + self._weight_key()), *factors]
-        if any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in found):
-            return None
-        base, saved, lora_A, lora_B = (t.detach().to(weight.device) for t in found)
-        if not base.is_floating_point() or not saved.is_floating_point():
-            return None
-        return self._as_delta(saved), self._as_delta(base), lora_A, lora_B
-
-    def _is_still_merged(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
-    ) -> bool:
-        """Tell whether a saved weight is merged: a view of a layer's own is what that layer is."""
-        value = state_dict.get(prefix + self._weight_key())
-        layer = layer_of_view(value)
-        if layer is not None:
-            return bool(layer.merged)
-        # Somebody may have put another weight there: the mark is of the one before.
-        if not metadata.get("lora_merged") or self._was_replaced(state_dict, prefix, metadata):
-            return False
-        if shares_memory(state_dict.get(prefix + "lora_A"), self.lora_A):
-            if not isinstance(value, Tensor) or value.is_meta:
-                return False
-            return self._is_like_merged(value)
-        return True
-
-    def _was_replaced(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
-    ) -> bool:
-        """Tell whether a weight is no longer the merged one, but the base, say, or another's."""
-        elements, scaling = metadata.get("lora_sample"), metadata.get("lora_scaling")
-        names = (self._weight_key(), "lora_A", "lora_B")
-        found: list[Any] = [state_dict.get(prefix + name) for name in names]
-        then: Any = metadata.get("lora_norms")
-        if not (elements or then) or scaling is None:
-            return False
-        if any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in found):
-            return False
-        value, lora_A, lora_B = (t.detach() for t in found)
-        if not elements:
-            return sample.are_other(then, lora_A, lora_B)
-        dtype: Any = self._weight_owner().weight.dtype
-        now = sample.compared(
-            *(elements, self._as_delta(value), lora_A, lora_B, scaling, dtype), **self._blocks()
-        )
-        return now in ("base", "other")
-
-    @torch.no_grad()
-    def _is_like_merged(self, value: Tensor) -> bool:
-        """Tell whether a weight is the merged one in another dtype, say, and no other base."""
-        base: Any = self._weight_owner().weight
-        merged = self.effective_weight().float()
-        saved = value.to(merged)
-        distance = torch.linalg.vector_norm(saved - merged)
-        is_near = distance <= _ROUNDED * torch.linalg.vector_norm(merged)
-        return bool(is_near and distance < torch.linalg.vector_norm(saved - base.float()))
-
     def _undo_saved_merge(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
@@ -289,9 +177,13 @@ class LoadedState(LayerPart):
         is_merged = self._is_still_merged(state_dict, prefix, metadata)
         if not is_merged and "lora_merged" in metadata:
             return
-        if self._is_mine_merged(state_dict, prefix, is_merged):
+        key, scaling = prefix + self._weight_key(), metadata.get("lora_scaling")
+        base = base_of_view(state_dict.get(key))
+        if base is not None:
+            state_dict[key] = base
+        elif self._is_mine_merged(state_dict, prefix, is_merged, scaling):
             weight: Any = self._weight_owner().weight
-            state_dict[prefix + self._weight_key()] = weight.detach()
+            state_dict[key] = weight.detach()
         elif (
             is_merged
             or self._was_given_merged(state_dict, prefix)

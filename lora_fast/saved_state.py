@@ -289,6 +289,20 @@ def layer_of_view(value: Any) -> Any:
     return layer
 
 
+def base_of_view(value: Any) -> Tensor | None:
+    """Return a copy of the base weight of the merged layer whose weight a value is a view of.
+
+    What the layer remembers of its merge tells it, as A, B and the scaling may be others by now.
+    """
+    layer = layer_of_view(value)
+    if layer is None or not _can_be_read(value) or layer._was_converted():
+        return None
+    if not layer.merged or layer._record is None:
+        return None
+    base: Tensor = layer._as_delta(layer._base_of(value, layer._record))
+    return base
+
+
 def shares_memory(value: Any, parameter: Any) -> bool:
     """Tell whether a value is a view of a plain parameter, as those of `state_dict()` are."""
     if not isinstance(value, Tensor) or not isinstance(parameter, Tensor) or value.is_meta:

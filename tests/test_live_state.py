@@ -113,3 +113,36 @@ def test_a_layer_that_was_merged_can_be_scripted(make: Any) -> None:
         x = torch.tensor([1, 2]) if isinstance(flipped, nn.Embedding) else torch.randn(3, 4)
         x = torch.randn(1, 3, 5, 5) if isinstance(flipped, lora.Conv2d) else x
         torch.testing.assert_close(torch.jit.script(flipped)(x), flipped(x))
+
+
+def negated(layer: Any) -> None:
+    with torch.no_grad():
+        layer.lora_A.mul_(-1.5)
+
+
+def scaled(layer: Any) -> None:
+    layer.scaling = 4.0
+
+
+def merged_anew(layer: Any) -> None:
+    scaled(layer)
+    layer.eval()
+
+
+def put_back(layer: Any) -> None:
+    base = copy.deepcopy(layer).train()
+    with torch.no_grad():
+        getattr(layer, "conv", layer).weight.copy_(weight_of(base))
+
+
+@pytest.mark.parametrize("change", [negated, scaled, merged_anew, put_back])
+def test_a_view_of_a_merged_weight_brings_the_base_of_its_layer(make: Any, change: Any) -> None:
+    """Whatever has become, since the merge, of the factors that come with it."""
+    layer, other = randomize_(make()), make()
+    base = weight_of(layer)
+    state = layer.eval().state_dict()
+    change(layer)
+    other.load_state_dict(state)
+    assert torch.equal(weight_of(other), base)
+    assert torch.equal(other.lora_A, layer.lora_A)
+    assert layer.merged and torch.equal(weight_of(layer.train()), base)

@@ -362,3 +362,17 @@ def test_a_merged_state_of_another_base_is_told_of_in_eval_mode(
         layer.merged = True
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), source(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_its_own_merged_state_under_another_scaling(
+    name: str, dtype: torch.dtype, backend: str
+) -> None:
+    """The mark says by which scaling it was merged, so no bit of the base is lost."""
+    layer = randomize_(MAKERS[name](lora)).to(dtype)
+    base = owner(layer).weight.detach().clone()
+    state = copy.deepcopy(layer.eval().state_dict())
+    layer.train().scaling = 2.0
+    with pytest.warns(UserWarning, match="saved with scaling"):
+        layer.load_state_dict(state)
+    assert torch.equal(owner(layer).weight, base)
