@@ -18,15 +18,34 @@ from torch.nn.utils import parametrize
 
 from lora_fast import caller, torch_internals
 
-# Which layers' weights the classes read that are known to, wherever they are installed.
+_MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj")
+_MAMBA_2 = ("conv1d", "out_proj")
+_CONV = ("conv1d",)
+# Which layers' weights the classes read that are known to, by the package and the name of each.
+# Those of transformers are of 5.23; some read some of these on a GPU alone.
 _KNOWN = {
-    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
-    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
-    "transformers.models.mamba.modeling_mamba.MambaMixer": ("dt_proj", "x_proj", "out_proj"),
-    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": (
-        *("q_proj", "k_proj", "v_proj"),
-        "out_proj",
-    ),
+    "torch": {"MultiheadAttention": ("out_proj",)},
+    "torchvision": {"ShiftedWindowAttention": ("qkv", "proj")},
+    "mamba_ssm": {"Mamba": ("in_proj", *_MAMBA), "Mamba2": _MAMBA_2},
+    "transformers": {
+        **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), _MAMBA),
+        "JambaMambaMixer": ("conv1d", "dt_proj"),
+        **dict.fromkeys(("Mamba2Mixer", "NemotronHMamba2Mixer", "Zamba2MambaMixer"), _MAMBA_2),
+        **dict.fromkeys(("BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer"), _MAMBA_2),
+        **dict.fromkeys(("ZambaMambaMixer", "BailingHybridDeltaAttention"), _CONV),
+        **dict.fromkeys(("KimiLinearDeltaAttention", "Glm5NextTextLinearAttention"), _CONV),
+        **dict.fromkeys(("OlmoHybridGatedDeltaNet", "Qwen3NextGatedDeltaNet"), _CONV),
+        **dict.fromkeys(("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet"), _CONV),
+        **dict.fromkeys(("Qwen4ExpTextGatedDeltaNet",), _CONV),
+        **dict.fromkeys(("InklingShortConvolution", "Inkling2ShortConvolution"), _CONV),
+        **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv", "Lfm3ShortConv"), ("conv",)),
+        "RecurrentGemmaRecurrentBlock": ("conv_1d",),
+        **dict.fromkeys(("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap"), ("k_proj",)),
+        "MaskFormerDetrMHAttentionMap": ("k_proj",),
+        "DisentangledSelfAttention": ("in_proj",),
+        "MobileBertLMPredictionHead": ("dense",),
+        "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    },
 }
 _NAMES = "_reads_effective_weights_of"
 _OWN_WEIGHT = "_weight_behind_the_effective_one"
@@ -38,8 +57,9 @@ def expose_effective_weight(module: nn.Module, *names: str) -> None:
     For a module that computes with `self.layer.weight` in the place of calling `self.layer`, which
     leaves the adapter out. During the module's forward the layers' `weight` is their
     `effective_weight()`, through which gradients flow to A and B; it takes a dense product each.
-    nn.MultiheadAttention, torchvision's Swin transformers and the Mamba and WavLM of transformers
-    need no call: their layers are found when they are set.
+    nn.MultiheadAttention, torchvision's Swin transformers, mamba_ssm and the models of transformers
+    that do so (Mamba and its kin, Qwen3-Next, LFM2, WavLM, DeBERTa, DETR) need no call: their
+    layers are found when they are set.
 
     Args:
         module: the one that reads.
@@ -103,8 +123,11 @@ def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> N
 
 def _read_by(kind: type) -> tuple[str, ...]:
     """The names of the layers whose weights a class is known to read, or one that it inherits."""
-    classes = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
-    return next((_KNOWN[name] for name in classes if name in _KNOWN), ())
+    for base in kind.__mro__:
+        known = _KNOWN.get(base.__module__.partition(".")[0], {})
+        if base.__qualname__ in known:
+            return known[base.__qualname__]
+    return ()
 
 
 def _adapted(module: nn.Module) -> list[tuple[str, Any]]:

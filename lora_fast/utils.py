@@ -21,6 +21,11 @@ __all__ = [
     "torch",
 ]
 
+# What PEFT calls the dictionaries in which it holds its adapters by their names.
+_OF_PEFT = frozenset(
+    ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+)
+_DICTIONARIES = (nn.ModuleDict, nn.ParameterDict)
 BiasMode = Literal["none", "all", "lora_only"]
 _BIAS_MODES = get_args(BiasMode)
 
@@ -43,7 +48,9 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: BiasMode = "none") -> No
     Note:
         A parameter belongs to an adapter when its own name begins with `lora_`, or that of what it
         parametrizes, or that of the module of a LoRA layer which holds it: a list of experts in the
-        place of `lora_A`, say. Parameters that were frozen before stay frozen.
+        place of `lora_A`, say; or when PEFT holds it, in a dictionary of any module that is called
+        `lora_A`, `lora_B` or as it calls those of embeddings. Parameters that were frozen before
+        stay frozen.
         Source: loralib/utils.py:13-30.
     """
     checks.module("mark_only_lora_as_trainable", model, "named_parameters")
@@ -118,11 +125,14 @@ class _Adapters:
         modules = model.named_modules(remove_duplicate=False) if is_module else ()
         self._owners: dict[str, str] = {}
         for name, module in modules:
-            if isinstance(module, LoRALayer):
-                owner = without_wrappers(f"{name}." if name else "")
-                for child in vars(module)["_modules"]:
-                    if child.startswith("lora_"):
-                        self._owners[f"{owner}{child}."] = owner
+            owner, is_ours = (
+                without_wrappers(f"{name}." if name else ""),
+                isinstance(module, LoRALayer),
+            )
+            for child, held in vars(module)["_modules"].items():
+                is_of_peft = child in _OF_PEFT and isinstance(held, _DICTIONARIES)
+                if is_of_peft or (is_ours and child.startswith("lora_")):
+                    self._owners[f"{owner}{child}."] = owner
 
     def owner(self, name: str) -> str | None:
         """Return the prefix of what a parameter is the adapter of; None where it is of none."""

@@ -212,3 +212,26 @@ def test_b30_frozen_adapters_stay_frozen(old_case: Any, lib: ModuleType) -> None
     model = nn.ModuleList([old_case.build(lib).requires_grad_(False), old_case.build(lib)])
     assert trained(model, lib=lib) == ["1.lora_A", "1.lora_B"]
     assert len(saved(model, lib=lib)) == 4
+
+
+class AsPeft(nn.Module):
+    """A layer as PEFT wraps one, with two adapters by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(4, 6)
+        self.lora_A = nn.ModuleDict({name: nn.Linear(4, 2, bias=False) for name in "ab"})
+        self.lora_B = nn.ModuleDict({name: nn.Linear(2, 6, bias=False) for name in "ab"})
+        self.lora_embedding_A = nn.ParameterDict({"a": nn.Parameter(torch.zeros(2, 4))})
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_b25_adapters_of_peft_beside_ours(bias: Any) -> None:
+    found = []
+    for library in (loralib, lora):
+        model = nn.Sequential(library.Linear(4, 4, r=2), AsPeft(), nn.Linear(6, 6))
+        library.mark_only_lora_as_trainable(model)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        found.append((trained, set(library.lora_state_dict(model))))
+    assert found[0] == found[1]
+    assert len(found[0][0]) == 2 + 5

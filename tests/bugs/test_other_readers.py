@@ -39,7 +39,13 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
 def adapt(module: nn.Module, *names: str) -> None:
     for name in names:
         old: Any = module.get_submodule(name)
-        new = lora.Linear(old.in_features, old.out_features, r=2, bias=old.bias is not None)
+        new: Any
+        if isinstance(old, nn.Conv1d):
+            sizes = (old.in_channels, old.out_channels, *old.kernel_size)
+            options = {"groups": old.groups, "padding": old.padding, "bias": old.bias is not None}
+            new = lora.Conv1d(*sizes, r=2, **options)
+        else:
+            new = lora.Linear(old.in_features, old.out_features, r=2, bias=old.bias is not None)
         new.load_state_dict(old.state_dict(), strict=False)
         parent, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(parent), attribute, randomize_(new))
@@ -50,8 +56,12 @@ def plain_twin(make: Callable[[], nn.Module], module: nn.Module) -> nn.Module:
     twin = make()
     state = {k: v for k, v in module.state_dict().items() if "lora_" not in k}
     for name, layer in module.named_modules():
-        if isinstance(layer, lora.Linear):
+        if isinstance(layer, lora.LoRALayer):
+            state.pop(f"{name}.conv.weight", None)
             state[f"{name}.weight"] = layer.effective_weight().detach()
+            if layer.bias is not None:
+                state.pop(f"{name}.conv.bias", None)
+                state[f"{name}.bias"] = layer.bias.detach()
     twin.load_state_dict(state)
     return twin.train(module.training)
 
@@ -66,7 +76,7 @@ def check(make: Callable[[], nn.Module], module: nn.Module, x: Tensor) -> None:
     found.sum().backward()
     without = [name for name, p in module.named_parameters() if "lora_" in name and p.grad is None]
     assert not without
-    assert "weight" not in vars(next(m for m in module.modules() if isinstance(m, lora.Linear)))
+    assert not any("weight" in vars(m) for m in module.modules() if isinstance(m, lora.LoRALayer))
 
 
 @pytest.mark.parametrize("kind", [ShiftedWindowAttention, ShiftedWindowAttentionV2])
@@ -115,8 +125,28 @@ def test_the_dropout_that_is_passed_by_warns() -> None:
 def _mamba() -> nn.Module:
     from transformers import MambaConfig, MambaModel
 
-    size = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 11, "state_size": 4}
-    return MambaModel(MambaConfig(**size))
+    return MambaModel(MambaConfig(**_SMALL))
+
+
+def _falcon_mamba() -> nn.Module:
+    from transformers import FalconMambaConfig, FalconMambaModel
+
+    return FalconMambaModel(FalconMambaConfig(**_SMALL))
+
+
+def _mamba_2() -> nn.Module:
+    from transformers import Mamba2Config, Mamba2Model
+
+    heads = {"num_heads": 4, "head_dim": 4, "n_groups": 1, "chunk_size": 4}
+    return Mamba2Model(Mamba2Config(**_SMALL, **heads))
+
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "vocab_size": 11,
+    "state_size": 4,
+}
 
 
 def _wavlm() -> nn.Module:
@@ -132,10 +162,38 @@ def _wavlm() -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_mamba() -> None:
-    model = _mamba()
-    adapt(model, *(f"layers.0.mixer.{name}" for name in ("x_proj", "dt_proj", "out_proj")))
-    check(_mamba, model, torch.randint(11, (2, 5)))
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (_mamba, ("x_proj", "dt_proj", "out_proj", "conv1d")),
+        (_falcon_mamba, ("x_proj", "dt_proj", "out_proj", "conv1d")),
+        (_mamba_2, ("out_proj", "conv1d")),
+    ],
+)
+def test_mamba(make: Callable[[], nn.Module], names: tuple[str, ...]) -> None:
+    model = make()
+    adapt(model, *(f"layers.0.mixer.{name}" for name in names))
+    check(make, model, torch.randint(11, (2, 5)))
+
+
+class Mamba(Reading):
+    """As the package of its authors names it, where nothing is installed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.in_proj.weight @ x.t()).t()
+
+
+Mamba.__module__ = "mamba_ssm.modules.mamba_simple"
+
+
+def test_mamba_of_its_authors() -> None:
+    module = Mamba()
+    adapt(module, "in_proj")
+    check(Mamba, module, torch.randn(3, 6))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
