@@ -189,12 +189,32 @@ def scaling_of(alpha: Any, r: int) -> Any:
     return float(found) if is_number else found
 
 
-def scaling(op: str, value: Any) -> None:
-    """Refuse a factor of the update that is neither a number nor a tensor."""
-    if not hasattr(type(value), "__torch_function__") and not _is_number(value):
-        raise TypeError(
-            f"{op}: scaling must be a number or a tensor, got {value!r:.60} of type {_kind(value)}"
-        )
+def scaling(op: str, value: Any, n: int | None = None, x: Tensor | None = None) -> None:
+    """Refuse a factor of the update that is neither a number nor a tensor of one element or `n`.
+
+    With an `x` of which each row is updated, whatever multiplies these rows fits, as in loralib.
+    Without `n` any tensor is left to `number`.
+    """
+    if not isinstance(value, Tensor):
+        if not hasattr(type(value), "__torch_function__") and not _is_number(value):
+            raise TypeError(
+                f"{op}: scaling must be a number or a tensor, got {value!r:.60} of type "
+                f"{_kind(value)}"
+            )
+        return
+    shape = tuple(value.shape)
+    if n is None or not shape or isinstance(shape[-1], Tensor):  # traced by torch.jit
+        return
+    if len(shape) == 1:
+        fits = shape[0] == 1 or shape[0] == n
+    elif x is None or x.is_nested:
+        fits = len(shape) == 2 and value.numel() == 1
+    else:
+        rows = zip(shape[-2::-1], reversed(x.shape[:-1]), strict=False)
+        fits = len(shape) <= x.dim() and shape[-1] in (1, n) and all(s in (1, m) for s, m in rows)
+    if not fits:
+        each = f" or {n} in a row, one for each output feature" if n > 1 else ""
+        raise ValueError(f"{op}: scaling must be one number{each}, got a tensor of shape {shape}")
 
 
 def number(scaling: Any) -> float:
@@ -225,12 +245,12 @@ def rate(what: str, p: Any) -> None:
         raise ValueError(f"{what} must be between 0 and 1, got {p}")
 
 
-def rate_and_scaling(op: str, dropout_p: Any, factor: Any) -> None:
-    """Refuse a rate of dropout or a factor of the update that a call cannot have."""
+def rate_and_scaling(op: str, dropout_p: Any, factor: Any, n: int, x: Tensor) -> None:
+    """Refuse a rate of dropout or a factor of the update of `x` that a call cannot have."""
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         rate(f"{op}: dropout_p", dropout_p)
     if type(factor) is not float:
-        scaling(op, factor)
+        scaling(op, factor, n, x)
 
 
 def blocks(

@@ -74,9 +74,9 @@ def lora_linear(
     if not isinstance(x, Tensor):  # an fx proxy, which has no shape to check
         checks.tensors("lora_linear", x=x)
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, training)
-    if type(dropout_p) is not float or dropout_p or type(scaling) is not float:  # seldom
-        checks.rate_and_scaling("lora_linear", dropout_p, scaling)
     shapes.linear(x, weight, lora_A, lora_B, bias)
+    if type(dropout_p) is not float or dropout_p or type(scaling) is not float:  # seldom
+        checks.rate_and_scaling("lora_linear", dropout_p, scaling, weight.shape[0], x)
     p = dropout_p if training else 0.0
     backend = choose("lora_linear", x, weight, lora_A, lora_B, bias, drops=p > 0, scaling=scaling)
     number: Any = scaling  # but for the reference, which is chosen for a tensor
@@ -89,7 +89,7 @@ def lora_linear(
                 return lora_first(*operands, number, bias, p)
             return eager.low_rank_linear(*operands, number, bias, p, ((0, weight.shape[0]),))
         rest = (weight, lora_A, lora_B, scaling, bias, dropout_p, training)
-        if x.dim() > 2 and _flattens(x):
+        if x.dim() > 2 and _flattens(x, scaling):
             y = reference.lora_linear(x.flatten(0, -2), *rest)
             return eager.as_own(y, (*x.shape[:-1], y.shape[-1]))
         return reference.lora_linear(x, *rest)
@@ -98,8 +98,10 @@ def lora_linear(
         raise
 
 
-def _flattens(x: Tensor) -> bool:
+def _flattens(x: Tensor, scaling: float | Tensor) -> bool:
     """Tell whether `x` may serve as a matrix of rows: one product for a view at either end."""
+    if type(scaling) is not float and isinstance(scaling, Tensor) and scaling.dim() > 1:
+        return False  # each row has its own
     if type(x) is not Tensor or x.is_nested or x.layout is not torch.strided:
         return False
     # A trace would keep this batch's shape, and dropout draws in the order of memory.
@@ -150,9 +152,9 @@ def lora_merged_linear(
     if not isinstance(x, Tensor):  # an fx proxy
         checks.tensors("lora_merged_linear", x=x)
         return reference.lora_merged_linear(x, *rest, enable_lora=enable, out_splits=widths)
-    if type(dropout_p) is not float or dropout_p or type(scaling) is not float:
-        checks.rate_and_scaling("lora_merged_linear", dropout_p, scaling)
     spans = shapes.merged_linear(x, weight, lora_A, lora_B, bias, enable, widths)
+    if type(dropout_p) is not float or dropout_p or type(scaling) is not float:
+        checks.rate_and_scaling("lora_merged_linear", dropout_p, scaling, weight.shape[0], x)
     backend = choose("lora_merged_linear", x, weight, lora_A, lora_B, bias, scaling=scaling)
     number: Any = scaling  # but for the reference
     p = dropout_p if training else 0.0
@@ -210,15 +212,15 @@ def lora_embedding(
     options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     arguments: tuple[Any, ...] = (input, weight, *factors, *options)
     if isinstance(input, Tensor):
-        if type(scaling) is not float:
-            checks.scaling("lora_embedding", scaling)
         shapes.embedding(input, weight, lora_A, lora_B)
+        if type(scaling) is not float:
+            checks.scaling("lora_embedding", scaling, weight.shape[1], input.unsqueeze(-1))
         shapes.padding_idx("lora_embedding", padding_idx, weight)
         backend = choose("lora_embedding", input, weight, lora_A, lora_B, scaling=scaling)
         try:
             if backend is Backend.TRITON:
                 return autograd_embedding.lora_embedding(*arguments)
-            if input.dim() != 1 and _flattens(input):
+            if input.dim() != 1 and _flattens(input, scaling):
                 y = _embedding_in_torch(backend, input.flatten(), *arguments[1:])
                 return eager.as_own(y, (*input.shape, y.shape[-1]))
             return _embedding_in_torch(backend, *arguments)
@@ -293,7 +295,7 @@ def lora_conv(
     options = (stride, padding, dilation, groups)
     if isinstance(x, Tensor):
         if type(scaling) is not float:
-            checks.scaling("lora_conv", scaling)
+            checks.scaling("lora_conv", scaling, 1)
         shapes.conv(weight, lora_A, lora_B, bias)
         try:
             w = _merged_in_one_block(weight, lora_A, lora_B, scaling)
@@ -330,8 +332,7 @@ def merged_delta(
         TypeError: an argument is no tensor, number or list, or the factors differ in dtype.
     """
     enable, widths = checks.blocks("merged_delta", enable_lora, out_splits)
-    checks.scaling("merged_delta", scaling)
-    shapes.factors(lora_A, lora_B, enable, widths)
+    checks.scaling("merged_delta", scaling, shapes.factors(lora_A, lora_B, enable, widths))
     checks.one_dtype("merged_delta", "lora_B", lora_B, lora_A=lora_A)
     decided("merged_delta", Backend.REFERENCE, "there is no kernel for it")
     return reference.merged_delta(lora_A, lora_B, scaling, enable_lora=enable, out_splits=widths)
@@ -370,10 +371,11 @@ def merged_weight(
     enable = widths = None
     if enable_lora is not None or out_splits is not None:
         enable, widths = checks.blocks("merged_weight", enable_lora, out_splits)
-    if type(scaling) is not float:
-        checks.scaling("merged_weight", scaling)
     if isinstance(lora_A, Tensor):
         shapes.delta("merged_weight", weight, lora_A, lora_B, enable, widths)
+        if type(scaling) is not float:
+            n = lora_B.shape[0] if enable is None else weight.shape[0]
+            checks.scaling("merged_weight", scaling, n)
     else:
         checks.tensors("merged_weight", lora_A=lora_A)
     factors = (lora_A, lora_B, scaling)

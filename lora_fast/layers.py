@@ -99,6 +99,8 @@ class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
     ) -> tuple[Tensor, Tensor]:
         """Return the frozen output and S = dropout(X) A^T, where the module must be called."""
         backend.served_by_torch(op, "the dropout has hooks, works in place or is of another class")
+        if type(self.scaling) is not float and isinstance(x, Tensor):
+            checks.scaling(op, self.scaling, weight.shape[0], x)
         y = F.linear(x, weight, bias)  # before a dropout that works in place
         dropped = self.lora_dropout(x)
         return y, F.linear(dropped, reference.like(lora_A, dropped))

@@ -135,9 +135,6 @@ def _of_block(scaling: float | Tensor, block: Block, out_features: int) -> float
     """What scales a block, of a factor that may be one for each output feature."""
     if not isinstance(scaling, Tensor) or scaling.dim() == 0:
         return scaling
-    if scaling.shape[-1] not in (1, out_features):
-        got = tuple(scaling.shape)
-        raise ValueError(f"scaling must be one number or {out_features} in a row, got shape {got}")
     each = scaling.expand(*scaling.shape[:-1], out_features)
     return each.narrow(-1, block.begin, block.width)
 
@@ -224,8 +221,8 @@ def merged_delta(
 
 
 def _scaled_rows(lora_B: Tensor, scaling: float | Tensor) -> Tensor:
-    if isinstance(scaling, Tensor) and scaling.dim() == 1:  # one for each output feature
-        scaling = scaling.unsqueeze(-1)
+    if isinstance(scaling, Tensor) and scaling.dim() > 0:  # one for each output feature, or for all
+        scaling = scaling.reshape(-1, 1)
     return lora_B * scaling
 
 

@@ -220,8 +220,8 @@ def factors(
     lora_B: Tensor,
     enable_lora: list[bool] | None,
     out_splits: list[int] | None,
-) -> None:
-    """Refuse factors that do not fit each other or the blocks, for `merged_delta`."""
+) -> int:
+    """Refuse factors that do not fit each other or the blocks, for `merged_delta`; return N."""
     op = "merged_delta"
     tensors(op, lora_A=lora_A, lora_B=lora_B)
     if enable_lora is not None and lora_A.dim() > 0 and lora_B.dim() > 0:
@@ -233,11 +233,13 @@ def factors(
         equal = lora_B.shape[0] // max(1, sum(enable_lora)) * len(enable_lora)
         shape = (equal if out_splits is None else sum(out_splits), lora_A.shape[-1])
         grouped_factors(op, shape, lora_A, lora_B, enable_lora, out_splits)
-    elif lora_A.dim() != 2 or lora_B.dim() != 2 or lora_B.shape[1] != lora_A.shape[0]:
+        return shape[0]
+    if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_B.shape[1] != lora_A.shape[0]:
         raise ValueError(
             f"{op}: lora_B must be (N, r) and lora_A (r, K), got "
             f"{tuple(lora_B.shape)} and {tuple(lora_A.shape)}"
         )
+    return lora_B.shape[0]
 
 
 def conv(weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:

@@ -107,6 +107,106 @@ def test_another_number_of_factors_than_of_features(kind: str, length: int) -> N
             compute()
 
 
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1), (1, 1, 1), (4, 1), (3, N - 1), (N, 1), (N - 1,)], ids=str
+)
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_factors_that_would_change_the_output_are_refused(
+    kind: str, hooked: bool, shape: tuple[int, ...]
+) -> None:
+    layer = layer_of(kind, lora_dropout=0.5)
+    if hooked:
+        layer.lora_dropout.register_forward_hook(lambda *args: None)
+    layer.scaling = factor(shape)
+    each = "or 9 in a row, one for each output feature"
+    message = re.escape(f"scaling must be one number {each}, got a tensor of shape {shape}")
+    with pytest.raises(ValueError, match=message):
+        layer(factor((3, 4)))
+
+
+def test_factors_of_rows_follow_more_dimensions() -> None:
+    """Also where the rows of all samples are multiplied as one matrix."""
+    for shape in ((3, 1), (2, 1, 1), (2, 3, N), (1, 1)):
+        layer, x, scaling = layer_of("whole"), factor((2, 3, 4)), factor(shape)
+        wanted = expected(layer, x, scaling)
+        layer.scaling = scaling
+        torch.testing.assert_close(layer(x), wanted)
+    table = randomize_(lora.Embedding(8, N, r=2, dtype=torch.float64))
+    ids = torch.randint(8, (2, 3))
+    wanted = expected_of_table(table, ids, scaling := factor((3, 1)))
+    table.scaling = scaling
+    torch.testing.assert_close(table(ids), wanted)
+
+
+def expected_of_table(layer: Any, ids: Tensor, scaling: Tensor) -> Tensor:
+    layer.scaling = 1.0
+    base = F.embedding(ids, layer.weight)
+    return base + (layer(ids) - base) * scaling
+
+
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "lora_embedding": (
+        torch.tensor([1, 2, 1]),
+        torch.rand(5, N),
+        torch.rand(2, 5),
+        torch.rand(N, 2),
+    ),
+    "lora_conv": (torch.rand(1, 4, 7), torch.rand(N, 4, 1), torch.rand(2, 4), torch.rand(N, 2)),
+    "merged_delta": (torch.rand(N, 4), torch.rand(N, N)),
+    "merged_weight": (torch.rand(N, 4), torch.rand(N, 4), torch.rand(N, N)),
+}
+MANY = {"merged_delta": N, "merged_weight": N, "lora_embedding": N, "lora_conv": 1}
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (N, 1), (1, N), (N - 1,), (0,)], ids=str)
+@pytest.mark.parametrize("op", OTHERS)
+def test_other_functions_refuse_them_too(op: str, shape: tuple[int, ...]) -> None:
+    if op == "lora_embedding" and shape == (1, N):  # fits the rows
+        shape = (2, N)
+    each = " or 9 in a row" if MANY[op] > 1 else ""
+    with pytest.raises(
+        ValueError, match=rf"{op}: scaling must be one number{each}.*{re.escape(str(shape))}"
+    ):
+        getattr(functional, op)(*OTHERS[op], torch.rand(shape))
+
+
+def test_a_convolution_takes_one_number() -> None:
+    with pytest.raises(ValueError, match=r"lora_conv: scaling must be one number, got .*\(9,\)"):
+        functional.lora_conv(*OTHERS["lora_conv"], torch.rand(N))
+
+
+@pytest.mark.parametrize("enable", [None, [True, True, True]])
+@pytest.mark.parametrize("op", ["merged_delta", "merged_weight"])
+def test_a_single_element_in_a_matrix_scales_a_delta(op: str, enable: Any) -> None:
+    rows = 3 if enable else 1
+    weight, a, b = torch.rand(N, 4), torch.rand(2 * rows, 4), torch.rand(N, 2)
+    given = (a, b) if op == "merged_delta" else (weight, a, b)
+    call = getattr(functional, op)
+    found = call(*given, torch.full((1, 1), 0.5), enable_lora=enable)
+    torch.testing.assert_close(found, call(*given, 0.5, enable_lora=enable))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_factors_under_transforms_and_compilers(kind: str) -> None:
+    layer = layer_of(kind).requires_grad_(False)
+    x, scaling = torch.rand(5, 3, 4).double(), torch.rand(5, N).double()
+
+    def run(x: Tensor, scaling: Tensor) -> Tensor:
+        layer.scaling = scaling
+        return layer(x)  # type: ignore[no-any-return]
+
+    each = torch.stack([run(*pair) for pair in zip(x, scaling, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(run)(x, scaling), each)
+    with pytest.raises(ValueError, match="scaling must be one number or 9"):
+        torch.func.vmap(run)(x, scaling[:, :-1])
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x[0], scaling[0]), each[0])
+    traced = torch.jit.trace(run, (x[0], scaling[0]), check_trace=False)
+    torch.testing.assert_close(traced(x[1], scaling[1]), each[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", ["Linear", "MergedLinear", "Embedding"])
 def test_a_wider_factor_leaves_the_dtype_of_the_output(make: str, dtype: torch.dtype) -> None:
