@@ -342,6 +342,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         self.__dict__.update(
             merged=merged, _record=record, _merged_version=version, _merged_marks=marks
         )
+        torch.clear_autocast_cache()  # of what a weight that learns was before
         for name in _UNTIL_NEXT & self.__dict__.keys():
             del self.__dict__[name]
 

@@ -53,7 +53,7 @@ def are_slow(x: Tensor, *others: Tensor | None) -> bool:
     if any([t is not None and t.dtype is not x.dtype for t in others]):
         return False  # torch has no product of two dtypes, and says so
     # For vmap over gradients and for their tangents torch has rules for its own products alone.
-    return not _is_transformed() and torch.autograd.forward_ad._current_level < 0
+    return not _is_transformed(x, *others) and torch.autograd.forward_ad._current_level < 0
 
 
 def _loops_serve(a: Tensor, b: Tensor) -> bool:
@@ -139,7 +139,7 @@ def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """
     if are_slow(a, b) and not _loops_serve(a, b):
         return _mm_in_fp32(a, b, scaling)
-    if a.dtype is not torch.float16 or _is_transformed():
+    if a.dtype is not torch.float16 or _is_transformed(a, b):
         return mm(a, b).mul_(scaling)
     # Nothing, which beta=0 keeps from being read, but not under vmap.
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
@@ -197,13 +197,17 @@ def _parts(length: int, width: int, room: int) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, length, step))
 
 
-def _is_transformed() -> bool:
-    return not torch.compiler.is_compiling() and torch_internals.functorch_level() is not None
+def _is_transformed(*tensors: Tensor | None) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    if torch_internals.functorch_level() is not None:
+        return True
+    return any([t is not None and torch_internals.is_batched_by_autograd(t) for t in tensors])
 
 
 def differentiable_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """`scaled_mm` with gradients, of any order."""
-    if _is_transformed():
+    if _is_transformed(a, b):
         return a @ b * scaling
     if not torch.is_grad_enabled():
         return scaled_mm(a, b, scaling)

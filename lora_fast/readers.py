@@ -314,8 +314,11 @@ def take_own_memory(weight: Tensor, *, is_lent: bool) -> None:
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
         return
     # Other processes (all memory of a GPU calls itself shared), and whoever loads the dict again.
-    in_processes = weight.is_cpu and weight.untyped_storage().is_shared()
-    if in_processes or (is_lent and storage_uses(weight) != _UNSHARED_STORAGE):
+    # An array of numpy, a file: torch did not make it, and does not tell who else holds it.
+    storage = weight.untyped_storage()
+    is_others = weight.is_cpu and (storage.is_shared() or not storage.resizable())
+    del storage  # it is one more use
+    if is_others or (is_lent and storage_uses(weight) != _UNSHARED_STORAGE):
         with torch.inference_mode(weight.is_inference()):  # as which it must go on
             weight.data = weight.data.clone()
 

@@ -39,6 +39,9 @@ autocasts_anything: Callable[[], bool] = torch._C._is_any_autocast_enabled
 is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
 """Whether vmap hides a dimension of a tensor; unlike the level, torch.compile traces it."""
 
+is_batched_by_autograd: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+"""Whether `torch.autograd.grad(is_grads_batched=True)` hides a dimension, which is no transform."""
+
 dispatch_keys = torch._C._dispatch_keys
 """What takes part in a call with this tensor; `raw_repr()` makes a number of it."""
 

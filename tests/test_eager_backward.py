@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import lora_fast as lora
-from lora_fast import backend, functional
+from lora_fast import backend, functional, products
 from lora_fast.backend import BackendName
 from lora_fast.testing import randomize_
 
@@ -52,6 +52,38 @@ def test_gradients_in_a_batch(name: str) -> None:
     for i, dy in enumerate(dys):
         alone = torch.autograd.grad(y, learns, dy, retain_graph=True)
         torch.testing.assert_close(tuple(grad[i] for grad in batch), alone)
+
+
+BATCHES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "Linear": (lambda: lora.Linear(64, 64, r=4), lambda rows: torch.randn(rows, 64)),
+    "MergedLinear": (
+        lambda: lora.MergedLinear(64, 96, r=4, enable_lora=[1, 0, 1]),
+        lambda rows: torch.randn(rows, 64),
+    ),
+    "Embedding": (lambda: lora.Embedding(50, 64, r=4), lambda rows: torch.randint(50, (rows,))),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("rows", [3, 33, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BATCHES)
+def test_gradients_in_a_batch_where_products_are_made_in_fp32(
+    name: str, dtype: torch.dtype, rows: int, create_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "slow_dtypes", lambda: frozenset((dtype,)))
+    make, draw = BATCHES[name]
+    layer, x = randomize_(make()).to(dtype), draw(rows)
+    y = layer(x.to(dtype) if x.is_floating_point() else x)
+    dys, learns = torch.randn(3, *y.shape, dtype=dtype), list(layer.parameters())
+    learns = [p for p in learns if p.requires_grad]
+    batch = torch.autograd.grad(
+        y, learns, dys, retain_graph=True, is_grads_batched=True, create_graph=create_graph
+    )
+    for i, dy in enumerate(dys):
+        alone = torch.autograd.grad(y, learns, dy, retain_graph=True)
+        found = tuple(grad[i].detach() for grad in batch)
+        torch.testing.assert_close(found, alone, rtol=0.05, atol=0.05 * rows**0.5)
 
 
 FEW: dict[str, Callable[[], nn.Module]] = {

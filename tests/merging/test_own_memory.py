@@ -2,8 +2,10 @@
 
 import copy
 import signal
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from each_layer import base_of, weight_of
@@ -75,6 +77,49 @@ def test_memory_of_several_processes_is_left_to_the_others(layer: Any) -> None:
     merged.train()
     assert torch.equal(shared, values)
     assert torch.equal(weight_of(merged), base)
+
+
+def numpy_twin(layer: Any, base: Any) -> Any:
+    """A copy of a layer whose weight lies in an array of numpy."""
+    twin = copy.deepcopy(layer)
+    state = {next(k for k, p in layer.named_parameters() if p is weight_of(layer)): base}
+    state = {key: torch.from_numpy(value) for key, value in state.items()}
+    twin.load_state_dict(state, strict=False, assign=True)
+    return twin
+
+
+def test_an_array_of_numpy_is_left_to_whoever_else_has_it(layer: Any) -> None:
+    array = base_of(layer).contiguous().numpy()
+    values, expected = array.copy(), layer.effective_weight().detach()
+    first, second = numpy_twin(layer, array), numpy_twin(layer, array)
+    for twin in (first, second):
+        twin.eval()
+        torch.testing.assert_close(weight_of(twin).detach(), expected)
+    assert (array == values).all()
+    for twin in (first, second):
+        assert torch.equal(weight_of(twin.train()).detach(), torch.from_numpy(values))
+
+
+def test_a_file_that_is_mapped_is_not_written_to(layer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "base.npy"
+    numpy.save(path, base_of(layer).contiguous().numpy())
+    written = path.read_bytes()
+    twin = numpy_twin(layer, numpy.load(path, mmap_mode="r+"))
+    twin.eval()
+    torch.testing.assert_close(weight_of(twin), layer.effective_weight())
+    assert path.read_bytes() == written
+
+
+@pytest.mark.parametrize("merges_first", [False, True])
+def test_autocast_forgets_what_a_weight_that_learns_was(merges_first: bool) -> None:
+    layer: Any = randomize_(lora.Linear(64, 64, r=4))
+    layer.weight.requires_grad_()
+    x = torch.randn(5, 64)
+    expected = layer(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.train(not merges_first)(x)
+        found = layer.train(merges_first)(x)
+    torch.testing.assert_close(found.float().detach(), expected, rtol=0.05, atol=0.1)
 
 
 def test_weights_of_inference_mode_are_restored_outside_of_it(layer: Any) -> None:
