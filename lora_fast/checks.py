@@ -3,11 +3,12 @@
 Every refusal names the argument, what was expected and what came.
 """
 
+import math
 import numbers
 import operator
 from collections.abc import Collection, Iterable, Mapping, Set
 from decimal import Decimal
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, TypeGuard
 
 import torch
 from torch import Tensor
@@ -176,9 +177,12 @@ def adapter(r: Any, alpha: Any, dropout: Any) -> int:
 
 
 def lora_alpha(alpha: Any) -> None:
-    """Refuse a scale of the update that is no number."""
+    """Refuse a scale of the update that is no number, or no finite one."""
     if not _is_number(alpha):
         raise TypeError(f"lora_alpha must be a number, got {alpha!r} of type {_kind(alpha)}")
+    # What is trained or traced is not asked for its value.
+    if isinstance(alpha, (numbers.Real, Decimal)) and not math.isfinite(alpha):
+        raise ValueError(f"lora_alpha must be finite, got {alpha}")
 
 
 def scaling_of(alpha: Any, r: int) -> Any:
@@ -239,7 +243,8 @@ def no_input_kept() -> RuntimeError:
 
 def rate(what: str, p: Any) -> None:
     """Refuse a rate of dropout that is no number in [0, 1]; `what` is how a message calls it."""
-    if type(p) is not float and not _is_number(p):  # the second question takes long
+    # The last question takes long. True is an argument in the wrong place, False says none.
+    if type(p) is not float and (p is True or not _is_number(p)):
         raise TypeError(f"{what} must be a number, got {p!r} of type {_kind(p)}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{what} must be between 0 and 1, got {p}")
@@ -269,7 +274,7 @@ def blocks(
 def enabled(op: str, enable_lora: Any) -> list[bool]:
     """`enable_lora` as a list of bools, whatever its entries' truth values come from."""
     # A list, as nearly always, is not asked whether it is one.
-    if type(enable_lora) is not list and not _in_order(enable_lora):
+    if type(enable_lora) is not list and not in_order(enable_lora):
         raise TypeError(
             f"{op}: enable_lora must have an entry for each block of the output, True where it "
             f"has an adapter, as a list has them, got {enable_lora!r}"
@@ -277,9 +282,9 @@ def enabled(op: str, enable_lora: Any) -> list[bool]:
     return [bool(e) for e in enable_lora]
 
 
-def _in_order(values: Any) -> bool:
+def in_order(values: Any) -> TypeGuard[Iterable[Any]]:
     """Tell whether these are the entries themselves, one after the other."""
-    if isinstance(values, (str, bytes, Mapping, Set)) or getattr(values, "ndim", 1) == 0:
+    if isinstance(values, (str, bytes, bytearray, Mapping, Set)) or getattr(values, "ndim", 1) == 0:
         return False
     return isinstance(values, Iterable)
 
@@ -287,7 +292,7 @@ def _in_order(values: Any) -> bool:
 def widths(op: str, out_splits: Any) -> list[int]:
     """`out_splits` as a list of ints; refuse what are no integers."""
     is_list = type(out_splits) is list
-    is_list = is_list or (isinstance(out_splits, Collection) and _in_order(out_splits))
+    is_list = is_list or (isinstance(out_splits, Collection) and in_order(out_splits))
     found = [_width(width) for width in out_splits] if is_list else []
     if not is_list or any(width is None for width in found):
         raise TypeError(
@@ -298,12 +303,15 @@ def widths(op: str, out_splits: Any) -> list[int]:
 
 
 def size(op: str, **named: Any) -> None:
-    """Refuse a number of features that is no integer."""
+    """Refuse a number of features that is no integer, or negative."""
     for name, value in named.items():
-        if _width(value) is None:
+        found = _width(value)
+        if found is None:
             raise TypeError(
-                f"{op}: {name} must be an integer, got {value!r} of type {_kind(value)}"
+                f"{op}: {name} must be an integer, got {value!r:.60} of type {_kind(value)}"
             )
+        if found < 0:
+            raise ValueError(f"{op}: {name} must not be negative, got {value}")
 
 
 def _width(value: Any) -> Any:

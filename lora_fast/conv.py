@@ -46,10 +46,10 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         kwargs: `stride`, `padding` and so on, as for the convolution module.
 
     Raises:
-        ValueError: with r > 0, the kernel is not the same size in every dimension; `lora_dropout`
-            is outside [0, 1].
-        TypeError: with r > 0, the module is of another kind; `r` is no integer, or `lora_alpha` or
-            `lora_dropout` no number.
+        ValueError: with r > 0, the kernel is not the same size in every dimension; a number of
+            channels is negative, `lora_alpha` not finite or `lora_dropout` outside [0, 1].
+        TypeError: with r > 0, the module is of another kind; `r` or a number of channels is no
+            integer, or `lora_alpha` or `lora_dropout` no number.
 
     Note:
         A is (r k, in_channels k), B (out_channels / groups * k^(d-1), r k) with d spatial
@@ -85,6 +85,10 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
         has_adapter = checks.adapter(r, lora_alpha, lora_dropout) > 0
         checks_kind = has_adapter and self._computes_here()
         _check_kind(conv_module, checks_kind)
+        if conv_module in _KINDS:  # others may take more than integers
+            groups = {"groups": kwargs["groups"]} if "groups" in kwargs else {}
+            channels = {"in_channels": in_channels, "out_channels": out_channels}
+            checks.size(type(self).__name__, **channels, **groups)
         k: Any = _square(kernel_size, conv_module) if has_adapter else kernel_size
         if lora_dropout > 0.0:
             caller.warn(
@@ -252,10 +256,7 @@ def _check_kind(conv_module: Any, has_adapter: bool) -> None:
 
 
 def _square(kernel_size: int | Sequence[int], conv_module: Any) -> int:
-    try:
-        given: list[Any] = list(kernel_size)  # type: ignore[arg-type]
-    except TypeError:  # one number
-        given = [kernel_size]
+    given: list[Any] = list(kernel_size) if checks.in_order(kernel_size) else [kernel_size]
     sizes = [None if isinstance(size, bool) else checks.integer(size) for size in given]
     k = sizes[0] if sizes else None
     classes = enumerate(_KINDS, start=1)

@@ -5,8 +5,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fast import checks, functional, notices
+from lora_fast import checks, functional, notices, shapes
 from lora_fast.lora_layer import LoRALayer, MergingLayer, redrawing
+from lora_fast.record import MergeRecord
+from lora_fast.resizing import of_first_columns
 
 
 class Embedding(MergingLayer, nn.Embedding, LoRALayer):
@@ -21,7 +23,9 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
         kwargs: as for `nn.Embedding`.
 
     Raises:
-        TypeError: `r` is no integer, `lora_alpha` no number or `_weight` no tensor.
+        TypeError: `r`, a size or `padding_idx` is no integer, `lora_alpha` no number or `_weight`
+            no tensor.
+        ValueError: a size is negative, `padding_idx` no row or `lora_alpha` not finite.
 
     Note:
         A (r, num_embeddings) starts at zero and B (embedding_dim, r) random, the reverse of the
@@ -37,6 +41,9 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
+        checks.size("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        if kwargs.get("padding_idx") is not None:
+            shapes.padding_row("Embedding", kwargs["padding_idx"], num_embeddings)
         rank = checks.adapter(r, lora_alpha, 0.0)  # before anything is drawn
         given = kwargs.get("_weight")
         if given is not None:
@@ -79,7 +86,21 @@ class Embedding(MergingLayer, nn.Embedding, LoRALayer):
 
     def _fitted_factor(self) -> Tensor:
         """A with a column for each row of the table: new rows have none, and nothing is added."""
-        return F.pad(self.lora_A, (0, self.weight.shape[0] - self.lora_A.shape[1]))
+        return self._fitted(self.lora_A, self._as_delta(self.weight))
+
+    def _fitted(self, lora_A: Tensor, target: Tensor) -> Tensor:
+        new = target.shape[-1] - lora_A.shape[-1]
+        is_table = type(target) in (Tensor, nn.Parameter) and target.dim() == 2
+        return F.pad(lora_A, (0, new)) if new != 0 and is_table else lora_A
+
+    def _merged_part(self, target: Tensor, record: MergeRecord) -> tuple[Tensor, MergeRecord]:
+        """Return the rows that a table had when it was merged, and has since it was resized."""
+        is_known = len(record.codes) < 2 and not record.of_shard
+        if not is_known or not self._was_resized() or target.shape[0] != record.shape[0]:
+            return target, record
+        if target.shape[1] >= record.shape[1]:
+            return target[:, : record.shape[1]], record
+        return target, of_first_columns(target, record) or record
 
     def _obstacle(self) -> str | None:
         if not self.merged and self._was_resized():

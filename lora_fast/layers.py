@@ -78,7 +78,9 @@ class _LinearBase(MergingLayer, nn.Linear, LoRALayer):
         try:
             return F.linear(x, self._as_delta(self.weight), self.bias)
         except RuntimeError:
-            checks.one_dtype(type(self).__name__, "weight", self.weight, x=x, bias=self.bias)
+            name = type(self).__name__
+            checks.one_dtype(name, "weight", self.weight, x=x, bias=self.bias)
+            shapes.features(name, x, self._as_delta(self.weight))
             raise
 
     def _applied_dropout(self) -> float | None:
@@ -120,8 +122,8 @@ class Linear(_LinearBase):
         kwargs: `bias`, `device`, `dtype` as for `nn.Linear`.
 
     Raises:
-        TypeError: `r` is no integer, or `lora_alpha` or `lora_dropout` no number.
-        ValueError: `lora_dropout` is outside [0, 1].
+        TypeError: `r` or a size is no integer, or `lora_alpha` or `lora_dropout` no number.
+        ValueError: a size is negative, `lora_alpha` not finite or `lora_dropout` outside [0, 1].
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Linear(_LinearBase):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
+        checks.size("Linear", in_features=in_features, out_features=out_features)
         checks.adapter(r, lora_alpha, lora_dropout)  # before anything is drawn
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
@@ -181,8 +184,10 @@ class MergedLinear(_LinearBase):
         kwargs: `bias`, `device`, `dtype` as for `nn.Linear`.
 
     Raises:
-        TypeError: `enable_lora` is no list, `r` no integer, or another argument no number.
-        ValueError: the blocks do not make up `out_features`; `lora_dropout` is outside [0, 1].
+        TypeError: `enable_lora` is no list, `r` or a size no integer, or another argument no
+            number.
+        ValueError: the blocks do not make up `out_features`; a size is negative, `lora_alpha` not
+            finite or `lora_dropout` outside [0, 1].
 
     Note:
         A is (r * enabled blocks, K), B (sum of the enabled blocks' widths, r).
@@ -203,7 +208,7 @@ class MergedLinear(_LinearBase):
         out_splits: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        checks.size("MergedLinear", out_features=out_features)
+        checks.size("MergedLinear", in_features=in_features, out_features=out_features)
         enabled = checks.enabled("MergedLinear", enable_lora)
         given = None if out_splits is None else checks.widths("MergedLinear", out_splits)
         widths = shapes.splits("MergedLinear", out_features, enabled, given)

@@ -3,6 +3,8 @@
 Every refusal names the argument, what was expected and what came.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,11 +38,7 @@ def _refuse_linear(
 ) -> None:
     tensors("lora_linear", bias, weight=weight, lora_A=lora_A, lora_B=lora_B)
     n, k = _matrix("lora_linear", weight)
-    if x.dim() == 0 or x.size(-1) != k:
-        raise InputError(
-            f"lora_linear: x must have {k} features in its last dimension, as weight "
-            f"{tuple(weight.shape)} expects, got shape {tuple(x.shape)}"
-        )
+    features("lora_linear", x, weight)
     a, b = tuple(lora_A.shape), tuple(lora_B.shape)
     if len(a) != 2 or a[1] != k:
         raise ValueError(f"lora_linear: lora_A must be (r, {k}), got {a}")
@@ -50,6 +48,15 @@ def _refuse_linear(
             f"lora_A {a}, got {b}"
         )
     _bias_shape("lora_linear", bias, n)
+
+
+def features(op: str, x: Tensor, weight: Tensor) -> None:
+    """Refuse an `x` of another width than the columns of a matrix."""
+    if weight.dim() == 2 and not x.is_nested and (x.dim() == 0 or x.size(-1) != weight.size(1)):
+        raise InputError(
+            f"{op}: x must have {weight.size(1)} features in its last dimension, as weight "
+            f"{tuple(weight.shape)} expects, got shape {tuple(x.shape)}"
+        )
 
 
 def merged_linear(
@@ -79,11 +86,7 @@ def merged_linear(
         pass
     tensors(op, bias, weight=weight, lora_A=lora_A, lora_B=lora_B)
     n, k = _matrix(op, weight)
-    if x.dim() == 0 or x.size(-1) != k:
-        raise InputError(
-            f"lora_merged_linear: x must have {k} features in its last dimension, as weight "
-            f"{tuple(weight.shape)} expects, got shape {tuple(x.shape)}"
-        )
+    features(op, x, weight)
     grouped_factors(op, (n, k), lora_A, lora_B, enable_lora, out_splits)
     _bias_shape(op, bias, n)
     return spans(n, enable_lora, out_splits)
@@ -169,11 +172,14 @@ def embedding(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> 
 
 def padding_idx(op: str, index: int | None, weight: Tensor) -> None:
     """Refuse a padding index that is no row of the table; it may count from the end."""
-    if index is None:
-        return
+    if index is not None:
+        padding_row(op, index, weight.size(0))
+
+
+def padding_row(op: str, index: Any, num: Any) -> None:
+    """Refuse a padding index that is none of `num` rows."""
     if type(index) is not int and integer(index) is None:
         raise TypeError(f"{op}: padding_idx must be an integer or None, got {index!r:.60}")
-    num = weight.size(0)
     if isinstance(num, Tensor):  # traced by torch.jit
         return
     if not -num <= index < num:

@@ -38,6 +38,22 @@ def test_wrong_inputs_are_also_what_torch_raises() -> None:
                 layer(x)
 
 
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("r", [0, 2])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 6), ()], ids=str)
+@pytest.mark.parametrize("kind", ["Linear", "MergedLinear"])
+def test_layers_without_an_adapter_of_their_own_name_a_wrong_width(
+    kind: str, shape: tuple[int, ...], r: int, fan_in_fan_out: bool
+) -> None:
+    """Plain ones, and merged ones."""
+    kwargs: dict[str, Any] = {"enable_lora": [True, False]} if kind == "MergedLinear" else {}
+    layer = getattr(lora, kind)(4, 6, r=r, fan_in_fan_out=fan_in_fan_out, **kwargs).eval()
+    message = f"{kind}: x must have 4 features in its last dimension, as weight (6, 4) expects, got"
+    for error in (ValueError, RuntimeError):
+        with pytest.raises(error, match=re.escape(f"{message} shape {shape}")):
+            layer(torch.randn(shape))
+
+
 @pytest.mark.parametrize(
     ("wrong", "expected", "got"),
     [

@@ -1,6 +1,7 @@
 """Functions and layers name the argument that is of the wrong kind."""
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +60,7 @@ NO_TENSORS = [None, [1.0, 2.0], np.ones((6, 4), np.float32), "abc"]
 NO_NUMBERS = [None, [1.0], np.ones((6, 4), np.float32), "2"]
 WRONG = {
     "scaling": NO_NUMBERS,
-    "dropout_p": [*NO_NUMBERS, -0.1, 1.1, float("nan")],
+    "dropout_p": [*NO_NUMBERS, True, -0.1, 1.1, float("nan")],
     "enable_lora": [3, "ab", True, {"q": True}, {True}, {"q": True}.keys()],
     "out_splits": ["6", 6, [6.0], [5], [6, 6], {6: 1}, {6}],
     "training": [],
@@ -173,7 +174,8 @@ def _layers() -> dict[str, Built]:
     linear = {"in_features": 4, "out_features": 6, **dropping}
     blocks = {"enable_lora": [True, False], "out_splits": [2, 4]}
     table = {"num_embeddings": 5, "embedding_dim": 6, **settings, "_weight": torch.randn(5, 6)}
-    conv = {"in_channels": 2, "out_channels": 4, "kernel_size": 3, **settings}
+    table["padding_idx"] = 1
+    conv = {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "groups": 2, **settings}
     return {
         "Linear": Built(lora.Linear, linear),
         "MergedLinear": Built(lora.MergedLinear, linear | blocks),
@@ -185,13 +187,17 @@ def _layers() -> dict[str, Built]:
 
 
 LAYERS = _layers()
+SIZES = ["in_features", "out_features", "in_channels", "out_channels", "groups"]
+SIZES += ["num_embeddings", "embedding_dim"]
 UNFIT: dict[str, list[Any]] = {
     "r": [2.0, "2", None, True, [2], torch.tensor(2.0)],
-    "lora_alpha": NO_NUMBERS,
+    "lora_alpha": [*NO_NUMBERS, float("nan"), float("-inf"), np.float32("inf"), Decimal("nan")],
     "lora_dropout": WRONG["dropout_p"],
+    **{size: ["6", 6.0, None, -1, b"6"] for size in SIZES},
+    "padding_idx": ["1", 1.5, 5, -6],
     "enable_lora": WRONG["enable_lora"],
     "out_splits": WRONG["out_splits"],
-    "kernel_size": [3.0, "3", None, (), (3, 5), {3.5}],
+    "kernel_size": [3.0, "3", b"\x03", bytearray(b"\x03"), None, (), (3, 5), {3.5}, {3}],
     "conv_module": [None, "Conv2d", nn.ConvTranspose2d, nn.Linear, nn.Identity, nn.Conv2d(2, 4, 3)],
     "_weight": [[1.0], np.ones((5, 6)), "abc"],
 }
@@ -201,7 +207,6 @@ UNFIT_CASES = [
     for argument in layer.arguments
     if not (name == "Embedding, r=0" and argument == "lora_alpha")  # which it has no use for
     for value in UNFIT.get(argument, [])
-    + (["6", 6.0, None] if (name, argument) == ("MergedLinear", "out_features") else [])
 ]
 
 
@@ -222,3 +227,31 @@ def test_the_argument_of_a_layer_is_named(name: str, argument: str, value: Any) 
     with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b must"):
         cls(**{**arguments, argument: value})
     assert torch.equal(draws, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["Linear", "MergedLinear", "Conv2d"])
+@pytest.mark.parametrize("p", [0, 1, False, np.float32(0.5)], ids=repr)
+def test_rates_that_are_no_floats(name: str, p: Any) -> None:
+    cls, arguments = LAYERS[name]
+    arguments = {**arguments, "lora_dropout": p}
+    if name == "Conv2d" and p:
+        with pytest.warns(UserWarning, match="no effect"):
+            cls(**arguments)
+    else:
+        cls(**arguments)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("name", ["Linear", "MergedLinear", "Embedding"])
+def test_empty_layers_can_be_built(name: str) -> None:
+    sizes = (0, 4) if name == "Embedding" else (0, 6)
+    keywords: dict[str, Any] = {"enable_lora": [True]} if name == "MergedLinear" else {}
+    layer = getattr(lora, name)(*sizes, **keywords)
+    assert 0 in layer.weight.shape
+
+
+def test_a_function_that_makes_convolutions_may_take_what_it_likes() -> None:
+    def make(channels: str, out: int, k: int) -> nn.Conv2d:
+        return nn.Conv2d(len(channels), out, k)
+
+    assert lora.ConvLoRA(make, "rgb", 4, 3).in_channels == 3  # type: ignore[arg-type]
