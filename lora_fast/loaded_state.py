@@ -145,7 +145,7 @@ class LoadedState(RecognisesMerged):
             if not is_mine or self._weight_version() == self._merged_version:
                 return False
             record, target = self._record, self._as_delta(weight.detach())
-            return record is None or not is_as_merged(target, record)
+            return record is None or not self._is_as_merged(target, record)
         # torch does not count what is written to a shard through a state; and into an empty shard
         # nothing is written at all.
         return sharded.on_any_rank(weight, is_mine and not self._is_shard_as_merged(weight))
@@ -257,7 +257,9 @@ class LoadedState(RecognisesMerged):
     ) -> Tensor:
         """Return a copy of a merged weight from which the delta of these factors is taken."""
         weight = weight.float() if weight.itemsize < 2 else weight.clone()  # 8 bits add nothing
-        functional.merge_(self._as_delta(weight), lora_A, lora_B, -scaling, **self._blocks())
+        target = self._as_delta(weight)
+        lora_A = self._fitted(lora_A, target)
+        functional.merge_(target, lora_A, lora_B, -scaling, **self._blocks())
         return weight
 
     def _warn_of_another_scaling(

@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from lora_fast import functional, interrupts, readers
-from lora_fast.layer_part import LayerPart
 from lora_fast.record import MergeRecord
+from lora_fast.resizing import FitsResized
 
 
-class MovesWeight(LayerPart):
+class MovesWeight(FitsResized):
     """The part of a LoRA layer that `to()`, `half()` and their like go through."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -46,6 +46,7 @@ class MovesWeight(LayerPart):
         """Merge what was merged, whatever has become of the adapter, into a moved weight."""
         weight = self._merged_target()
         lora_A, lora_B = record.lora_A.to(weight), record.lora_B.to(weight)
+        lora_A = self._fitted(lora_A, weight)
         found = functional.merge_(weight, lora_A, lora_B, record.scaling, **record.blocks())
         self._remember(True, found)
         self.__dict__["_merged_marks"] = None  # they would be of the present factors

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast import sample, sums
-from lora_fast.layer_part import LayerPart
+from lora_fast.resizing import FitsResized
 from lora_fast.saved_state import layer_of_view, shares_memory
 
 _log = logging.getLogger("lora_fast.merge")
@@ -16,7 +16,7 @@ _log = logging.getLogger("lora_fast.merge")
 _ROUNDED = 0.1
 
 
-class RecognisesMerged(LayerPart):
+class RecognisesMerged(FitsResized):
     """The part of a LoRA layer that tells whether a weight to be loaded is merged."""
 
     def _is_mine_merged(
@@ -92,7 +92,8 @@ class RecognisesMerged(LayerPart):
         base, saved, lora_A, lora_B = (t.detach().to(weight.device) for t in found)
         if not base.is_floating_point() or not saved.is_floating_point():
             return None
-        return self._as_delta(saved), self._as_delta(base), lora_A, lora_B
+        target = self._as_delta(base)
+        return self._as_delta(saved), target, self._fitted(lora_A, target), lora_B
 
     def _is_still_merged(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
@@ -127,9 +128,9 @@ class RecognisesMerged(LayerPart):
         if not elements:
             return sample.are_other(then, lora_A, lora_B)
         dtype: Any = self._weight_owner().weight.dtype
-        now = sample.compared(
-            *(elements, self._as_delta(value), lora_A, lora_B, scaling, dtype), **self._blocks()
-        )
+        target = self._as_delta(value)
+        lora_A = self._fitted(lora_A, target)
+        now = sample.compared(*(elements, target, lora_A, lora_B, scaling, dtype), **self._blocks())
         return now in ("base", "other")
 
     @torch.no_grad()

@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fast import functional, readers, reference, shapes, sharded, sums
-from lora_fast.layer_part import LayerPart
 from lora_fast.merging import merge_again, merge_many, undo
 from lora_fast.native import Merge
 from lora_fast.record import Code, MergeRecord, are_same, some_of
+from lora_fast.resizing import FitsResized
 from lora_fast.torch_internals import is_fake_tensor
 
 _log = logging.getLogger("lora_fast.merge")
 
 
-class RestoresWeight(LayerPart):
+class RestoresWeight(FitsResized):
     """The part of a LoRA layer that restores its weight, bit for bit where nobody wrote to it."""
 
     def _was_converted(self) -> bool:
@@ -42,7 +42,7 @@ class RestoresWeight(LayerPart):
         weight = readers.stored_weight(self._weight_owner())
         if weight is None or type(weight) is not nn.Parameter:
             return False
-        return _is_base(self._as_delta(weight.detach()), record)
+        return _is_base(*self._merged_part(self._as_delta(weight.detach()), record))
 
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
         if record is None:  # someone set `merged` by hand: do what loralib does
@@ -79,6 +79,13 @@ class RestoresWeight(LayerPart):
             )
 
     def _restore_resized(self, target: Tensor, record: MergeRecord) -> None:
+        part, its = self._merged_part(target, record)
+        if self._is_as_merged(target, record):
+            functional.unmerge_(part, its)
+            record.note_restored(part)
+            return
+        if _is_base(part, its):
+            return
         if not self._fits(target):
             raise RuntimeError(
                 f"{self._described()}: the weight was given the shape {tuple(target.shape)}, by "
@@ -91,6 +98,15 @@ class RestoresWeight(LayerPart):
             self._described(),
         )
         self._subtract(target)
+
+    def _is_as_merged(self, target: Tensor, record: MergeRecord) -> bool:
+        """Tell by its values whether a weight is as it was merged, as far as it is still there."""
+        part, its = self._merged_part(target, record)
+        if its is record or its.original is None or not _is_like(part, its):
+            return is_as_merged(part, its)
+        # Of fewer rows torch's product may have other bits.
+        merged = (its.lora_A, its.lora_B, its.scaling)
+        return sums.is_sum(part, its.original, *merged, **its.blocks())
 
     def _fits(self, target: Tensor) -> bool:
         """Tell whether the present factors, pruned with the weight say, make a delta for it."""
@@ -124,12 +140,15 @@ class RestoresWeight(LayerPart):
     def _subtract(self, target: Tensor, scaling: float | None = None) -> None:
         """Take the delta of the present factors out of the weight."""
         scaling = self.scaling if scaling is None else scaling
-        functional.merge_(target, self.lora_A, self.lora_B, -scaling, **self._blocks())
+        lora_A = self._fitted(self.lora_A, target)
+        functional.merge_(target, lora_A, self.lora_B, -scaling, **self._blocks())
 
     def _was_written(self, target: Tensor, record: MergeRecord) -> bool:
         """Tell whether somebody wrote to the weight since the merge, so that nothing is lost."""
         if self._merged_version is None:
             return False
+        if sharded.local(target).shape != record.shape:
+            return True  # resized, perhaps to a view of itself
         is_counted = self._weight_version() != self._merged_version
         # A code undoes a write that torch did not count, a copy would throw it away. Of a shard the
         # record may hold the factors of the whole.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_fast import bypasses, checks, interrupts, readers, sample, sharded
-from lora_fast.layer_part import LayerPart
 from lora_fast.record import MergeRecord, are_same, some_of
+from lora_fast.resizing import FitsResized
 from lora_fast.torch_internals import mode_count, storage_id
 
 # The weights that `state_dict()` took from layers, and whose they are: they are views, and show the
@@ -27,7 +27,7 @@ _WRITTEN: tuple[int, ...] = ()
 _WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
-class SavedState(LayerPart):
+class SavedState(FitsResized):
     """The part of a LoRA layer that writes its state, without losing the base weight.
 
     A merged layer is pickled with a copy of the base weight, and its `state_dict` says that it is
@@ -65,7 +65,8 @@ class SavedState(LayerPart):
         if not self.merged or self._was_converted():  # then the record is of no use
             state["_record"] = None
         elif record is not None and record.codes and weight is not None:
-            mine = sharded.local(self._base_of(weight, record))
+            base = self._base_of(weight, record)
+            mine = sharded.local(base)
             if get_spawning_popen() is not None:  # the child has yet to open its memory
                 self.__dict__["_given_to_child"] = mine
             state["_record"] = replace(
@@ -74,7 +75,8 @@ class SavedState(LayerPart):
                 dtype=mine.dtype,
                 original=mine,
                 codes=(),
-                evidence=None,  # of what may have been written to since
+                lora_A=self._fitted(record.lora_A, base),
+                after=None,  # it may have been resized or written to since
                 of_shard=sharded.is_dtensor(weight),
             )
         return state
@@ -229,7 +231,9 @@ class SavedState(LayerPart):
             return nothing  # of a subclass, which may hold anything
         target = self._as_delta(weight.detach())
         if record.evidence is None or not self._seems_untouched(target, record):
-            found = sample.taken(target, *factors, record.scaling, **record.blocks())
+            lora_A = self._fitted(record.lora_A, target)
+            merged = (lora_A, record.lora_B, record.scaling)
+            found = sample.taken(target, *merged, **record.blocks())
             # Where the delta shows nowhere, its factors must tell.
             norms = {} if found else {"lora_norms": sample.norms(*factors)}
             record.evidence = {"lora_sample": found, **norms}
