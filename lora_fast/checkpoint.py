@@ -45,7 +45,7 @@ def save(
         ValueError: the model has no LoRA layers to save, or adapters whose values are not here, or
             values that a safetensors file can't hold; or there is something other than a file at
             `path`. Nothing was written.
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or `path` no path.
         FileNotFoundError: there is no such folder.
         OSError: the file can't be written: no permission, no space. What was there is as it was.
 
@@ -55,8 +55,9 @@ def save(
         write nothing.
     """
     checks.module("save", model, "state_dict")
+    target = checks.path("save", path)
     with interrupts.merge_lock:  # no other thread's eval() between the marks and the values
-        _save(model, Path(path), lora_only, bias)
+        _save(model, target, lora_only, bias)
 
 
 def _save(model: nn.Module, path: Path, lora_only: bool, bias: BiasMode) -> None:
@@ -183,12 +184,12 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
         ValueError: the file is damaged or of another kind; or a key is unknown or missing, a shape,
             rank or scaling differs, or a merge can't be taken out of the weight. Every difference
             is named, and nothing was loaded.
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or `path` no path.
         OSError: the file can't be read.
         MemoryError: there is no memory for what it holds; nothing was loaded.
     """
     checks.module("load", model, "named_modules")
-    state = _read(Path(path))
+    state = _read(checks.path("load", path))
     problems = _problems(model, state, strict)
     if problems:
         raise ValueError(f"load: {path} does not fit the model:\n  " + "\n  ".join(problems))

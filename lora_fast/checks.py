@@ -8,6 +8,7 @@ import numbers
 import operator
 from collections.abc import Collection, Iterable, Mapping, Set
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, SupportsFloat, TypeGuard
 
 import torch
@@ -34,14 +35,25 @@ def tensors(op: str, bias: Any = None, **named: Any) -> None:
             )
 
 
-def module(op: str, model: Any, method: str) -> None:
+def module(op: str, model: Any, method: str, name: str = "model") -> None:
     """Refuse a model that is no module, nor wraps one: it has no such method."""
     if isinstance(model, type) or not callable(getattr(model, method, None)):
         what = f"the class {model.__name__}" if isinstance(model, type) else _kind(model)
         raise TypeError(
-            f"{op}: model must be a torch.nn.Module, got {what}; give the model itself, not its "
+            f"{op}: {name} must be a torch.nn.Module, got {what}; give the model itself, not its "
             "state or its class"
         )
+
+
+def path(op: str, value: Any) -> Path:
+    """`value` as a path; refuse what names no file, an open one say."""
+    try:
+        return Path(value)
+    except TypeError:
+        raise TypeError(
+            f"{op}: path must be a str or an os.PathLike, got {value!r:.60} of type "
+            f"{_kind(value)}; give the file's name, bytes by way of os.fsdecode"
+        ) from None
 
 
 def _kind(value: Any) -> str:

@@ -285,7 +285,7 @@ def lora_conv(
         The convolution's output, the dtype of `x`.
 
     Raises:
-        ValueError: the factors do not fit the weight.
+        ValueError: the factors, `groups` or `x` do not fit the weight.
         TypeError: an argument is no tensor or no number, or its dtype does not fit.
         RuntimeError: a forced backend cannot serve the call.
 
@@ -302,6 +302,7 @@ def lora_conv(
             return reference.convolution(x, w, bias, *options)
         except (RuntimeError, TypeError):
             checks.dtypes("lora_conv", weight, lora_A, lora_B, x=x, bias=bias)
+            shapes.conv_input(x, weight, groups)
             raise
     checks.tensors("lora_conv", x=x)
     return reference.lora_conv(x, weight, lora_A, lora_B, scaling, bias, *options)

@@ -261,6 +261,23 @@ def conv(weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) ->
         _bias_shape("lora_conv", bias, weight.shape[0])
 
 
+def conv_input(x: Tensor, weight: Tensor, groups: Any) -> None:
+    """Refuse groups and an `x` that do not fit the kernel, when a convolution has failed."""
+    known = integer(groups)
+    if known is None or known < 1 or weight.shape[0] % known:
+        raise InputError(
+            f"lora_conv: groups must be a positive integer that divides the {weight.shape[0]} "
+            f"output channels, got {groups!r:.60}"
+        )
+    d, channels = weight.dim() - 2, weight.shape[1] * known
+    if x.dim() not in (d + 1, d + 2) or x.shape[-d - 1] != channels:
+        raise InputError(
+            f"lora_conv: x must be (batch, {channels}, *space) or ({channels}, *space), with {d} "
+            f"dimensions of space, as weight {tuple(weight.shape)} and groups={known} expect, got "
+            f"shape {tuple(x.shape)}"
+        )
+
+
 def _covers(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     if lora_A.dim() != 2 or lora_B.dim() != 2:
         return False

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_fast import checks
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -25,7 +27,11 @@ def randomize_(module: Module, std: float = 0.5) -> Module:
 
     Returns:
         `module` itself.
+
+    Raises:
+        TypeError: `module` is no module.
     """
+    checks.module("randomize_", module, "named_parameters", "module")
     for name, parameter in module.named_parameters():
         if name.rpartition(".")[2].startswith("lora_"):
             parameter.normal_(std=std)
@@ -71,7 +77,12 @@ def error_budget(eager: Tensor, oracle: Tensor, *, factor: float = 2.0) -> tuple
 
     Returns:
         Bounds for the largest and the root mean square absolute error.
+
+    Raises:
+        TypeError: one of them is no tensor.
+        ValueError: their shapes differ.
     """
+    _check_oracle("error_budget", eager, oracle)
     wide = oracle.double()
     error = (eager.double() - wide).abs()
     # Eager may be right by luck where little is added up; a rounding of the result is always due.
@@ -98,7 +109,11 @@ def assert_within_budget(
     Raises:
         AssertionError: shape or dtype differ from `eager`, or an error is over the budget. The
             message gives both errors, both budgets and where the largest error is.
+        TypeError: one of them is no tensor.
+        ValueError: the shape of `oracle` differs.
     """
+    checks.tensors("assert_within_budget", actual=actual)
+    _check_oracle("assert_within_budget", eager, oracle)
     _check_kind(actual, eager, what)
     if actual.numel() == 0:
         return
@@ -126,13 +141,26 @@ def budget_used(actual: Tensor, eager: Tensor, oracle: Tensor, *, factor: float 
 
     Raises:
         AssertionError: there is no error to tell: shape, dtype, infinities or NaN differ.
+        TypeError: one of them is no tensor.
+        ValueError: the shape of `oracle` differs.
     """
+    checks.tensors("budget_used", actual=actual)
+    _check_oracle("budget_used", eager, oracle)
     _check_kind(actual, eager, "result")
     if actual.numel() == 0:
         return 0.0
     error, budgets = _error_and_budget(actual, eager, oracle, factor, "result")
     pairs = zip((_largest(error), _rms(error)), budgets, strict=True)
     return max(0.0 if e == 0.0 else e / b if b else math.inf for e, b in pairs)
+
+
+def _check_oracle(function: str, eager: Tensor, oracle: Tensor) -> None:
+    checks.tensors(function, eager=eager, oracle=oracle)
+    if oracle.shape != eager.shape:
+        raise ValueError(
+            f"{function}: oracle must have the shape of eager, {tuple(eager.shape)}, got "
+            f"{tuple(oracle.shape)}"
+        )
 
 
 def _check_kind(actual: Tensor, eager: Tensor, what: str) -> None:

@@ -1,5 +1,6 @@
 """Files that do not fit or are damaged are refused whole, and a file is never half written."""
 
+import io
 import os
 import pickle
 import subprocess
@@ -380,3 +381,18 @@ def test_a_file_for_which_there_is_no_memory_is_not_called_damaged(
     monkeypatch.setattr(torch, "load", full)
     with pytest.raises(MemoryError):
         lora.load(layer, file)
+
+
+class InBytes:
+    def __fspath__(self) -> bytes:
+        return b"a.pt"
+
+
+@pytest.mark.parametrize(
+    "path", [None, 5, b"a.pt", io.BytesIO(), InBytes()], ids=lambda path: type(path).__name__
+)
+@pytest.mark.parametrize("function", [lora.save, lora.load])
+def test_what_is_no_path_is_named(function: Any, path: Any) -> None:
+    message = rf"^{function.__name__}: path must be a str or an os\.PathLike, got .* of type "
+    with pytest.raises(TypeError, match=message + type(path).__name__):
+        function(lora.Linear(4, 6, r=2), path)

@@ -1,6 +1,7 @@
 """`lora_conv` and the dense delta against sums in float64: outputs and gradients."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -274,3 +275,33 @@ def test_merged_weight_with_fp32_factors_has_the_dtype_of_the_weight(base: torch
     expected = weight.double() + SCALING * b.detach().double() @ a.detach().double()
     tolerance = 8 * torch.finfo(base).eps
     torch.testing.assert_close(merged.detach().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "expected"),
+    [
+        ((2, 4, 5), 1, "x must be (batch, 4, *space) or (4, *space), with 2 dimensions of space"),
+        ((4, 4), 1, "x must be (batch, 4, *space)"),
+        ((1, 1, 4, 5, 5), 1, "x must be (batch, 4, *space)"),
+        ((1, 3, 5, 5), 1, "x must be (batch, 4, *space)"),
+        ((1, 4, 5, 5), 2, "x must be (batch, 8, *space) or (8, *space), with 2 dimensions"),
+        ((1, 4, 5, 5), 4, "groups must be a positive integer that divides the 6 output channels"),
+        ((1, 4, 5, 5), 0, "groups must be a positive integer"),
+        ((1, 4, 5, 5), None, "groups must be a positive integer"),
+        ((1, 4, 5, 5), "1", "groups must be a positive integer"),
+    ],
+    ids=str,
+)
+def test_an_input_or_groups_that_do_not_fit(
+    shape: tuple[int, ...], groups: Any, expected: str
+) -> None:
+    weight, a, b = torch.randn(6, 4, 3, 3), torch.randn(3, 12), torch.randn(18, 3)
+    for error in (ValueError, RuntimeError):
+        with pytest.raises(error, match=re.escape(f"lora_conv: {expected}")):
+            functional.lora_conv(torch.randn(shape), weight, a, b, 1.0, groups=groups)
+
+
+def test_torch_tells_what_else_is_wrong() -> None:
+    weight, a, b = torch.randn(6, 4, 3, 3), torch.randn(3, 12), torch.randn(18, 3)
+    with pytest.raises(RuntimeError, match="stride"):
+        functional.lora_conv(torch.randn(1, 4, 5, 5), weight, a, b, 1.0, stride=0)

@@ -69,7 +69,7 @@ def test_kernels_know_nothing_of_the_rest(name):
         ("blocks", set()),
         ("autocast", {"torch_internals"}),
         ("reference", {"autocast", "blocks"}),
-        ("testing", set()),
+        ("testing", {"checks"}),
         ("decisions", {"backend", "ops"}),
         ("selftest", {"backend", "commands", "decisions", "functional", "reference", "testing"}),
         ("commands", set()),

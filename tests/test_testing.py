@@ -2,13 +2,14 @@
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lora_fast as lora
-from lora_fast.testing import assert_within_budget, error_budget, randomize_
+from lora_fast.testing import assert_within_budget, budget_used, error_budget, randomize_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -193,3 +194,34 @@ def test_scalars_and_empty_tensors() -> None:
 def test_tensors_that_require_grad() -> None:
     eager, oracle = product(torch.float32)
     assert_within_budget(eager.requires_grad_(), eager, oracle.requires_grad_())
+
+
+@pytest.mark.parametrize("wrong", [None, [nn.Linear(2, 2)], nn.Linear], ids=repr)
+def test_what_is_no_module_is_named(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"^randomize_: module must be a torch\.nn\.Module, got"):
+        randomize_(wrong)
+
+
+@pytest.mark.parametrize("function", [assert_within_budget, budget_used])
+@pytest.mark.parametrize("argument", ["actual", "eager", "oracle"])
+def test_what_is_no_tensor_is_named(function: Any, argument: str) -> None:
+    arguments: dict[str, Any] = dict.fromkeys(("actual", "eager", "oracle"), torch.ones(3))
+    arguments[argument] = 1.5
+    name = function.__name__
+    with pytest.raises(TypeError, match=f"^{name}: {argument} must be a tensor, got 1.5 of type f"):
+        function(**arguments)
+    if argument != "actual":
+        del arguments["actual"]
+        with pytest.raises(TypeError, match=f"^error_budget: {argument} must be a tensor, got 1.5"):
+            error_budget(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 1)], ids=str)
+def test_an_oracle_of_another_shape_is_no_oracle(shape: tuple[int, ...]) -> None:
+    y, oracle = torch.ones(2, 3), torch.ones(shape, dtype=torch.float64)
+    message = re.escape(f"oracle must have the shape of eager, (2, 3), got {shape}")
+    with pytest.raises(ValueError, match=message):
+        error_budget(y, oracle)
+    for check in (assert_within_budget, budget_used):
+        with pytest.raises(ValueError, match=message):
+            check(y, y, oracle)
