@@ -104,18 +104,22 @@ def forgiving(build_ext):
     class BuildExt(build_ext):
         def run(self):
             begun_with = self.compiler, self.inplace  # an attempt changes them
-            while self.extensions:
+            # Also the list of the distribution, which in the end has what was built.
+            every, self.extensions[:] = list(self.extensions), []
+            built = []
+            for extension in every:
                 self.compiler, self.inplace = begun_with
+                self.extensions[:] = [extension]
                 try:
-                    return super().run()
+                    super().run()
+                    built.append(extension)
                 except Exception as error:
-                    # The last one asks the most of a machine.
-                    given_up = self.extensions.pop()
                     # What an earlier build has left is of other sources.
                     self.compiler, self.inplace = begun_with
-                    built = self.get_ext_fullpath(given_up.name)
-                    pathlib.Path(built).unlink(missing_ok=True)
-                    self.give_up(given_up, error)
+                    stale = self.get_ext_fullpath(extension.name)
+                    pathlib.Path(stale).unlink(missing_ok=True)
+                    self.give_up(extension, error)
+            self.extensions[:] = built
 
         def give_up(self, extension, error):
             lost = (

@@ -223,29 +223,43 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 
 
+# Compiles whatever it is given as an empty file.
+NVCC = """#!/bin/sh
+while [ $# -gt 0 ]; do test "$1" = -o && out="$2"; shift; done
+test -z "$out" || g++ -fPIC -x c++ -c /dev/null -o "$out"
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_what_cannot_be_built_takes_nothing_else_with_it(checkout, tmp_path):
+@pytest.mark.parametrize("failing", ["_C_cuda", "_C"])
+def test_what_cannot_be_built_takes_nothing_else_with_it(checkout, tmp_path, failing):
     source = shutil.copytree(checkout, tmp_path / "source")
     for path in (source / "csrc").glob("*.cpp"):
-        path.write_text("")  # compiles soon
+        path.write_text("#error refused" if failing == "_C" else "")  # compiles soon
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\necho refused >&2; exit 1\n")
+    nvcc.write_text(NVCC if failing == "_C" else "#!/bin/sh\necho refused >&2; exit 1\n")
     nvcc.chmod(0o755)
-    stale = source / "lora_fast" / "_C_cuda.abi3.so"
+    libraries = tmp_path / "cuda" / "lib64"
+    libraries.mkdir()
+    for name in ("cudart", "c10_cuda", "torch_cuda"):  # none is here where torch is for CPUs
+        target = libraries / f"lib{name}.so"
+        subprocess.check_call(["g++", "-shared", "-x", "c++", "/dev/null", "-o", str(target)])
+    stale = source / "lora_fast" / f"{failing}.abi3.so"
     stale.write_text("of other sources")
     said = run(
         *(sys.executable, "-c", BUILD_FOR_A_GPU),
         cwd=source,
         CUDA_HOME=str(tmp_path / "cuda"),
+        TORCH_CUDA_ARCH_LIST="9.0",
         LORA_FAST_BUILD="auto",
     )
-    (built,) = (source / "lora_fast").glob("*.so")
-    assert built.name.startswith("_C.")
-    assert stale.name == "_C_cuda.abi3.so"  # and is gone
-    assert "lora_fast: lora_fast._C_cuda was not compiled: " in said
-    assert "lora_fast._C was not" not in said
+    (built,) = (source / "lora_fast").glob("*.so")  # and the stale one is gone
+    other = "_C" if failing == "_C_cuda" else "_C_cuda"
+    assert built.name.startswith(f"{other}.")
+    assert f"lora_fast: lora_fast.{failing} was not compiled: " in said
+    assert f"lora_fast.{other} was not" not in said
 
 
 # The tree
