@@ -40,8 +40,8 @@ class LoRALayer:
         merge_weights: whether `eval()` folds the adapter into the weight.
 
     Raises:
-        TypeError: `r` is not an integer or `lora_dropout` not a number.
-        ValueError: `lora_dropout` is outside [0, 1].
+        TypeError: `r` is not an integer, or `lora_alpha` or `lora_dropout` not a number.
+        ValueError: `lora_alpha` is not finite or `lora_dropout` outside [0, 1].
     """
 
     scaling: float

@@ -41,7 +41,7 @@ def test_what_the_adapter_knows_of_is_as_before(
     assert layer.lora_A.grad.abs().sum(0).nonzero().flatten().tolist() == [0, 1, 5, 6]
 
 
-def test_new_rows_are_looked_up_alone(backend: str) -> None:
+def test_b55_new_rows_are_looked_up_alone(backend: str) -> None:
     layer, table, _ = resized(12)
     new = torch.tensor([9, 11])
     assert torch.equal(layer(new), table[new])
@@ -50,7 +50,7 @@ def test_new_rows_are_looked_up_alone(backend: str) -> None:
         layer(torch.tensor([12]))
 
 
-def test_it_is_not_merged_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_b55_it_is_not_merged_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
     layer, table, _ = resized(12)
     with caplog.at_level(logging.WARNING, "lora_fast.merge"):
         layer.eval()

@@ -1,6 +1,6 @@
 """The layers that the bugs are about, and what they must compute, worked out in another way.
 
-A test is named after its bug, B01 to B54 in docs/differences.md, and runs over the layers that the
+A test is named after its bug, B01 to B55 in docs/differences.md, and runs over the layers that the
 bug is about. Where it is cheap it runs loralib too, so that it is known to be able to fail.
 """
 
