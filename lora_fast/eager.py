@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fast import blocks, delta, products
+from lora_fast import blocks, delta, products, torch_internals
 from lora_fast.autocast import autocasts, no_autocast
 from lora_fast.blocks import Spans
 from lora_fast.dropout import dropout, keep_scale
@@ -204,6 +204,20 @@ def sparse_columns(
     """
     return _SparseColumns.apply(  # type: ignore[no-any-return]
         input, lora_A, padding_idx, scale_grad_by_freq
+    )
+
+
+def makes_sparse(lora_A: Tensor) -> bool:
+    """Tell whether `sparse_columns` serves: not for transforms, tangents and traces, nor without A.
+
+    They know torch's own functions alone.
+    """
+    if not lora_A.requires_grad or not torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or (
+        torch_internals.functorch_level() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch_internals.is_tracing()
     )
 
 

@@ -241,7 +241,7 @@ def _embedding_in_torch(
     *options: Any,
 ) -> Tensor:
     padding_idx, _, _, scale_grad_by_freq, sparse = options
-    makes_sparse = sparse and lora_A.requires_grad and torch.is_grad_enabled()
+    makes_sparse = sparse and eager.makes_sparse(lora_A)
     if not makes_sparse and backend is Backend.REFERENCE:
         return reference.lora_embedding(input, weight, lora_A, lora_B, scaling, *options)
     y = torch.nn.functional.embedding(input, weight, *options)

@@ -262,3 +262,25 @@ def test_vmap_of_jvp_over_tangents(name: str) -> None:
     got = vmap(lambda t: jvp(layer, (x,), (t,))[1])(tangents)
     rows = [jvp(layer, (x,), (t,))[1] for t in tangents]
     torch.testing.assert_close(got, torch.stack(rows))
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_transforms_of_a_lookup_with_sparse_gradients(name: str) -> None:
+    """As of one with dense ones: torch has no rules for the function that makes them sparse."""
+    index = make_input("embedding")
+    dense, sparse = build("embedding"), build("embedding", sparse=True)
+    found: list[Any] = []
+    for layer in (dense, sparse):
+
+        def total(factor: Tensor, index: Tensor, layer: Any = layer) -> Tensor:
+            return (functional_call(layer, {name: factor}, (index,)) ** 2).sum()
+
+        factor = getattr(layer, name).detach()
+        each = vmap(grad(total), in_dims=(None, 0))(factor, index)
+        tangent = jvp(lambda factor: total(factor, index), (factor,), (factor,))[1]
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(factor, factor)
+            pushed = forward_ad.unpack_dual(total(dual, index)).tangent
+        traced = torch.jit.trace(layer, (index,))
+        found.append((each, tangent, pushed, vmap(layer)(index), traced(index + 0)))
+    torch.testing.assert_close(found[1], found[0])
