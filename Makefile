@@ -16,7 +16,10 @@ JOBS ?= 2
 DIST ?= dist
 OUT ?= gpu-out
 GPU_PYTHON ?= 3.12
-PYTEST ?= $(BIN)/pytest
+# A borrowed pytest has no script in $(BIN), and -m would put this folder on sys.path, where kernels/
+# hides any other package of that name.
+PYTEST ?= $(BIN)/python -c 'import sys; sys.path[:] = filter(None, sys.path); import pytest; \
+  sys.exit(pytest.console_main())'
 PYTEST_ARGS ?= -n $(JOBS) --dist loadgroup
 export LORA_FAST_BUILD ?= auto
 

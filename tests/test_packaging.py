@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import venv
 import zipfile
 from email.message import Message
 from pathlib import Path
@@ -263,6 +264,27 @@ def test_what_cannot_be_built_takes_nothing_else_with_it(checkout, tmp_path, fai
 
 
 # The tree
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("safe", ["", "1"])
+def test_make_runs_a_borrowed_pytest(checkout, tmp_path, safe):
+    """In an environment without a script of its own; the checkout stays off the path."""
+    own = tmp_path / "venv"
+    venv.create(own, symlinks=True)
+    site = run(own / "bin" / "python", "-c", "import site; print(*site.getsitepackages())", cwd=own)
+    (Path(site.split()[0]) / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    (own / ".lora_fast-installed").touch()
+    test = tmp_path / "test_path.py"
+    test.write_text(
+        "import os, sys\ndef test_path():\n    assert not {'', os.getcwd()} & set(sys.path)\n"
+    )
+    said = run(
+        *("make", "test", f"VENV={own}", f"PYTEST_ARGS=-q -n 1 --noconftest {test}"),
+        cwd=checkout,
+        PYTHONSAFEPATH=safe,
+    )
+    assert "1 passed" in said
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
