@@ -150,11 +150,13 @@ class RestoresWeight(FitsResized):
         if sharded.local(target).shape != record.shape:
             return True  # resized, perhaps to a view of itself
         is_counted = self._weight_version() != self._merged_version
-        # A code undoes a write that torch did not count, a copy would throw it away. Of a shard the
-        # record may hold the factors of the whole.
-        if not is_counted and (record.original is None or record.of_shard):
-            return False
         shard = sharded.local(target)
+        # A copy would throw a write away that torch did not count, and a code would spoil it. Of a
+        # shard the record may hold the factors of the whole.
+        if not is_counted and record.of_shard:
+            return False
+        if not is_counted and record.original is None:
+            return _shows_a_write(shard, record)
         if shard.is_meta:
             return False
         if shard.dtype != record.dtype or shard.device != record.lora_A.device:
@@ -216,6 +218,16 @@ def _is_like(shard: Tensor, record: MergeRecord) -> bool:
     """Tell whether a weight has the shape, dtype and device of the one that was merged."""
     mine = (shard.shape, shard.dtype, shard.device)
     return mine == (record.shape, record.dtype, record.lora_A.device)
+
+
+def _shows_a_write(shard: Tensor, record: MergeRecord) -> bool:
+    """Tell whether one of some elements of a merged weight is another, as after `weight.data +=`.
+
+    All would take as long as the merge, and be read after each.
+    """
+    if shard.is_meta or record.after is None or not _is_like(shard, record):
+        return False
+    return not are_same(some_of(shard), record.after)
 
 
 def is_as_merged(shard: Tensor, record: MergeRecord) -> bool:
