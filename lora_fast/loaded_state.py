@@ -37,6 +37,7 @@ class LoadedState(RecognisesMerged):
         for hook in tuple(hooks.values()):
             hook(*rest, missing_keys, unexpected_keys, error_msgs)
         key = prefix + self._weight_key()
+        given = state_dict.get(key)
         if self._was_converted() or self._takes_a_computed_one(local_metadata):
             pass  # it stays merged, and takes the like of what it is
         elif self._has_adapter():
@@ -54,6 +55,9 @@ class LoadedState(RecognisesMerged):
         if local_metadata.get("assign_to_params_buffers", False) and key in state_dict:
             self.__dict__["_is_lent"] = True
             self._own_parameter(state_dict, key)
+        is_own = self._weight_owner() is self
+        if not is_own and state_dict.get(key) is not given:
+            self._leave_no_alias(state_dict, key)
         self.__dict__["_was_merged"] = was_merged
         self.__dict__["_load_state_dict_pre_hooks"] = type(hooks)()
         try:
@@ -62,6 +66,16 @@ class LoadedState(RecognisesMerged):
             )
         finally:
             self.__dict__["_load_state_dict_pre_hooks"] = hooks
+            if is_own and given is not None:  # as `_leave_no_alias`, for what is loaded by now
+                state_dict[key] = given
+
+    def _leave_no_alias(self, state_dict: dict[str, Any], key: str) -> None:
+        """Put a copy in the place of the layer's own weight, which a module inside is yet to load.
+
+        Held there too, it would be looked for among all objects of the process when it is merged.
+        """
+        if shares_memory(state_dict[key], readers.stored_weight(self._weight_owner())):
+            state_dict[key] = state_dict[key].clone()
 
     def _takes_a_computed_one(self, metadata: dict[str, Any]) -> bool:
         """Tell whether a merged layer, pruned since, gets the weight of one that is so as well.

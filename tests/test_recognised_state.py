@@ -376,3 +376,20 @@ def test_its_own_merged_state_under_another_scaling(
     with pytest.warns(UserWarning, match="saved with scaling"):
         layer.load_state_dict(state)
     assert torch.equal(owner(layer).weight, base)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: lora.Linear(8, 8, r=2), lambda: lora.Conv2d(4, 4, 3, r=2)]
+)
+@pytest.mark.parametrize("marked", [False, True])
+def test_all_objects_are_looked_through_once_in_a_load(
+    make: Any, marked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not for each layer: in a process of a million objects that takes a tenth of a second."""
+    model = randomize_(nn.Sequential(*(make() for _ in range(5)))).eval()
+    state = copy.deepcopy(model.state_dict())
+    searches, search = [], gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: searches.append(1) or search())
+    model.load_state_dict(state if marked else plain(state))
+    assert len(searches) <= 1
+    assert all(layer.merged for layer in model)
