@@ -23,7 +23,7 @@ _MAMBA_2 = ("conv1d", "out_proj")
 _CONV = ("conv1d",)
 # Which layers' weights the classes read that are known to, by the package and the name of each.
 # Those of transformers are of 5.23; some read some of these on a GPU alone.
-_KNOWN = {
+_KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
     "torch": {"MultiheadAttention": ("out_proj",)},
     "torchvision": {"ShiftedWindowAttention": ("qkv", "proj")},
     "mamba_ssm": {"Mamba": ("in_proj", *_MAMBA), "Mamba2": _MAMBA_2},

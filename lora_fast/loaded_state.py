@@ -55,7 +55,8 @@ class LoadedState(RecognisesMerged):
         if local_metadata.get("assign_to_params_buffers", False) and key in state_dict:
             self.__dict__["_is_lent"] = True
             self._own_parameter(state_dict, key)
-        is_own = self._weight_owner() is self
+        owner: Any = self._weight_owner()
+        is_own = owner is self
         if not is_own and state_dict.get(key) is not given:
             self._leave_no_alias(state_dict, key)
         self.__dict__["_was_merged"] = was_merged
