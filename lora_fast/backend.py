@@ -43,6 +43,9 @@ _TRITON_OPS = frozenset({"lora_linear", "lora_merged_linear", "lora_embedding", 
 # Elements from which the eager Linear's faster dropout on a CPU outweighs its calls from Python:
 # fp32, p = 0.1, 256 to 1024 features, one thread of an EPYC of family 25 model 1, 2026-11-27.
 _MANY_DROPPED = 2**16
+# Indices up to which torch's loops add the update of a look-up as soon as products in fp32: 1024
+# features, one and two threads of an EPYC of family 25 model 17 with AVX2, 2026-12-01.
+_FEW_LOOKED_UP = 8
 # M N K of a Linear up to which eager mode leaves it to torch: on an H200 50 us of the tensor cores
 # for each of the two large products of a step, for which the host launches seven fused kernels.
 # With dropout the fused kernels save more, so the limit is lower: this many elements of x.
@@ -309,7 +312,7 @@ def _why_eager(op: str, tensors: tuple[Tensor | None, ...], drops: bool) -> str 
         if x is None or weight is None or not products.are_slow(weight):
             return None
         # Asked last: a graph may leave the size open.
-        return _PRODUCTS_IN_FP32 if x.numel() > products.FEW_ROWS else None
+        return _PRODUCTS_IN_FP32 if x.numel() > _FEW_LOOKED_UP else None
     if op != "lora_linear" or x is None or not x.is_cpu:
         return None
     # In fp32 torch's products are as fast as the call of a backward in Python.

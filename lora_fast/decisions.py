@@ -57,8 +57,8 @@ _SIZES = {
         Size("dropout of more than 2^21 numbers", 2**21 + 1, drops=True),
     ),
     ("lora_embedding", "cpu"): (
-        Size("up to 5 indices", 5),
-        Size("more than 5 indices", 6),
+        Size("up to 8 indices", 8),
+        Size("more than 8 indices", 9),
     ),
     ("merged_weight", "cuda"): (
         Size("small weights"),

@@ -23,7 +23,7 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """A dtype that torch is said to be slow in, and so few numbers at a time that all is cut."""
     monkeypatch.setattr(products, "slow_dtypes", lambda: frozenset(DTYPES))
     monkeypatch.setattr(products, "_LEAST", 40)
-    monkeypatch.setattr(products, "FEW_ROWS", 0)
+    monkeypatch.setattr(products, "_few_rows", lambda: 0)
     monkeypatch.setattr(products, "_FEW", -1)
     yield request.param
 
