@@ -24,9 +24,10 @@ from lora_fast import torch_internals
 _LEAST = 2**18
 # Rows up to which the loops of torch are as fast, where both factors lie as they are summed, by one
 # thread and by several: on that machine 4 (768 features) to 7 (4096), and by two threads 11 to 20
-# in bf16, up to 32 in fp16. And multiply-adds where they do not lie so: two threads of an EPYC of
-# family 25 model 1, 2026-11-30.
+# in bf16, up to 32 in fp16. Sums shorter than this, of low ranks, one thread makes in any case. And
+# multiply-adds where they do not lie so: two threads of an EPYC of family 25 model 1, 2026-11-30.
 _FEW_ROWS, _FEW_ROWS_OF_SEVERAL_THREADS = 5, 16
+_SHORT_SUM = 256
 _FEW = 2**15
 # Columns for which a product may be made in less time as its transposition, in fp32 and float64, by
 # MKL in torch 2.13. On AMD's CPUs dS = dY B and dB = dY^T S of 64 to 2048 rows and 768 and 4096
@@ -59,11 +60,12 @@ def are_slow(x: Tensor, *others: Tensor | None) -> bool:
 
 def _loops_serve(a: Tensor, b: Tensor) -> bool:
     (m, k), n = a.shape, b.shape[1]
-    return m * k * n <= _FEW or (m <= _few_rows() and a.stride(1) == b.stride(0) == 1)
+    return m * k * n <= _FEW or (m <= _few_rows(k) and a.stride(1) == b.stride(0) == 1)
 
 
-def _few_rows() -> int:
-    return _FEW_ROWS if torch.get_num_threads() == 1 else _FEW_ROWS_OF_SEVERAL_THREADS
+def _few_rows(summed: int) -> int:
+    is_alone = summed < _SHORT_SUM or torch.get_num_threads() == 1
+    return _FEW_ROWS if is_alone else _FEW_ROWS_OF_SEVERAL_THREADS
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

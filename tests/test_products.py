@@ -15,6 +15,7 @@ from lora_fast.backend import BackendName
 from lora_fast.testing import assert_within_budget, randomize_
 
 DTYPES = [torch.bfloat16, torch.float16]
+FEW_ROWS = products._few_rows  # before a test says otherwise
 SIZES = [(1, 1, 1), (3, 5, 7), (17, 64, 33), (40, 33, 65), (5, 0, 3), (0, 4, 3), (4, 3, 0)]
 
 
@@ -23,7 +24,7 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """A dtype that torch is said to be slow in, and so few numbers at a time that all is cut."""
     monkeypatch.setattr(products, "slow_dtypes", lambda: frozenset(DTYPES))
     monkeypatch.setattr(products, "_LEAST", 40)
-    monkeypatch.setattr(products, "_few_rows", lambda: 0)
+    monkeypatch.setattr(products, "_few_rows", lambda summed: 0)
     monkeypatch.setattr(products, "_FEW", -1)
     yield request.param
 
@@ -215,3 +216,14 @@ def test_products_under_another_default_device(
         found = [products.mm(a, b), products.scaled_mm(a, b, 0.3), products.linear(a, b.t())]
         found += [products.mm_over_rows(a.t(), b), products.add_mm_(y, a, b)]
     assert {str(t.device) for t in found} == {"cpu"}
+
+
+def test_several_threads_leave_more_rows_of_long_sums_to_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def found(threads: int) -> list[int]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        return [FEW_ROWS(summed) for summed in (16, 4096)]
+
+    assert found(1) == [5, 5]
+    assert found(2) == [5, 16]
