@@ -125,10 +125,8 @@ class _Adapters:
         modules = model.named_modules(remove_duplicate=False) if is_module else ()
         self._owners: dict[str, str] = {}
         for name, module in modules:
-            owner, is_ours = (
-                without_wrappers(f"{name}." if name else ""),
-                isinstance(module, LoRALayer),
-            )
+            owner = without_wrappers(f"{name}." if name else "")
+            is_ours = isinstance(module, LoRALayer)
             for child, held in vars(module)["_modules"].items():
                 is_of_peft = child in _OF_PEFT and isinstance(held, _DICTIONARIES)
                 if is_of_peft or (is_ours and child.startswith("lora_")):
