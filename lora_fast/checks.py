@@ -8,6 +8,7 @@ import numbers
 import operator
 from collections.abc import Collection, Iterable, Mapping, Set
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, SupportsFloat, TypeGuard
 
@@ -162,6 +163,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, SupportsFloat) and getattr(value, "ndim", 0) == 0
 
 
+def _of_torch(what: str, value: Any) -> None:
+    """Refuse numbers that torch's functions do not take."""
+    # Of NumPy's, an array can be written to.
+    if isinstance(value, (Decimal, Fraction)) or hasattr(value, "__setitem__"):
+        raise TypeError(f"{what} must be a float, got {value!r} of type {_kind(value)}; convert it")
+
+
 def rank(r: Any) -> int:
     """`r` as an int; refuse what is no integer."""
     # loralib takes False for 0, which is what nn.Linear(4, 8, False) becomes here.
@@ -217,6 +225,7 @@ def scaling(op: str, value: Any, n: int | None = None, x: Tensor | None = None) 
                 f"{op}: scaling must be a number or a tensor, got {value!r:.60} of type "
                 f"{_kind(value)}"
             )
+        _of_torch(f"{op}: scaling", value)
         return
     shape = tuple(value.shape)
     if n is None or not shape or isinstance(shape[-1], Tensor):  # traced by torch.jit
@@ -258,6 +267,8 @@ def rate(what: str, p: Any) -> None:
     # The last question takes long. True is an argument in the wrong place, False says none.
     if type(p) is not float and (p is True or not _is_number(p)):
         raise TypeError(f"{what} must be a number, got {p!r} of type {_kind(p)}")
+    if type(p) is not float:
+        _of_torch(what, p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{what} must be between 0 and 1, got {p}")
 

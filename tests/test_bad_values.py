@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,9 +59,11 @@ def _calls() -> dict[str, Call]:
 CALLS = _calls()
 NO_TENSORS = [None, [1.0, 2.0], np.ones((6, 4), np.float32), "abc"]
 NO_NUMBERS = [None, [1.0], np.ones((6, 4), np.float32), "2"]
+# Which torch's own functions do not take.
+FOREIGN = [Fraction(1, 2), Decimal("0.5"), np.array(0.5)]
 WRONG = {
-    "scaling": NO_NUMBERS,
-    "dropout_p": [*NO_NUMBERS, True, -0.1, 1.1, float("nan")],
+    "scaling": [*NO_NUMBERS, *FOREIGN],
+    "dropout_p": [*NO_NUMBERS, *FOREIGN, True, -0.1, 1.1, float("nan")],
     "enable_lora": [3, "ab", True, {"q": True}, {True}, {"q": True}.keys()],
     "out_splits": ["6", 6, [6.0], [5], [6, 6], {6: 1}, {6}],
     "training": [],
