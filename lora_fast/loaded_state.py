@@ -1,6 +1,7 @@
 """What of a LoRA layer is loaded: the base weight, whether the state was saved merged or not."""
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,23 @@ from lora_fast.torch_internals import in_fake_mode, is_fake_tensor, storage_id
 
 _log = logging.getLogger("lora_fast.merge")
 _told: set[str] = set()  # what was said once in this process
+
+
+@dataclass
+class Loading:
+    """What the load of a layer's own state leaves to be done after that of the modules inside.
+
+    Attributes:
+        was_merged: whether `eval()` had merged the layer before.
+        is_refused: whether nothing of the layer was loaded.
+        mode: to set again, if the layer was put into train mode.
+        scaling: of a delta to subtract, once the factors that make it can be computed.
+    """
+
+    was_merged: bool = False
+    is_refused: bool = False
+    mode: bool | None = None
+    scaling: float | None = None
 
 
 class LoadedState(RecognisesMerged):
@@ -30,6 +48,7 @@ class LoadedState(RecognisesMerged):
         error_msgs: list[str],
     ) -> None:
         self._register_hooks()
+        loading = self.__dict__["_loading"] = Loading()
         was_merged = self.merged and self._record is not None  # by eval()
         # Before anything is judged, as they may rename or transpose; super() finds none left.
         hooks = self.__dict__["_load_state_dict_pre_hooks"]
@@ -45,11 +64,12 @@ class LoadedState(RecognisesMerged):
             if errors:  # all of a layer is loaded or nothing
                 error_msgs.extend(errors)
                 self._keep_what_is_here(state_dict, prefix)
+                loading.is_refused = True
                 return
             self._warn_of_another_scaling(state_dict, prefix, local_metadata)
             is_like_mine = key in state_dict and "lora_merged" not in local_metadata
             if not (self._merged_itself() and is_like_mine):  # else only the subclass can tell
-                self._load_base(state_dict, prefix, local_metadata)
+                self._load_base(state_dict, prefix, local_metadata, loading)
         elif self.merged:  # the adapter was switched off or deleted meanwhile
             self._unmerge_adapter()
         if local_metadata.get("assign_to_params_buffers", False) and key in state_dict:
@@ -59,7 +79,7 @@ class LoadedState(RecognisesMerged):
         is_own = owner is self
         if not is_own and state_dict.get(key) is not given:
             self._leave_no_alias(state_dict, key)
-        self.__dict__["_was_merged"] = was_merged
+        loading.was_merged = was_merged
         self.__dict__["_load_state_dict_pre_hooks"] = type(hooks)()
         try:
             super()._load_from_state_dict(  # type: ignore[misc]
@@ -91,13 +111,19 @@ class LoadedState(RecognisesMerged):
         if type(state_dict[key]) is nn.Parameter and getattr(self, "lora_A", None) is not None:
             state_dict[key] = state_dict[key].detach()
 
-    def _load_base(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    def _load_base(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        loading: Loading,
+    ) -> None:
         """Put the base weight into the state and, as far as it goes, into the layer."""
         holds_mine = self._holds_what_is_here(state_dict, prefix)
         if metadata.get("lora_merged") is False and not self._is_view_of_mine(state_dict, prefix):
             holds_mine = False  # the sum was made the base, there
         if self._merged_itself():
-            self.__dict__["_had_mode"] = self.training  # type: ignore[attr-defined]
+            loading.mode = self.training  # type: ignore[attr-defined]
             self.train()  # type: ignore[attr-defined]
         if holds_mine or self._record is not None:
             self._unmerge_adapter()
@@ -107,7 +133,7 @@ class LoadedState(RecognisesMerged):
             weight: Any = self._weight_owner().weight
             state_dict[prefix + self._weight_key()] = weight.detach()
         else:
-            self._undo_saved_merge(state_dict, prefix, metadata)
+            self._undo_saved_merge(state_dict, prefix, metadata, loading)
 
     def _is_view_of_mine(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Tell whether a state's weight changes with the layer's, and its mark does not."""
@@ -138,7 +164,6 @@ class LoadedState(RecognisesMerged):
         module: Any = self
         mine = {prefix + name: p.detach() for name, p in module.named_parameters()}
         mine |= {prefix + name: buffer for name, buffer in module.named_buffers()}
-        self.__dict__["_kept_what_is_here"] = True
         for key in [k for k in state_dict if k.startswith(prefix)]:
             if key in mine:
                 state_dict[key] = mine[key]
@@ -186,7 +211,11 @@ class LoadedState(RecognisesMerged):
         )
 
     def _undo_saved_merge(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        loading: Loading,
     ) -> None:
         """Put the base weight where the checkpoint holds a merged one."""
         is_merged = self._is_still_merged(state_dict, prefix, metadata)
@@ -204,7 +233,7 @@ class LoadedState(RecognisesMerged):
             or self._was_given_merged(state_dict, prefix)
             or self._is_rather_merged(state_dict, prefix)
         ):
-            self._subtract_saved_delta(state_dict, prefix, metadata)
+            self._subtract_saved_delta(state_dict, prefix, metadata, loading)
         else:
             self._tell_it_is_merged_now(state_dict, prefix)
             return
@@ -246,14 +275,18 @@ class LoadedState(RecognisesMerged):
         return not is_other
 
     def _subtract_saved_delta(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        loading: Loading,
     ) -> None:
         scaling = metadata.get("lora_scaling", self.scaling)
         keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
         if not all(k in state_dict for k in keys):
             computed = f"{prefix}parametrizations.lora_"
             if any(key.startswith(computed) for key in state_dict):
-                self.__dict__["_loaded_merged"] = scaling  # until the factors can be computed
+                loading.scaling = scaling
             elif keys[0] in state_dict:
                 caller.warn(
                     f"{keys[0]}: it was saved merged, and without the lora_A and lora_B that would "

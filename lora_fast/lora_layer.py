@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_fast import caller, checks, fsdp, functional, interrupts, notices, readers, sharded
 from lora_fast.interrupts import merge_lock
-from lora_fast.loaded_state import LoadedState
+from lora_fast.loaded_state import LoadedState, Loading
 from lora_fast.moving import MovesWeight
 from lora_fast.record import MergeRecord
 from lora_fast.restoring import RestoresWeight, merge_layers, settle
@@ -21,7 +21,7 @@ Layer = TypeVar("Layer", bound="MergingLayer")
 
 # Attributes that hold until a layer is next merged or unmerged.
 _UNTIL_NEXT = frozenset(
-    ("_undid_merge", "_given_to_child", "_merged_nothing", "_merged_by_loading", "_was_merged")
+    ("_undid_merge", "_given_to_child", "_merged_nothing", "_merged_by_loading")
 )
 
 
@@ -314,10 +314,12 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
                 "restored; call train() before it, or leave the adapter merged"
             )
         if self._was_converted():
+            is_dense = weight.layout is torch.strided
+            kind = type(weight).__name__ if is_dense else f"tensor of layout {weight.layout}"
             raise RuntimeError(
-                f"{self._described()}: the weight became a {type(weight).__name__} while "
-                "the adapter was merged into it, and the base weight cannot be restored; call "
-                "train() or lora_fast.unmerge(model) before quantizing, or leave it merged"
+                f"{self._described()}: the weight became a {kind} while the adapter was merged "
+                "into it, and the base weight cannot be restored; call train() or "
+                "lora_fast.unmerge(model) before converting it, or leave it merged"
             )
         checks.not_faked("unmerge", weight)
         self._take_own_memory(weight)
@@ -381,19 +383,17 @@ def redrawing(layer: MergingLayer) -> Iterator[None]:
 
 def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
     """Merge what was just loaded into a layer in eval mode (a load_state_dict post-hook)."""
-    scaling = layer.__dict__.pop("_loaded_merged", None)
-    if scaling is not None:  # its factors are parametrized, and there only now
-        layer._subtract(layer._merged_target(), scaling)
-    was_merged = layer.__dict__.pop("_was_merged", False)
-    if layer.__dict__.pop("_kept_what_is_here", False) and layer.merged:
+    loading = layer.__dict__.pop("_loading", Loading())
+    if loading.scaling is not None:  # its factors are parametrized, and there only now
+        layer._subtract(layer._merged_target(), loading.scaling)
+    if loading.is_refused and layer.merged:
         layer._remember(True, layer._record)  # what was written was what had been there
         layer.__dict__["_merged_marks"] = None  # but what was merged may be older
     # A subclass with a train() of its own merges itself, or never.
-    merges = was_merged or type(layer).train is MergingLayer.train
+    merges = loading.was_merged or type(layer).train is MergingLayer.train
     if not layer.training and layer.merge_weights and merges and not layer.merged:  # type: ignore[attr-defined]
         layer._merge_adapter()
         layer.__dict__["_merged_by_loading"] = layer.merged
-    had_mode = layer.__dict__.pop("_had_mode", None)
-    if had_mode is not None:
-        layer.train(had_mode)
+    if loading.mode is not None:
+        layer.train(loading.mode)
     layer._note_what_is_left()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_fast import functional, readers, reference, shapes, sharded, sums
@@ -21,16 +22,18 @@ class RestoresWeight(FitsResized):
     """The part of a LoRA layer that restores its weight, bit for bit where nobody wrote to it."""
 
     def _was_converted(self) -> bool:
-        """Tell whether the merged weight is of another class now, or is no parameter any more.
+        """Tell whether the merged weight is of another kind now, or is no parameter any more.
 
-        As by torchao's quantization, or that of torch.ao. Then the merge is for good: the layer is
-        moved, copied and saved as it is.
+        As by torchao's quantization, that of torch.ao, or `to_sparse()`. Then the merge is for
+        good: the layer is moved, copied and saved as it is.
         """
         record, weight = self._record, readers.stored_weight(self._weight_owner())
         if not self.merged or record is None:
             return False
         if weight is None or record.of_shard:
             return weight is None
+        if weight.layout is not torch.strided:
+            return True
         before = Tensor if record.original is None else type(record.original)
         now = Tensor if type(weight) is nn.Parameter else type(weight)
         return now is not before and not sharded.is_dtensor(weight) and not is_fake_tensor(weight)
@@ -40,7 +43,7 @@ class RestoresWeight(FitsResized):
         if record.spent or self._weight_version() == self._merged_version:
             return False
         weight = readers.stored_weight(self._weight_owner())
-        if weight is None or type(weight) is not nn.Parameter:
+        if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
             return False
         return _is_base(*self._merged_part(self._as_delta(weight.detach()), record))
 

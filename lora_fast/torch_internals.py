@@ -109,6 +109,8 @@ def is_exporting() -> bool:
 
 def storage_id(tensor: Tensor) -> int:
     """Return what the views of one memory have in common, even where there is no memory yet."""
+    if tensor.layout is not torch.strided:  # which has several memories, and no views
+        return id(tensor)
     return int(tensor.untyped_storage()._cdata)
 
 

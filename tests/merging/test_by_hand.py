@@ -387,3 +387,20 @@ def test_a_layer_that_is_quantized_after_its_merge_stays_merged(backend: str) ->
     torch.testing.assert_close(_first(layer(x)), expected)
     with pytest.raises(RuntimeError, match="became a TwoTensor while"):
         layer.train()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("convert", [Tensor.to_sparse, Tensor.to_sparse_csr])
+def test_a_weight_made_sparse_while_merged(convert: Any, backend: str) -> None:
+    layer = randomize_(lora.Linear(8, 12, r=2))
+    base = layer.weight.detach().clone()
+    merged = layer.eval().weight.detach().clone()
+    layer.weight = nn.Parameter(convert(merged))
+    for found in (layer.float(), layer.eval()):
+        assert found.merged and torch.equal(found.weight.detach().to_dense(), merged)
+    with pytest.raises(RuntimeError, match="a tensor of layout") as refused:
+        layer.train()
+    assert "restored" in str(refused.value)
+    assert layer.merged
+    layer.weight = nn.Parameter(layer.weight.detach().to_dense())
+    assert torch.equal(layer.train().weight, base)
