@@ -167,7 +167,10 @@ class ConvLoRA(MergingLayer, nn.Module, LoRALayer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Write the convolution's settings and parameters where they are, never a second copy."""
-        if name in _CONV_ATTRIBUTES and "conv" in self.__dict__.get("_modules", ()):
+        is_its = name in _CONV_ATTRIBUTES and "conv" in self.__dict__.get("_modules", ())
+        if is_its and name in ("weight", "bias"):  # else a flag of a subclass
+            is_its = value is None or isinstance(value, Tensor)
+        if is_its:
             setattr(self.conv, name, value)
         else:
             super().__setattr__(name, value)

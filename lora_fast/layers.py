@@ -193,6 +193,8 @@ class MergedLinear(_LinearBase):
         A is (r * enabled blocks, K), B (sum of the enabled blocks' widths, r).
     """
 
+    # Of one that another constructor has built, or loralib has pickled.
+    out_splits: list[int] | None = None
     __jit_unused_properties__ = ("merge_weights", "lora_ind")
 
     def __init__(
@@ -228,6 +230,8 @@ class MergedLinear(_LinearBase):
         """Mask of the output features that have an adapter: bool, (out_features,)."""
         if not self._has_adapter():
             raise AttributeError("a MergedLinear without an adapter has no lora_ind")
+        if "_drafted_ind" in self.__dict__:
+            return self.__dict__["_drafted_ind"]
         blocks = self._output_blocks()
         mask = [block.enabled for block in blocks for _ in range(block.width)]
         return torch.tensor(mask, device=self.weight.device)
@@ -236,6 +240,11 @@ class MergedLinear(_LinearBase):
     def lora_ind(self, mask: Tensor) -> None:
         """Accept the mask that it is, on any device; it follows from the blocks."""
         checks.tensors("MergedLinear", lora_ind=mask)
+        if mask.shape == (len(self.enable_lora), -(-self.out_features // len(self.enable_lora))):
+            # A row for each block, as constructors after loralib's begin to fill it.
+            self.__dict__["_drafted_ind"] = mask
+            return
+        self.__dict__.pop("_drafted_ind", None)
         if not torch.equal(mask.to(self.lora_ind.device), self.lora_ind):
             raise ValueError(
                 "lora_ind follows from enable_lora and out_splits and cannot be another mask; "

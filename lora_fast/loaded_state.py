@@ -283,9 +283,9 @@ class LoadedState(RecognisesMerged):
     ) -> None:
         scaling = metadata.get("lora_scaling", self.scaling)
         keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
-        if not all(k in state_dict for k in keys):
-            computed = f"{prefix}parametrizations.lora_"
-            if any(key.startswith(computed) for key in state_dict):
+        missing = [name for name in ("lora_A", "lora_B") if prefix + name not in state_dict]
+        if missing or keys[0] not in state_dict:
+            if keys[0] in state_dict and all(map(self._computes, missing)):
                 loading.scaling = scaling
             elif keys[0] in state_dict:
                 caller.warn(
@@ -298,6 +298,13 @@ class LoadedState(RecognisesMerged):
         if in_fake_mode() or any(is_fake_tensor(state_dict[key]) for key in keys):
             return  # there are no values to subtract from
         state_dict[keys[0]] = self._without_delta(weight, lora_A, lora_B, scaling)
+
+    def _computes(self, name: str) -> bool:
+        """Tell whether a factor is made of something else, or is kept by no state."""
+        module: Any = self
+        is_kept = name in module._buffers and name not in module._non_persistent_buffers_set
+        is_own = name in module._parameters or is_kept
+        return not is_own and isinstance(getattr(self, name, None), Tensor)
 
     @torch.no_grad()
     def _without_delta(

@@ -166,10 +166,9 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         Subclasses elsewhere inherit it, as they do all else.
         """
         super().__init_subclass__(**options)
-        shared = MergingLayer.forward
-        is_shared = cls.forward is shared or getattr(cls.forward, "__wrapped__", None) is shared
-        if is_shared and cls.__module__.startswith("lora_fast."):
-            cls.forward = _own_copy(shared)  # type: ignore[method-assign]
+        is_public = cls.__module__.startswith("lora_fast.") and not cls.__name__.startswith("_")
+        if is_public and cls.forward is MergingLayer.forward:
+            cls.forward = _own_copy(MergingLayer.forward)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer's output for `x`, as the layer it replaces, and add the adapter's."""
