@@ -256,7 +256,7 @@ def columns_gradient(
     COO with two sparse dimensions, not coalesced: A is (R, num), its columns are touched.
     """
     rank, num = shape
-    columns, values = input.reshape(-1), values.reshape(-1, rank)
+    columns, values = input.reshape(-1), values.reshape(input.numel(), rank)
     if padding_idx is not None:
         kept = columns != padding_idx % num
         columns, values = columns[kept], values[kept]

@@ -105,6 +105,13 @@ def test_lora_embedding(
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("padding_idx", [None, 4])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_rank(shape: tuple[int, ...], padding_idx: int | None, sparse: bool) -> None:
+    assert_right(drawn(0, torch.float32), indices(shape), padding_idx, sparse=sparse)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("by_freq", [False, True], ids=["", "by_freq"])
 @pytest.mark.parametrize("padding_idx", [None, 0, 4, ROWS - 1, -1, -ROWS])
 def test_padding_and_frequencies(padding_idx: int | None, by_freq: bool, sparse: bool) -> None:
