@@ -222,7 +222,7 @@ def merged_delta(
 
 def _scaled_rows(lora_B: Tensor, scaling: float | Tensor) -> Tensor:
     if isinstance(scaling, Tensor) and scaling.dim() > 0:  # one for each output feature, or for all
-        scaling = scaling.reshape(-1, 1)
+        return (lora_B * scaling.reshape(-1, 1)).to(lora_B.dtype)  # as beside a number
     return lora_B * scaling
 
 

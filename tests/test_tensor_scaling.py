@@ -1,6 +1,7 @@
 """A factor of the update that is a tensor, one for each output feature say, as in loralib."""
 
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import loralib
@@ -221,3 +222,88 @@ def test_a_wider_factor_leaves_the_dtype_of_the_output(make: str, dtype: torch.d
         y.sum().backward()
         found.append((y.dtype, layer.scaling.grad.dtype, layer.lora_B.grad.dtype))
     assert found[0] == found[1] == (dtype, torch.float32, dtype)
+
+
+def small(shape: Iterable[int]) -> Tensor:
+    """Whole numbers so small that 16 bits hold their products and sums."""
+    return torch.randint(-1, 2, tuple(shape)).double()
+
+
+def assert_exact(
+    compute: Callable[[torch.dtype, Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Fail unless output and gradient of a factor in fp32, of small operands, are those of fp64."""
+    factors, dy, found = (small(shape) + 2.0) / 2.0, None, []
+    for each, width in ((torch.float64, torch.float64), (dtype, torch.float32)):
+        scaling = factors.to(width, copy=True).requires_grad_()
+        y = compute(each, scaling)
+        assert y.dtype is each
+        dy = small(y.shape) if dy is None else dy
+        (gradient,) = torch.autograd.grad(y, scaling, dy.to(each))
+        found.append((y.double(), gradient.double()))
+    torch.testing.assert_close(found[1], found[0], rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (N,)], ids=str)
+@pytest.mark.parametrize("blocks", ["", "blocks", "strided"])
+@pytest.mark.parametrize("op", ["merged_delta", "merged_weight"])
+def test_a_wider_factor_of_a_weight(
+    op: str, blocks: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    weight, b = small((N, 4)), small((N, 2))
+    weight = weight.t().contiguous().t() if blocks == "strided" else weight
+    a, enable = (small((6, 4)), [True] * 3) if blocks == "blocks" else (small((2, 4)), None)
+    operands = (weight, a, b) if op == "merged_weight" else (a, b)
+    call = getattr(functional, op)
+
+    def compute(dtype: torch.dtype, scaling: Tensor) -> Tensor:
+        return call(*(t.to(dtype) for t in operands), scaling, enable_lora=enable)  # type: ignore[no-any-return]
+
+    assert_exact(compute, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_a_wider_factor_of_a_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    operands = [small(size) for size in ((2, 2, 5, 5), (3, 2, 3, 3), (6, 6), (9, 6))]
+    assert_exact(
+        lambda dtype, scaling: functional.lora_conv(*(t.to(dtype) for t in operands), scaling),
+        shape,
+        dtype,
+    )
+
+
+LAYERS: dict[str, tuple[Callable[[], Any], Callable[[], Tensor]]] = {
+    "linear": (lambda: lora.Linear(4, N, r=2), lambda: small((3, 4))),
+    "transposed": (lambda: lora.Linear(4, N, r=2, fan_in_fan_out=True), lambda: small((3, 4))),
+    "blocks": (
+        lambda: lora.MergedLinear(4, N, r=2, **BLOCKS["blocks"]),
+        lambda: small((3, 4)),
+    ),
+    "table": (lambda: lora.Embedding(4, N, r=2), lambda: torch.arange(4)),
+    "convolution": (lambda: lora.Conv2d(2, 3, 3, r=2), lambda: small((2, 2, 5, 5))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (N,)], ids=str)
+@pytest.mark.parametrize("what", ["forward", "effective_weight"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_wider_factor_of_a_layer(
+    kind: str, what: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    if kind == "convolution" and shape == (N,):
+        pytest.skip("a convolution takes one number")
+    make, draw = LAYERS[kind]
+    layer, x = make(), draw()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(small(parameter.shape))
+
+    def compute(dtype: torch.dtype, scaling: Tensor) -> Tensor:
+        layer.to(dtype).scaling = scaling
+        given = (x if kind == "table" else x.to(dtype),) if what == "forward" else ()
+        return getattr(layer, what)(*given)  # type: ignore[no-any-return]
+
+    assert_exact(compute, shape, dtype)
