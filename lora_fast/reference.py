@@ -245,14 +245,15 @@ def merged_weight(
     lora_A, lora_B = like(lora_A, weight), like(lora_B, weight)
     # An fx proxy cannot say how it lies. The sum keeps the layout of a channels_last kernel.
     if enable_lora is None and (not isinstance(weight, Tensor) or weight.is_contiguous()):
-        # One product that adds while it multiplies: no dense delta, one rounding.
-        flat = weight.reshape(lora_B.shape[0], lora_A.shape[1])
+        # One product that adds while it multiplies: no dense delta, one rounding. Sizes are calls:
+        # what computes a kernel, FX quantization copies, but for what an attribute is read of.
+        flat = weight.reshape(lora_B.size(0), lora_A.size(1))
         # Scaled as it is made, so that nothing but A and B is kept for backward. Not in 16 bits:
         # oneDNN scales slower than another operation, and gradients of fp16 overflow before it.
         is_wide = isinstance(lora_A, Tensor) and lora_A.dtype.itemsize > 2
         if is_wide and not isinstance(scaling, Tensor) and not torch.compiler.is_dynamo_compiling():
             return torch.addmm(flat, lora_B, lora_A, alpha=scaling).view(weight.shape)
-        return torch.addmm(flat, _scaled_rows(lora_B, scaling), lora_A).view(weight.shape)
+        return torch.addmm(flat, _scaled_rows(lora_B, scaling), lora_A).view_as(weight)
     widths = None
     if enable_lora is not None:
         widths = block_widths(weight.shape[0], enable_lora, out_splits)

@@ -58,25 +58,44 @@ def test_setting_the_mode_by_hand_leaves_a_merge_by_hand() -> None:
     lora.unmerge(layer)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("kind", ["linear", "merged"])
-@pytest.mark.parametrize("aware", [True, False])
-def test_fx_quantization_of_unmerged_layers(kind: str, aware: bool) -> None:
+def quantized_by_fx(model: nn.Module, x: Tensor, aware: bool) -> nn.Module:
     fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
     quantization = pytest.importorskip("torch.ao.quantization")
-    layer = randomize_(MAKERS[kind](), 0.3)
-    layer.merge_weights = False
-    model = nn.Sequential(layer, nn.ReLU()).train(aware)
-    x = torch.randn(20, 6)
-    expected = copy.deepcopy(model)(x)
     if aware:
         mapping = quantization.get_default_qat_qconfig_mapping("x86")
         prepared = fx.prepare_qat_fx(model, mapping, (x,))
     else:
         prepared = fx.prepare_fx(model, quantization.get_default_qconfig_mapping("x86"), (x,))
     prepared(x)
-    found = fx.convert_fx(prepared.eval())(x)
+    return fx.convert_fx(prepared.eval())  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["linear", "merged"])
+@pytest.mark.parametrize("aware", [True, False])
+def test_fx_quantization_of_unmerged_layers(kind: str, aware: bool) -> None:
+    layer = randomize_(MAKERS[kind](), 0.3)
+    layer.merge_weights = False
+    model = nn.Sequential(layer, nn.ReLU()).train(aware)
+    x = torch.randn(20, 6)
+    expected = copy.deepcopy(model)(x)
+    found = quantized_by_fx(model, x, aware)(x)
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("aware", [True, False])
+def test_fx_quantization_of_an_unmerged_convolution(aware: bool, d: int, bias: bool) -> None:
+    """Between plain ones: what computes its kernel is observed, and follows the weights."""
+    plain, ours = getattr(nn, f"Conv{d}d"), getattr(lora, f"Conv{d}d")
+    layer = randomize_(ours(3, 8, 3, r=2, bias=bias, merge_weights=False), 0.3)
+    model = nn.Sequential(plain(3, 3, 1), layer, plain(8, 4, 1)).train(aware)
+    x = torch.randn(4, 3, *[6] * d)
+    expected = copy.deepcopy(model)(x)
+    found = quantized_by_fx(model, x, aware)(x)
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("where", ["linear1", "linear2"])

@@ -185,3 +185,17 @@ def test_fx_symbolic_trace_of_a_model_that_holds_the_layer(name: str) -> None:
     graph = torch.fx.symbolic_trace(model)
     x = CASES[name].input(4)
     assert_same(graph(x), model(x))
+
+
+@pytest.mark.parametrize("which", ["lora_", "lora_A", ""])
+@pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fx_symbolic_trace_of_a_kernel_in_16_bits(
+    dtype: torch.dtype, name: str, which: str
+) -> None:
+    """Beside factors that are wide, one of them or both, too: a graph knows no dtype."""
+    layer, x = build(name).to(dtype), CASES[name].input(4).to(dtype)
+    for key, parameter in layer.named_parameters():
+        if which and key.startswith(which):
+            parameter.data = parameter.data.float()
+    assert torch.equal(torch.fx.symbolic_trace(layer)(x), layer(x))
