@@ -98,7 +98,7 @@ def _refuse_layout(op: str, weight: Tensor) -> None:
         raise TypeError(
             f"{op}: weight must be dense, got layout {weight.layout}; merge into weight.to_dense()"
         )
-    if torch_internals.internal_overlap(weight) == 1:
+    if torch_internals.overlaps(weight):
         raise ValueError(
             f"{op}: weight must have memory of its own for each element, got shape "
             f"{tuple(weight.shape)} with strides {weight.stride()}; merge into weight.clone()"
@@ -227,6 +227,8 @@ def scaling(op: str, value: Any, n: int | None = None, x: Tensor | None = None) 
             )
         _of_torch(f"{op}: scaling", value)
         return
+    if value.is_complex() and not (x is None or x.is_complex()):
+        raise TypeError(f"{op}: scaling must be real for real tensors, got {value.dtype}")
     shape = tuple(value.shape)
     if n is None or not shape or isinstance(shape[-1], Tensor):  # traced by torch.jit
         return

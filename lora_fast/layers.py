@@ -230,8 +230,9 @@ class MergedLinear(_LinearBase):
         """Mask of the output features that have an adapter: bool, (out_features,)."""
         if not self._has_adapter():
             raise AttributeError("a MergedLinear without an adapter has no lora_ind")
-        if "_drafted_ind" in self.__dict__:
-            return self.__dict__["_drafted_ind"]
+        drafted: Tensor | None = self.__dict__.get("_drafted_ind")
+        if drafted is not None:
+            return drafted
         blocks = self._output_blocks()
         mask = [block.enabled for block in blocks for _ in range(block.width)]
         return torch.tensor(mask, device=self.weight.device)

@@ -334,3 +334,23 @@ def _has_values(weight: Tensor) -> bool:
     is_plain = type(weight) in (Tensor, nn.Parameter) or sharded.is_dtensor(weight)
     is_here = not weight.is_meta and weight.layout is torch.strided
     return is_plain and is_here and not in_fake_mode()
+
+
+def merge_after_load(layer: Any, incompatible_keys: Any) -> None:
+    """Merge what was just loaded into a layer in eval mode (a load_state_dict post-hook)."""
+    loading = layer.__dict__.pop("_loading", Loading())
+    if LoadedState not in type(layer).__mro__:  # it was given the class of a plain one since
+        return
+    if loading.scaling is not None:  # its factors are parametrized, and there only now
+        layer._subtract(layer._merged_target(), loading.scaling)
+    if loading.is_refused and layer.merged:
+        layer._remember(True, layer._record)  # what was written was what had been there
+        layer.__dict__["_merged_marks"] = None  # but what was merged may be older
+    # A subclass with a train() of its own merges itself, or never.
+    merges = loading.was_merged or not layer._has_own_train()
+    if not layer.training and layer.merge_weights and merges and not layer.merged:
+        layer._merge_adapter()
+        layer.__dict__["_merged_by_loading"] = layer.merged
+    if loading.mode is not None:
+        layer.train(loading.mode)
+    layer._note_what_is_left()

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_fast import caller, checks, fsdp, functional, interrupts, notices, readers, sharded
+from lora_fast import checks, fsdp, functional, interrupts, notices, readers, sharded
 from lora_fast.interrupts import merge_lock
-from lora_fast.loaded_state import LoadedState, Loading
+from lora_fast.loaded_state import LoadedState, merge_after_load
 from lora_fast.moving import MovesWeight
 from lora_fast.record import MergeRecord
 from lora_fast.restoring import RestoresWeight, merge_layers, settle
@@ -21,7 +21,7 @@ Layer = TypeVar("Layer", bound="MergingLayer")
 
 # Attributes that hold until a layer is next merged or unmerged.
 _UNTIL_NEXT = frozenset(
-    ("_undid_merge", "_given_to_child", "_merged_nothing", "_merged_by_loading")
+    ("_undid_merge", "_given_to_child", "_merged_nothing", "_merged_by_loading", "_told_written")
 )
 
 
@@ -107,6 +107,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         super().__setattr__(name, value)
         if name == "merged" and not value and self._record is not None:
             self._remember(False, None)
+            own.pop("_given_merged", None)  # what was merged is the base now
         if name == "r" and own.get("_merged_nothing"):  # is switched on again
             self._remember(False, None)
 
@@ -116,7 +117,10 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
 
     def _merged_itself(self) -> bool:
         """Tell whether a subclass with a `train()` of its own has merged, its own delta perhaps."""
-        return self.merged and not self._is_ours() and type(self).train is not MergingLayer.train
+        return self.merged and not self._is_ours() and self._has_own_train()
+
+    def _has_own_train(self) -> bool:
+        return type(self).train is not MergingLayer.train
 
     def _has_adapter(self) -> bool:
         # The dictionary first: getattr takes ten times as long, but finds a parametrized A too. As
@@ -252,11 +256,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
                 self._fold()
             except Exception as error:  # whatever it was: unmerged, the layer is right
                 if not self.merged:  # the way back may fail too; merged, it is as right
-                    caller.warn(
-                        f"{self._described()} was not merged: {error}. It goes on unmerged, with "
-                        "the same results; merge_weights=False avoids the attempt.",
-                        RuntimeWarning,
-                    )
+                    notices.not_merged(self, error)
 
     def _merge_now(self) -> None:
         """Merge, or raise with the weight and the layer as they were."""
@@ -378,21 +378,3 @@ def redrawing(layer: MergingLayer) -> Iterator[None]:
     yield
     if was_merged:
         layer._merge_adapter()
-
-
-def merge_after_load(layer: MergingLayer, incompatible_keys: Any) -> None:
-    """Merge what was just loaded into a layer in eval mode (a load_state_dict post-hook)."""
-    loading = layer.__dict__.pop("_loading", Loading())
-    if loading.scaling is not None:  # its factors are parametrized, and there only now
-        layer._subtract(layer._merged_target(), loading.scaling)
-    if loading.is_refused and layer.merged:
-        layer._remember(True, layer._record)  # what was written was what had been there
-        layer.__dict__["_merged_marks"] = None  # but what was merged may be older
-    # A subclass with a train() of its own merges itself, or never.
-    merges = loading.was_merged or type(layer).train is MergingLayer.train
-    if not layer.training and layer.merge_weights and merges and not layer.merged:  # type: ignore[attr-defined]
-        layer._merge_adapter()
-        layer.__dict__["_merged_by_loading"] = layer.merged
-    if loading.mode is not None:
-        layer.train(loading.mode)
-    layer._note_what_is_left()

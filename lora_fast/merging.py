@@ -7,7 +7,17 @@ from contextlib import ExitStack, suppress
 import torch
 from torch import Tensor
 
-from lora_fast import checks, native, ops, reference, shapes, sharded, versions
+from lora_fast import (
+    checks,
+    native,
+    ops,
+    reference,
+    shapes,
+    sharded,
+    sums,
+    torch_internals,
+    versions,
+)
 from lora_fast.backend import Backend, choose_merge
 from lora_fast.native import Merge
 from lora_fast.record import MergeRecord, are_same, some_of
@@ -83,7 +93,7 @@ def undo(requests: Sequence[Merge]) -> None:
     with ExitStack() as each:  # which goes on after an error, and raises it at its end
         for request in requests:
             if request.record is not None and not request.record.spent:
-                each.callback(unmerge_, request.weight, request.record)
+                each.callback(restore_, request.weight, request.record)
 
 
 def _merge_checked(requests: Sequence[Merge]) -> None:
@@ -123,6 +133,9 @@ def _check(request: Merge) -> None:
     shapes.delta("merge_", weight, *factors, request.enable_lora, request.out_splits)
     checks.mergeable("merge_", weight, *factors)
     checks.not_faked("merge_", weight)
+    for name, factor in zip(("lora_A", "lora_B"), factors, strict=True):
+        if not torch_internals.has_memory(factor):  # reading it would end the process
+            raise ValueError(f"merge_: {name} must hold its values, but its memory was freed")
     if weight.requires_grad:
         request.weight = weight.detach()
     if not sharded.is_dtensor(weight) and any(map(sharded.is_dtensor, factors)):
@@ -192,9 +205,35 @@ def unmerge_(weight: Tensor, record: MergeRecord) -> None:
     Raises:
         TypeError: `record` is something else.
         ValueError: the record was used before, or is not of a weight of this shape, dtype and
-            device. The weight is as it was.
+            device, or some elements of the weight are not what `merge_` has left: it was written to
+            or merged again since, or is another. The weight is as it was.
         RuntimeError: csrc merged it, and was not built here.
+
+    Note:
+        What was merged into one weight several times is taken out in the opposite order.
     """
+    if not _is_as_left(_checked_local(weight, record), record):
+        raise ValueError(
+            "unmerge_: weight must be what merge_ has left, but it was written to or merged again "
+            "since, or is another one; take out the last merge first, or write to it unmerged"
+        )
+    restore_(weight, record)
+
+
+def _is_as_left(local: Tensor, record: MergeRecord) -> bool:
+    """Tell whether a weight is as its merge has left it, of a native merge by some elements."""
+    if local.is_meta:
+        return True
+    if record.after is not None:
+        return are_same(some_of(local), record.after)
+    if record.original is None or record.of_shard:
+        return True
+    merged = (record.lora_A, record.lora_B, record.scaling)
+    return sums.is_sum(local, record.original, *merged, **record.blocks())
+
+
+def restore_(weight: Tensor, record: MergeRecord) -> None:
+    """`unmerge_` of a weight that is known to be as it was merged."""
     unmerge_many([weight], [record])
 
 

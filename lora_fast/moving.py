@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_fast import functional, interrupts, readers
 from lora_fast.record import MergeRecord
 from lora_fast.resizing import FitsResized
+from lora_fast.torch_internals import storage_id
 
 
 class MovesWeight(FitsResized):
@@ -16,6 +17,8 @@ class MovesWeight(FitsResized):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or convert the original weight, not the merged one, and merge again."""
         record = self._record if self.merged and not self._was_converted() else None
+        if record is not None and self._is_left_by(fn):
+            record = None
         if record is not None:
             self.__dict__["_is_lent"] = True  # the views of a state stay as they were saved
             self._unmerge_adapter()
@@ -28,6 +31,27 @@ class MovesWeight(FitsResized):
                     self._merge_moved(record)
                 finally:
                     self.__dict__.pop("_is_moving", None)
+
+    def _is_left_by(self, fn: Callable[[Tensor], Tensor]) -> bool:
+        """Tell whether `fn` leaves the weight and the factors where and as they are.
+
+        As `to()` of a device and dtype that they have. Asked of an empty tensor like each.
+        """
+        weight = readers.stored_weight(self._weight_owner())
+        found: list[Any] = [weight, getattr(self, "lora_A", None), getattr(self, "lora_B", None)]
+        for tensor in found:
+            # A memory format makes no difference to what has up to three dimensions.
+            if type(tensor) is not nn.Parameter or tensor.dim() > 3:
+                return False
+            probe = tensor.new_empty((0,) * tensor.dim())
+            if probe.is_inference():  # which has no version
+                return False
+            before = (probe._version, storage_id(probe), probe.is_shared())
+            if fn(probe) is not probe:
+                return False
+            if (probe._version, storage_id(probe), probe.is_shared()) != before:
+                return False
+        return True
 
     def _merge_moved(self, record: MergeRecord) -> None:
         """Merge after a conversion what was merged before it."""

@@ -58,23 +58,11 @@ def why_not(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
             return "a tensor that torch negates when it is read"
     if lora_A.shape[0] == 0:
         return "there is nothing to add: no rank, or no enabled block"
-    overlap = torch_internals.internal_overlap(weight)
-    if overlap == 1 or (overlap == 2 and _overlaps(weight)):  # 2: torch has not looked closely
+    if torch_internals.may_overlap(weight):
         return "elements of the weight share memory"
     if weight.numel() > _MOST and weight.dim() != 2:
         return "more than 2**31 - 1 elements in other than two dimensions"
     return ops.load_native(weight.device.type)
-
-
-def _overlaps(weight: Tensor) -> bool:
-    """Tell whether a step in one dimension may land among the elements of smaller steps."""
-    reach = 0
-    sizes = zip(weight.stride(), weight.shape, strict=True)
-    for stride, size in sorted(pair for pair in sizes if pair[1] > 1):
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
 
 
 def merge(requests: Sequence[Merge]) -> list[MergeRecord | None]:

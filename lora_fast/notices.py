@@ -1,10 +1,10 @@
-"""What a LoRA layer logs once, where its results are right and yet not what somebody may expect."""
+"""What a LoRA layer tells, where its results are right and yet not what somebody may expect."""
 
 import logging
 
 import torch
 
-from lora_fast import readers
+from lora_fast import caller, readers
 from lora_fast.layer_part import LayerPart
 
 _log = logging.getLogger("lora_fast.merge")
@@ -20,6 +20,17 @@ def obstacle(layer: LayerPart, why: str) -> None:
         "%s stays unmerged in eval mode: %s. Its outputs are right, but its weight is the base "
         "weight alone; effective_weight() has the sum that eval() would have stored.",
         *(layer._described(), why),
+    )
+
+
+def not_merged(layer: LayerPart, error: Exception) -> None:
+    """Warn, by its name in the model, that a layer could not be merged."""
+    name = readers.name_of(layer)  # type: ignore[arg-type]
+    what = f"{name}: {layer._described()}" if name else layer._described()
+    caller.warn(
+        f"{what} was not merged: {error}. It goes on unmerged, with the same results; "
+        "merge_weights=False avoids the attempt.",
+        RuntimeWarning,
     )
 
 

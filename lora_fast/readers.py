@@ -200,7 +200,9 @@ class _Holders:
         All are looked up anew but for the other layers of one model in its `eval()` or merge: since
         then a view may have gone and a module's tensor have come, by `a.data = b.data`.
         """
-        key, asked_by = id(weight), _who_asks()
+        key, model = id(weight), _who_asks()
+        asked_by = None if model is None else id(model)
+        del model  # it is one more reference
         if key in self.asked or asked_by is None or asked_by != self.asked_by:
             self.places, self.asked, self.asked_by = {}, set(), asked_by
             for tensor in itertools.chain.from_iterable(map(_tensors, self.modules)):
@@ -225,14 +227,21 @@ def one_pass(argument: str) -> Callable[[Function], Function]:
     return note
 
 
-def _who_asks() -> int | None:
-    """The model whose layers are being merged, by its id; None where it is a layer alone."""
+def name_of(layer: nn.Module) -> str:
+    """Return the layer's name in the model whose layers are being merged; "" where it is alone."""
+    model = _who_asks()
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return next((name for name, module in modules if module is layer), "")
+
+
+def _who_asks() -> Any:
+    """The model whose layers are being merged; None where it is a layer alone."""
     frame, found = sys._getframe(), None
     while frame is not None:
         if frame.f_code in _PASSES:
             found = frame
         frame = frame.f_back  # type: ignore[assignment]
-    return None if found is None else id(found.f_locals.get(_PASSES[found.f_code]))
+    return None if found is None else found.f_locals.get(_PASSES[found.f_code])
 
 
 class _Place(NamedTuple):

@@ -52,7 +52,9 @@ class RecognisesMerged(FitsResized):
         summands, scaling = self._summands(state_dict, prefix, False), self._one_scaling()
         if not given or summands is None or scaling is None:
             return False
-        weight, _, lora_A, lora_B = summands
+        weight, base, lora_A, lora_B = summands
+        if torch.equal(weight, base.to(weight.dtype)):
+            return False
         merged = (weight, lora_A, lora_B, scaling)
         return any(sample.is_of(taken, *merged, **self._blocks()) for taken in given)
 

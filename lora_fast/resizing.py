@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_fast import functional
 from lora_fast.layer_part import LayerPart
+from lora_fast.merging import restore_
 from lora_fast.record import MergeRecord, are_same, some_of
 
 
@@ -48,7 +48,7 @@ def of_first_columns(left: Tensor, record: MergeRecord) -> MergeRecord | None:
         original[:, :count] = left
         if record.after is None or not _shows(original, record.after, count):
             return None
-        functional.unmerge_(original, replace(record, spent=False))
+        restore_(original, replace(record, spent=False))
     return replace(
         record,
         shape=left.shape,

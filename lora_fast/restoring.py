@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast import functional, readers, reference, shapes, sharded, sums
-from lora_fast.merging import merge_again, merge_many, undo
+from lora_fast.merging import merge_again, merge_many, restore_, undo
 from lora_fast.native import Merge
 from lora_fast.record import Code, MergeRecord, are_same, some_of
 from lora_fast.resizing import FitsResized
-from lora_fast.torch_internals import is_fake_tensor
+from lora_fast.torch_internals import has_memory, is_fake_tensor
 
 _log = logging.getLogger("lora_fast.merge")
 
@@ -65,7 +65,7 @@ class RestoresWeight(FitsResized):
             sharded.count_version(target)
             record.note_restored(sharded.local(target))  # for shallow copies, which share both
         else:
-            functional.unmerge_(target, record)
+            restore_(target, record)
 
     def _restore_clone(self, target: Tensor, record: MergeRecord) -> None:
         """Restore a weight whose record has served on another: that of a clone of the layer."""
@@ -84,7 +84,7 @@ class RestoresWeight(FitsResized):
     def _restore_resized(self, target: Tensor, record: MergeRecord) -> None:
         part, its = self._merged_part(target, record)
         if self._is_as_merged(target, record):
-            functional.unmerge_(part, its)
+            restore_(part, its)
             record.note_restored(part)
             return
         if _is_base(part, its):
@@ -125,10 +125,13 @@ class RestoresWeight(FitsResized):
         return True
 
     def _restore_changed(self, shard: Tensor, record: MergeRecord) -> None:
-        if _is_base(shard, record):
+        if _is_base(shard, record) or _is_about_base(shard, record):
             _log.debug("%s: the base weight was put back while merged", self._described())
             return
-        _log.warning(
+        told = self.__dict__.get("_told_written", False)  # as each state of it is made so, too
+        self.__dict__["_told_written"] = True
+        _log.log(
+            logging.DEBUG if told else logging.WARNING,
             "%s: its weight was written to while the adapter was merged into it; the adapter is "
             "subtracted from what is there now. Call train() before writing to a weight.",
             self._described(),
@@ -220,7 +223,7 @@ def settle(layer: RestoresWeight, target: Tensor, record: MergeRecord) -> None:
 def _is_like(shard: Tensor, record: MergeRecord) -> bool:
     """Tell whether a weight has the shape, dtype and device of the one that was merged."""
     mine = (shard.shape, shard.dtype, shard.device)
-    return mine == (record.shape, record.dtype, record.lora_A.device)
+    return mine == (record.shape, record.dtype, record.lora_A.device) and has_memory(shard)
 
 
 def _shows_a_write(shard: Tensor, record: MergeRecord) -> bool:
@@ -243,7 +246,7 @@ def is_as_merged(shard: Tensor, record: MergeRecord) -> bool:
     # otherwise.
     again = shard.clone() if record.original is None else record.original.clone()
     if record.original is None:
-        functional.unmerge_(again, replace(record, spent=False))
+        restore_(again, replace(record, spent=False))
     return merge_again(again, record) is not None and are_same(again, shard)
 
 
@@ -262,6 +265,28 @@ def _is_base(shard: Tensor, record: MergeRecord) -> bool:
         return False
     mine, its = ([t for code in r.codes for t in _ordered(code)] for r in (record, again))
     return len(mine) == len(its) and all(map(are_same, mine, its))
+
+
+def _is_about_base(shard: Tensor, record: MergeRecord) -> bool:
+    """Tell whether a weight is the base but for its rounding, as averages of bases are.
+
+    By some of its elements, nearer to those of the base than a tenth of the delta's.
+    """
+    if record.of_shard or not _is_like(shard, record):
+        return False
+    wide = torch.promote_types(shard.dtype, torch.float32)
+    delta = torch.zeros_like(shard, dtype=wide)
+    merged = (record.lora_A.to(wide), record.lora_B.to(wide), record.scaling)
+    functional.merge_(delta, *merged, **record.blocks())
+    change, now = some_of(delta), some_of(shard).to(wide)
+    if record.original is not None:
+        base = some_of(record.original).to(wide)
+    elif record.after is not None:
+        base = record.after.to(wide) - change
+    else:
+        return False
+    norm = torch.linalg.vector_norm
+    return bool(norm(now - base) < 0.1 * norm(change))
 
 
 def _ordered(code: Code) -> Code:

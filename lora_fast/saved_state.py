@@ -262,6 +262,8 @@ def remember_view(
     layer: SavedState, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
 ) -> None:
     """Note whose the weight is that was just saved of a merged layer (a state_dict post-hook)."""
+    if not isinstance(layer, SavedState):  # it was given the class of a plain one since
+        return
     layer._save_base_of_other_factors(state_dict, prefix, metadata)
     value = state_dict.get(prefix + layer._weight_key())
     is_view = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)

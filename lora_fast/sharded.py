@@ -81,7 +81,7 @@ def merge_(
             _refuse_together(weight, part, error)
         except Exception:
             if record is not None:
-                merging.unmerge_(shard, record)
+                merging.restore_(shard, record)
             raise
     if record is None:
         assert error is not None

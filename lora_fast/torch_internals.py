@@ -52,8 +52,31 @@ set_versions: Callable[[tuple[Tensor, ...], tuple[int, ...]], None] | None = get
 
 _use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
-internal_overlap: Callable[[Tensor], int] = torch._debug_has_internal_overlap
-"""Whether elements share memory: 0 no, 1 yes, 2 not looked at closely."""
+_internal_overlap: Callable[[Tensor], int] = torch._debug_has_internal_overlap
+
+
+def may_overlap(tensor: Tensor) -> bool:
+    """Tell whether a step in one dimension may land among the elements of smaller steps."""
+    found = _internal_overlap(tensor)
+    if found != 2:  # torch has looked closely
+        return found == 1
+    reach = 0
+    sizes = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(pair for pair in sizes if pair[1] > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Tell whether elements share memory, by all of their places where strides don't tell."""
+    if not may_overlap(tensor):
+        return False
+    places = torch.zeros((), dtype=torch.int64)
+    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
+        places = places.unsqueeze(-1) + stride * torch.arange(size)
+    return bool(places.unique().numel() < places.numel())
 
 
 def multiplies_in_loops(dtype: torch.dtype) -> bool:
@@ -112,6 +135,16 @@ def storage_id(tensor: Tensor) -> int:
     if tensor.layout is not torch.strided:  # which has several memories, and no views
         return id(tensor)
     return int(tensor.untyped_storage()._cdata)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Tell whether a tensor's elements can be read: not where its storage was given up."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.numel() == 0:
+        return True
+    try:
+        return tensor.data_ptr() != 0
+    except RuntimeError:  # of a transform, say, which has no storage to be asked for
+        return True
 
 
 def storage_uses(tensor: Tensor) -> int | None:

@@ -129,6 +129,12 @@ def test_a_merge_takes_real_fractions(argument: str, dtype: torch.dtype) -> None
         call(**{argument: value})
 
 
+@pytest.mark.parametrize("name", ["lora_linear", "lora_merged_linear", "lora_embedding"])
+def test_real_tensors_take_a_real_scaling(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}: scaling must be real for real tensors"):
+        CALLS[name](scaling=torch.tensor(2j))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), np.inf, torch.tensor(np.nan)])
 def test_a_merge_takes_finite_factors(value: Any) -> None:
     for name in ("merge_", "merge_, one block"):

@@ -92,7 +92,7 @@ def test_a_write_between_the_functions_is_not_forgotten() -> None:
     lora_A, lora_B = torch.randn(2, 4), torch.randn(4, 2)
     loss = (x @ weight).sum()
     record = functional.merge_(weight, lora_A, lora_B, 1.0)
-    weight.add_(1.0)
+    weight.add_(0.0)
     functional.unmerge_(weight, record)
     assert refused(x, loss)
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_fast as lora
-from lora_fast import functional, interrupts, native, ops, whole_model
+from lora_fast import functional, interrupts, native, ops, torch_internals, whole_model
 from lora_fast.testing import randomize_
 
 
@@ -188,21 +188,30 @@ def test_integers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("strides", [(3, 2), (1, 1), (2, 47)], ids=str)
-def test_a_weight_whose_elements_share_memory_comes_back(strides: Any) -> None:
+def test_a_weight_whose_elements_share_memory_is_refused(strides: Any) -> None:
     memory = torch.randn(4000)
     before = memory.clone()
     weight = torch.as_strided(memory, (64, 48), strides)
-    assert native._overlaps(weight)
-    record = functional.merge_(weight, torch.randn(2, 48), torch.randn(64, 2), 1.0)
-    assert record.original is not None
-    functional.unmerge_(weight, record)
+    with pytest.raises(ValueError, match="weight must have memory of its own for each element"):
+        functional.merge_(weight, torch.randn(2, 48), torch.randn(64, 2), 1.0)
     assert torch.equal(memory, before)
+
+
+def test_a_weight_whose_rows_lie_among_each_other() -> None:
+    """Each element has memory of its own, which its strides alone do not tell."""
+    weight = torch.as_strided(torch.randn(8), (3, 2), (2, 3))
+    base, lora_A, lora_B = weight.clone(), torch.randn(1, 2), torch.randn(3, 1)
+    assert torch_internals.may_overlap(weight)
+    record = functional.merge_(weight, lora_A, lora_B, 1.0)
+    torch.testing.assert_close(weight, base + lora_B @ lora_A)
+    functional.unmerge_(weight, record)
+    assert torch.equal(weight, base)
 
 
 @pytest.mark.parametrize("strides", [(48, 1), (1, 64), (100, 2), (3, 200)], ids=str)
 def test_gaps_are_no_overlap(strides: Any) -> None:
     weight = torch.as_strided(torch.randn(20000), (64, 48), strides)
-    assert not native._overlaps(weight)
+    assert not torch_internals.may_overlap(weight)
     assert native.why_not(weight, torch.randn(2, 48), torch.randn(64, 2)) is None
 
 

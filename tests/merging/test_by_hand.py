@@ -404,3 +404,14 @@ def test_a_weight_made_sparse_while_merged(convert: Any, backend: str) -> None:
     assert layer.merged
     layer.weight = nn.Parameter(layer.weight.detach().to_dense())
     assert torch.equal(layer.train().weight, base)
+
+
+def test_the_state_of_a_layer_whose_adapter_was_folded(layer: Any, backend: str) -> None:
+    """Its base is what the layer, merged, has given out before."""
+    layer.eval().state_dict()
+    layer.merged = False
+    folded = base_of(layer)
+    for training in (False, True):
+        layer.train(training)
+        layer.load_state_dict({key: t.clone() for key, t in layer.train().state_dict().items()})
+        assert torch.equal(base_of(layer.train()), folded)

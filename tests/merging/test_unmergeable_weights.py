@@ -180,3 +180,17 @@ def test_a_base_that_was_put_back_is_merged_anew(whole: bool, backend: str) -> N
             layer.eval()
         torch.testing.assert_close(layer(x), expected)
     assert torch.equal(layer.train().weight, kept["weight"])
+
+
+def test_each_layer_that_overflows_is_named(backend: str) -> None:
+    """Layers that are alike, of which Python would show one warning."""
+    layers = [randomize_(lora.Linear(8, 12, r=2)).half() for _ in range(3)]
+    model = nn.ModuleDict({"first": layers[0], "rest": nn.Sequential(*layers[1:])})
+    for layer in layers:
+        nn.init.constant_(layer.weight, 6e4)
+        nn.init.constant_(layer.lora_A, 2e2)
+        nn.init.constant_(layer.lora_B, 1e2)
+    with pytest.warns(RuntimeWarning) as told:
+        model.eval()
+    named = [str(warning.message).partition(":")[0] for warning in told]
+    assert named == ["first", "rest.0", "rest.1"]

@@ -164,3 +164,28 @@ def test_a_write_is_undone_once_for_shallow_copies(layer: Any) -> None:
     layer.train()
     copied.train()
     torch.testing.assert_close(weight_of(layer).detach(), base + 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_average_whose_base_is_rounded_otherwise(layer: Any, dtype: torch.dtype) -> None:
+    """The average is validated, and what was trained is put back before `train()`."""
+    own = {name: p.detach().clone() for name, p in layer.to(dtype).named_parameters()}
+    average = {name: value.mul(0.99).add(value, alpha=0.01) for name, value in own.items()}
+    layer.load_state_dict(average)
+    layer.eval()
+    for name, parameter in layer.named_parameters():
+        parameter.data.copy_(own[name])
+    layer.train()
+    assert all(torch.equal(p, own[name]) for name, p in layer.named_parameters())
+
+
+def test_a_write_is_told_once_however_many_states_are_taken(
+    layer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer.eval()
+    with torch.no_grad():
+        weight_of(layer).add_(1.0)
+        layer.lora_B.add_(1.0)
+    for _ in range(3):
+        layer.state_dict()
+    assert caplog.text.count("was written to") == 1

@@ -1,0 +1,49 @@
+"""`unmerge_` takes a merge out of the weight that it left, and of no other."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_fast.functional import merge_, unmerge_
+
+
+def factors() -> tuple[Tensor, Tensor]:
+    return torch.randn(3, 8), torch.randn(12, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_two_merges_come_out_in_the_opposite_order(dtype: torch.dtype, backend: str) -> None:
+    weight = torch.randn(12, 8, dtype=dtype)
+    base = weight.clone()
+    first, second = (merge_(weight, *factors(), 0.5) for _ in range(2))
+    both = weight.clone()
+    with pytest.raises(ValueError, match="take out the last merge first"):
+        unmerge_(weight, first)
+    assert torch.equal(weight, both)
+    unmerge_(weight, second)
+    unmerge_(weight, first)
+    assert torch.equal(weight, base)
+
+
+def test_another_weight_and_one_that_was_written_to(backend: str) -> None:
+    weight, other = torch.randn(12, 8), torch.randn(12, 8)
+    base, record = weight.clone(), merge_(weight, *factors(), 0.5)
+    untouched = other.clone()
+    with pytest.raises(ValueError, match="or is another one"):
+        unmerge_(other, record)
+    assert torch.equal(other, untouched)
+    merged = weight.clone()
+    weight += 1
+    with pytest.raises(ValueError, match="was written to"):
+        unmerge_(weight, record)
+    weight.copy_(merged)
+    unmerge_(weight, record)
+    assert torch.equal(weight, base)
+
+
+def test_a_weight_that_is_not_finite(backend: str) -> None:
+    weight = torch.randn(12, 8)
+    weight[0, 0], weight[3, 5] = torch.nan, torch.inf
+    bits = weight.clone().view(torch.int32)
+    unmerge_(weight, merge_(weight, *factors(), 0.5))
+    assert torch.equal(weight.view(torch.int32), bits)
