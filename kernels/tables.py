@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import re
+import stat
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
@@ -144,8 +145,21 @@ def user_path(machine: Machine) -> Path:
 
 
 def user_tables() -> list[Path]:
-    """The files of all the user's tables, whichever machine they are for."""
-    return sorted(user_folder().glob("*-torch-*-triton-*.json"))
+    """The files of all the user's tables, whichever machine they are for.
+
+    Raises:
+        ValueError: there can be no such folder, its name being too long, say.
+    """
+    folder = user_folder()
+    try:
+        folder.stat()  # to look for files says nothing in some versions of Python
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ValueError(
+            f"LORA_FAST_CACHE: expected a folder, got {_short(str(folder))}: {error.strerror}"
+        ) from error
+    return sorted(folder.glob("*-torch-*-triton-*.json"))
 
 
 def read(path: Path) -> Table:
@@ -155,6 +169,8 @@ def read(path: Path) -> Table:
         OSError: the file cannot be read.
         ValueError: it is not a table of this format; the message says what is wrong where.
     """
+    if not stat.S_ISREG(path.stat().st_mode):  # a device may never end, a pipe never begin
+        raise ValueError("expected a file, not a folder, a device or a pipe")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))  # its other errors are ValueErrors
     except RecursionError as error:

@@ -142,7 +142,8 @@ class _Target:
         arch = configs.architecture(device)
         self.machine = tables.this_machine(arch.gpu or _INTERPRETER, arch.name)
         self.is_users = out is None
-        self.path = _users_folder() / tables.user_path(self.machine).name if out is None else out
+        path = _users_table(self.machine) if out is None else out
+        self.path = _place(path, "LORA_FAST_CACHE" if self.is_users else "--out")
         self.before: tuple[Any, ...] = ()
         try:
             table = tables.read(self.path)
@@ -157,7 +158,6 @@ class _Target:
                     f"--out: expected a new file or a table of this GPU, torch and triton; {out}: "
                     f"{error}"
                 ) from error
-        writable_folder(self.path.parent, "LORA_FAST_CACHE" if self.is_users else "--out")
 
     def write(self, found: search.Found) -> str:
         """Write the rows, beside those of calls that were not measured now; say so."""
@@ -177,10 +177,34 @@ class _Target:
         return f"written: {self.path}, {len(rows)} rows"
 
 
+def _place(path: Path, argument: str) -> Path:
+    """Return where a file is to appear, whose folder is made; refuse what is there but no file.
+
+    Raises:
+        BadInputError: there is such a thing, or no folder that can be written to; names `argument`.
+    """
+    expected = f"{argument}: expected a new file or a table of this GPU, torch and triton"
+    try:
+        # Else a link would be replaced, not what it points to, and in `new/../notes.txt` a folder
+        # that is still to be made would hide the file that is there.
+        target = path.resolve()
+        # An open pipe, as of /dev/stdout, is there by its link alone.
+        others = [p for p in (path, target) if p.exists() and not p.is_file()]
+    except (OSError, RuntimeError) as error:  # a long name, a link that leads to itself
+        raise BadInputError(f"{expected}; {path}: {error}") from error
+    if others:
+        raise BadInputError(f"{expected}; {others[0]} is no file but a folder, a device or a pipe")
+    writable_folder(target.parent, argument)
+    return target
+
+
 def _reset() -> int:
     from lora_fast.kernels import tables
 
-    folder, paths = _users_folder(), tables.user_tables()
+    try:
+        folder, paths = tables.user_folder(), tables.user_tables()
+    except ValueError as error:
+        raise BadInputError(str(error)) from error
     refused = []
     for path in paths:
         try:
@@ -202,10 +226,10 @@ def _reset() -> int:
     return 0
 
 
-def _users_folder() -> Path:
+def _users_table(machine: Any) -> Path:
     from lora_fast.kernels import tables
 
     try:
-        return tables.user_folder()
+        return tables.user_path(machine)
     except ValueError as error:
         raise BadInputError(str(error)) from error

@@ -181,6 +181,19 @@ def test_a_table_that_is_a_folder_or_may_not_be_read_is_ignored(
     assert len(caplog.records) == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with a name")
+def test_what_may_never_end_is_not_read(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", None)
+    path = tables.user_path(tables.this_machine(GPU, "sm_90"))
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert plan() == RULE
+    (record,) = caplog.records
+    assert f"{path} is ignored: expected a file, " in record.getMessage()
+
+
 def test_no_home_folder_is_no_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

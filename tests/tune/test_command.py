@@ -348,3 +348,17 @@ def test_a_cache_folder_of_nobody(
     assert main(["tune", "--reset"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lora-fast tune: LORA_FAST_CACHE: expected a folder, got '~nobody_of_")
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "file/sub"], ids=["too long", "below a file"])
+def test_a_cache_folder_that_the_system_refuses(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_FAST_CACHE", str(tmp_path / name))
+    expected = f"LORA_FAST_CACHE: expected a folder, got '{str(tmp_path)[:40]}"
+    assert main(["tune", "--show"]) == 0
+    assert f"your tables are ignored: {expected}" in capsys.readouterr().out
+    assert main(["tune", "--reset"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lora-fast tune: {expected}") and len(line) < 300
