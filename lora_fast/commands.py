@@ -14,6 +14,7 @@ import torch
 
 Number = TypeVar("Number", int, float)
 _OUTPUT_FAILED = 74  # EX_IOERR of sysexits.h
+_MOST = 2**31 - 1  # of steps, rows, processes: what every library takes
 
 
 class BadInputError(ValueError):
@@ -123,10 +124,12 @@ def number(kind: type[Number], text: str) -> Number:
 
 
 def positive(text: str) -> int:
-    """Return the whole number of an argument, from 1 on."""
+    """Return the whole number of an argument, from 1 to below 2^31."""
     value = number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if value > _MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {_MOST}, got {text}")
     return value
 
 

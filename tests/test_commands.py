@@ -123,7 +123,7 @@ def test_a_reader_that_goes_away_is_no_failure(lines: int) -> None:
 @pytest.mark.parametrize(
     ("read", "good", "bad"),
     [
-        (positive, ("1", "7"), ("0", "-3", "many", "1.5", "")),
+        (positive, ("1", "7", "2147483647"), ("0", "-3", "many", "1.5", "", "2147483648")),
         (more_than_zero, ("0.1", "3"), ("0", "-1", "nan", "inf", "many")),
         (share, ("0", "0.5"), ("1", "-0.1", "nan", "many")),
     ],
