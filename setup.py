@@ -63,6 +63,8 @@ def extensions(cpp):
         )
     ]
     has_nvcc = cpp.CUDA_HOME is not None or shutil.which("nvcc") is not None
+    if CHOICE == "cuda":
+        refuse_without_cuda(cpp.CUDA_HOME)
     if CHOICE == "cuda" or (CHOICE == "auto" and has_nvcc and _torch_has_cuda()):
         name_architectures(cpp.CUDA_HOME)
         found.append(
@@ -82,13 +84,30 @@ def _torch_has_cuda():
     return torch.version.cuda is not None
 
 
+def refuse_without_cuda(cuda_home):
+    """End, in one line, where torch would with a traceback."""
+    if not _torch_has_cuda():
+        missing = "a torch with CUDA in the building environment, and this one has none"
+    elif cuda_home is None:
+        missing = "the CUDA toolkit, and there is none to be found: install it or set CUDA_HOME"
+    elif _nvcc_of(cuda_home) is None:
+        missing = f"nvcc, and there is none in {os.path.join(cuda_home, 'bin')}: set CUDA_HOME"
+    else:
+        return
+    sys.exit(f"LORA_FAST_BUILD=cuda needs {missing}; LORA_FAST_BUILD=cpu does without")
+
+
+def _nvcc_of(cuda_home):
+    return shutil.which("nvcc", path=os.path.join(cuda_home, "bin") if cuda_home else None)
+
+
 def name_architectures(cuda_home):
     """Name GPUs to compile for where none is to be seen: torch would find none, and fail."""
     import torch
 
     if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.device_count() > 0:
         return
-    nvcc = shutil.which("nvcc", path=os.path.join(cuda_home, "bin") if cuda_home else None)
+    nvcc = _nvcc_of(cuda_home)
     if nvcc is None:
         return  # building says so
     command = [nvcc, "--list-gpu-arch"]
