@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lora_fast import checks, fsdp, functional, interrupts, notices, readers, sharded
 from lora_fast.interrupts import merge_lock
@@ -123,11 +124,13 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         return type(self).train is not MergingLayer.train
 
     def _has_adapter(self) -> bool:
-        # The dictionary first: getattr takes ten times as long, but finds a parametrized A too. As
-        # in loralib, an `r` that is set to 0 switches the adapter off.
-        own = self.__dict__["_parameters"].get("lora_A")
-        exists = own is not None or getattr(self, "lora_A", None) is not None
-        return exists and self.r > 0
+        # The dictionary first: getattr takes ten times as long, but finds a computed A too. As in
+        # loralib, an `r` that is set to 0 switches the adapter off.
+        if self.__dict__["_parameters"].get("lora_A") is not None:
+            return self.r > 0
+        # To compute it may change it, as spectral norm does in train mode.
+        exists = parametrize.is_parametrized(self, "lora_A")  # type: ignore[arg-type]
+        return (exists or getattr(self, "lora_A", None) is not None) and self.r > 0
 
     def _register_hooks(self) -> None:
         """Register what follows loading and saving, once, whoever has built the layer."""

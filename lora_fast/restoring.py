@@ -128,6 +128,13 @@ class RestoresWeight(FitsResized):
         if _is_base(shard, record) or _is_about_base(shard, record):
             _log.debug("%s: the base weight was put back while merged", self._described())
             return
+        if self._got_anothers_weight():
+            _log.warning(
+                "%s: its weight was tied to another module's while the adapter was merged into the "
+                "one before; it is left as it is. Call train() before tying weights.",
+                self._described(),
+            )
+            return
         told = self.__dict__.get("_told_written", False)  # as each state of it is made so, too
         self.__dict__["_told_written"] = True
         _log.log(
@@ -142,6 +149,13 @@ class RestoresWeight(FitsResized):
         else:
             factors = (record.lora_A.to(shard.device), record.lora_B.to(shard.device))
             functional.merge_(shard, *factors, -record.scaling, **record.blocks())
+
+    def _got_anothers_weight(self) -> bool:
+        """Tell whether the weight is in other memory than was merged, and another module's too."""
+        now, then = self._weight_version(), self._merged_version
+        if now is None or then is None or now[-1] == then[-1]:
+            return False
+        return readers.is_tied(self._weight_owner()._parameters)
 
     def _subtract(self, target: Tensor, scaling: float | None = None) -> None:
         """Take the delta of the present factors out of the weight."""

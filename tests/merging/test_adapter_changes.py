@@ -154,3 +154,14 @@ def test_an_adapter_that_hooks_compute_stays_unmerged(name: str) -> None:
     prune.identity(other, name)
     other.load_state_dict(copy.deepcopy(layer.state_dict()))
     assert torch.equal(other.train()(x), trained)
+
+
+def test_an_adapter_that_changes_when_it_is_computed(layer: Any) -> None:
+    """As spectral norm does in train mode: what only describes or saves the layer computes none."""
+    torch.nn.utils.parametrizations.spectral_norm(layer, "lora_A")
+    before = copy.deepcopy(layer.parametrizations.lora_A.state_dict())
+    assert "r=2" in repr(layer)
+    layer.state_dict()
+    lora.lora_state_dict(layer)
+    now = layer.parametrizations.lora_A.state_dict()
+    assert all(torch.equal(now[key], value) for key, value in before.items())
