@@ -277,7 +277,10 @@ def _no_fast_path(layer: nn.Module, args: tuple[Tensor]) -> None:  # as torch.ji
 
 def recompute_weight(owner: nn.Module, x: Tensor) -> None:
     """Do what pruning and weight norm do before a forward of `owner`, for one who goes past it."""
-    if "weight" in owner._parameters:
+    if not owner._forward_pre_hooks:
+        return
+    own = owner._parameters
+    if "weight" in own and "bias" in own:  # where there is no bias, None is
         return
     for key, hook in owner._forward_pre_hooks.items():
         if key not in owner._forward_pre_hooks_with_kwargs:

@@ -165,6 +165,35 @@ def test_b24_a_computed_weight_is_not_merged(case: Any, how: str) -> None:
     assert lora.lora_state_dict(layer).keys() == {"lora_A", "lora_B"}
 
 
+COMPUTED_BIAS = {
+    "prune": lambda conv: prune.custom_from_mask(conv, "bias", torch.arange(len(conv.bias)) % 2),
+    "prune twice": lambda conv: prune.identity(COMPUTED_BIAS["prune"](conv), "bias"),
+    "prune both": lambda conv: COMPUTED["prune"](COMPUTED_BIAS["prune"](conv)),
+    "parametrize": lambda conv: parametrize.register_parametrization(conv, "bias", _Doubled()),
+    "old_weight_norm": lambda conv: nn.utils.weight_norm(conv, "bias"),
+    "old_spectral_norm": lambda conv: nn.utils.spectral_norm(conv, "bias"),
+}
+
+
+@pytest.mark.filterwarnings(OLD_WEIGHT_NORM)
+@pytest.mark.parametrize("how", COMPUTED_BIAS)
+@pytest.mark.parametrize("kind", ["Conv1d", "Conv2d", "Conv3d"])
+def test_b24_a_computed_bias_is_that_of_now(kind: str, how: str) -> None:
+    layer = randomize_(getattr(lora, kind)(4, 6, 3, r=2))
+    COMPUTED_BIAS[how](layer.conv)
+    x = torch.randn(2, 4, *[5] * (layer.weight.dim() - 2))
+    for _ in range(2):  # the second backward needs a bias of its own
+        layer(x).sum().backward()
+    keys = ("bias", "parametrizations.bias")
+    originals = [p for key, p in layer.conv.named_parameters() if key.startswith(keys)]
+    assert all(original.grad is not None for original in originals)
+    with torch.no_grad():
+        for original in originals:
+            original.add_(10.0)
+        found = layer(x)
+        torch.testing.assert_close(layer.eval()(x), found)
+
+
 def test_b24_loralib_loses_the_adapter(old_case: Any) -> None:
     layer, x = old_case.build(loralib), old_case.input()
     prune.identity(getattr(layer, "conv", layer), "weight")
