@@ -26,6 +26,11 @@ _MERGES = {
     Backend.NATIVE: "one pass, about a byte a weight while merged",
     Backend.REFERENCE: "keeps a copy of the weight",
 }
+# Functions that leave no choice, and what serves them.
+_NO_CHOICE = {
+    "lora_conv": ("merged_weight", "torch's convolution, with the weight that this op forms"),
+    "merged_delta": (Backend.REFERENCE.value, "there is no kernel for it"),
+}
 
 
 class Size(NamedTuple):
@@ -182,5 +187,10 @@ def explanation() -> str:
         rows.append("cuda: not available, nothing is fused on this machine")
     for op, device, implementation, reason, calls in what_runs():
         why = f"{calls}: {reason}" if calls else reason
-        rows.append(f"{op:20} {device:5} -> {implementation:16} {why}")
+        rows.append(_row(op, device, implementation, why))
+    rows += [_row(op, "any", *served) for op, served in _NO_CHOICE.items()]
     return "\n".join(rows)
+
+
+def _row(op: str, device: str, implementation: str, why: str) -> str:
+    return f"{op:20} {device:5} -> {implementation:16} {why}"

@@ -333,6 +333,7 @@ def test_explain_prints_a_line_for_every_op(
     names = [line.split()[0] for line in on_cpu]
     assert list(dict.fromkeys(names)) == list(OPS)
     assert all(" -> " in line and line.split("->")[1].split()[1:] for line in on_cpu)
+    assert set(functional.__all__) == {line.split()[0] for line in lines if "->" in line}
 
 
 def test_explain_of_a_forced_backend_says_why_it_cannot_run(no_interpreter: None) -> None:

@@ -37,6 +37,9 @@ def load(name: str) -> CausalLM:
         BadInputError: transformers is not installed, or has no such model.
     """
     package = transformers()
+    looks_like_a_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    if looks_like_a_path and not Path(name).exists():  # else the hub calls it a bad name
+        raise BadInputError(f"--model: there is no folder {name!r}")
     try:
         model = package.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except Exception as error:  # of many kinds, where a file is damaged

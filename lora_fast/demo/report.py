@@ -79,7 +79,7 @@ class Report:
         return {
             "title": self.title,
             "interrupted": self.interrupted,
-            "passed": self.passed,
+            "passed": self.passed if self.rows else None,  # nothing was compared
             **self.facts,
             "runs": runs,
             "table": [vars(row) for row in self.rows],

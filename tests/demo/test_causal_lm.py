@@ -95,6 +95,8 @@ def test_no_such_model(demo: Callable[..., Any], tmp_path: Path) -> None:
     assert result.status == 2
     assert "--model" in result.stderr
     assert not result.out.exists()
+    result = demo("--model", str(tmp_path / "elsewhere"))
+    assert "--model: there is no folder" in result.stderr
 
 
 def test_a_model_without_known_projections(demo: Callable[..., Any], tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_ctrl_c_leaves_what_was_done(
     adapter = result.out / "adapter.safetensors"
     if steps is None:
         assert result.metrics["runs"] == {}
+        assert result.metrics["passed"] is None
         assert not (result.out / "loss.png").exists()
         assert not adapter.exists()
     else:
