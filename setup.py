@@ -139,6 +139,9 @@ def forgiving(build_ext):
                     pathlib.Path(stale).unlink(missing_ok=True)
                     self.give_up(extension, error)
             self.extensions[:] = built
+            wheel = self.distribution.command_obj.get("bdist_wheel")
+            if wheel is not None and not built:  # as of LORA_FAST_BUILD=none
+                wheel.root_is_pure = True
 
         def give_up(self, extension, error):
             lost = (

@@ -263,6 +263,23 @@ def test_what_cannot_be_built_takes_nothing_else_with_it(checkout, tmp_path, fai
     assert f"lora_fast.{other} was not" not in said
 
 
+@pytest.mark.slow
+def test_a_wheel_into_which_nothing_could_be_compiled_is_for_every_machine(checkout, tmp_path):
+    source = shutil.copytree(checkout, tmp_path / "source")
+    script = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    missing = str(tmp_path / "no-compiler")
+    said = run(
+        *(sys.executable, "-c", script),
+        cwd=source,
+        **{"LORA_FAST_BUILD": "auto", "CC": missing, "CXX": missing},
+    )
+    assert "lora_fast: lora_fast._C was not compiled: " in said
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
 # The tree
 
 
