@@ -156,7 +156,7 @@ def _found(
     sample: Sample, weight: Tensor, lora_A: Tensor, lora_B: Tensor, blocks: dict[str, Any]
 ) -> list[tuple[float, float]]:
     """The elements of the sample as they are now, and those of B A; none of other blocks."""
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or lora_A.is_complex() or lora_B.is_complex():
         return []
     parts = _parts(weight, lora_A, lora_B, blocks)
     found = []

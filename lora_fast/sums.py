@@ -41,8 +41,10 @@ def is_sum(
         The bound is that of r products and the base summed in any order, and of a delta rounded to
         the weight's dtype before and after it is scaled, as loralib does. Nothing within it is
         refused: a layer that takes its own merged weight for another's loses bits of its base.
-        Infinities and NaN equal themselves.
+        Infinities and NaN equal themselves. False where `merge_` makes no such sum, as of integers.
     """
+    if not _are_mergeable(weight, base, lora_A, lora_B):
+        return False
     with no_autocast(weight):
         return _are_sums(weight, base, _factors(lora_A, lora_B, blocks), scaling)
 
@@ -70,9 +72,9 @@ def is_nearer_to_sum(
         scaling: as for `is_sum`.
         blocks: as for `is_sum`.
     """
-    wide = torch.float32
-    for tensor in (weight, base, lora_A, lora_B):
-        wide = torch.promote_types(wide, tensor.dtype)
+    if not _are_mergeable(weight, base, lora_A, lora_B):
+        return False
+    wide = _wide(weight, base, lora_A, lora_B)
     squares = [0.0, 0.0, 0.0]
     with no_autocast(weight):
         for parts in _chunks(weight, base, _factors(lora_A, lora_B, blocks)):
@@ -81,6 +83,27 @@ def is_nearer_to_sum(
             for i, found in enumerate((change - delta, change, delta)):
                 squares[i] += float(torch.linalg.vector_norm(found)) ** 2
     return squares[0] < 0.25 * min(squares[1:])
+
+
+def _are_mergeable(weight: Tensor, base: Tensor, *factors: Tensor) -> bool:
+    """Tell whether `merge_` may have made a sum of these dtypes, or somebody has converted it."""
+    if not all(t.is_floating_point() or t.is_complex() for t in (weight, base)):
+        return False
+    return base.is_complex() or all(factor.is_floating_point() for factor in factors)
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: fp32, or what is needed to hold all of these."""
+    wide = torch.float32
+    for tensor in tensors:
+        if not (tensor.is_floating_point() and tensor.itemsize == 1):  # fp8, which is not promoted
+            wide = torch.promote_types(wide, tensor.dtype)
+    return wide
+
+
+def _eps(tensor: Tensor) -> float:
+    is_rounded = tensor.is_floating_point() or tensor.is_complex()
+    return torch.finfo(tensor.dtype).eps if is_rounded else 0.0
 
 
 def _factors(lora_A: Tensor, lora_B: Tensor, blocks: dict[str, Any]) -> tuple[Any, ...]:
@@ -107,14 +130,14 @@ def _chunks(weight: Tensor, base: Tensor, factors: Any) -> Iterator[_Parts]:
 
 
 def _is_sum(weight: Tensor, base: Tensor, b: Tensor, a: Tensor, scaling: float) -> bool:
-    wide = torch.promote_types(base.dtype, torch.float32)
+    wide = _wide(base)
     infos = [torch.finfo(t.dtype) for t in (weight, base)]
     eps, eps_of_sums = max(info.eps for info in infos), torch.finfo(wide).eps
     # What lies between two subnormal numbers, by which any of the roundings may miss.
     step = max(info.smallest_normal * info.eps for info in infos)
     # And what a CPU may have flushed to zero, then or now (`torch.set_flush_denormal`).
     step += torch.finfo(wide).smallest_normal * (a.shape[0] + 2)
-    eps_of_factors = max(torch.finfo(t.dtype).eps for t in (a, b))  # perhaps rounded since the sum
+    eps_of_factors = max(_eps(t) for t in (a, b))  # perhaps rounded since the sum
     if weight.is_cuda and wide is torch.float32:
         eps_of_factors = max(eps_of_factors, _TF32)
 

@@ -83,3 +83,33 @@ def test_nearer_to_the_sum_than_by_half(share: float, expected: bool) -> None:
     _, base, lora_A, lora_B = summed()
     weight = base + share * (lora_B @ lora_A)
     assert sums.is_nearer_to_sum(weight, base, lora_A, lora_B, 1.0) is expected
+
+
+@pytest.mark.parametrize("compare", [sums.is_sum, sums.is_nearer_to_sum])
+@pytest.mark.parametrize("which", range(4), ids=["weight", "base", "lora_A", "lora_B"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_copy_in_fp8_is_compared(dtype: torch.dtype, which: int, compare: Any) -> None:
+    tensors = list(summed())
+    weight = tensors[0].clone()
+    tensors[which] = tensors[which].to(dtype)
+    assert compare(*tensors, 1.0)
+    other = [weight + 1000.0, *tensors[1:]]
+    assert not compare(*other, 1.0)
+
+
+@pytest.mark.parametrize("compare", [sums.is_sum, sums.is_nearer_to_sum])
+@pytest.mark.parametrize("which", range(4), ids=["weight", "base", "lora_A", "lora_B"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool], ids=str)
+def test_integers_are_parts_of_no_sum(dtype: torch.dtype, which: int, compare: Any) -> None:
+    tensors = list(summed())
+    tensors[which] = tensors[which].to(dtype)
+    assert not compare(*tensors, 1.0)
+
+
+def test_factors_of_a_complex_weight() -> None:
+    weight, base, lora_A, lora_B = summed()
+    for a in (lora_A, lora_A.long(), lora_A.to(torch.complex64)):
+        parts = (weight.to(torch.complex64), base.to(torch.complex64), a, lora_B)
+        assert sums.is_sum(*parts, 1.0)
+        assert sums.is_nearer_to_sum(*parts, 1.0)
+    assert not sums.is_sum(weight, base, lora_A.to(torch.complex64), lora_B, 1.0)
