@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,9 @@ def _names_safetensors(path: Path) -> bool:
 
 def _target(path: Path) -> Path:
     """Return where a file is to appear; refuse what is there but no file."""
-    path = path.resolve()  # else a link would be replaced, not what it points to
+    # Else a link would be replaced, not what it points to. Path.resolve() raises RuntimeError for
+    # a link to itself, which the system refuses below.
+    path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save: there is no folder {path.parent}")
     if path.exists() and not path.is_file():
@@ -182,11 +185,16 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or of another kind; or a key is unknown or missing, a shape,
-            rank or scaling differs, or a merge can't be taken out of the weight. Every difference
-            is named, and nothing was loaded.
+            rank or scaling differs, a dtype can't become the model's, as that of integers can't for
+            a factor, or a merge can't be taken out of the weight. Every difference is named, and
+            nothing was loaded.
         TypeError: `model` is no module, or `path` no path.
         OSError: the file can't be read.
         MemoryError: there is no memory for what it holds; nothing was loaded.
+
+    Note:
+        What a module's own loading raises, a hook or `set_extra_state` say, comes as it is, and
+        after what was loaded before it.
     """
     checks.module("load", model, "named_modules")
     state = _read(checks.path("load", path))
@@ -260,22 +268,24 @@ def _problems(model: nn.Module, state: "OrderedDict[str, Any]", strict: bool) ->
     names = {key: _released_conv_key(model, key) for key in state}
     problems = [f"{key}: not in the model" for key, new in names.items() if new not in own]
     for key, value in state.items():
-        if not _is_extra(key) and not _is_dense(value):
+        if _is_extra(key):
+            continue
+        if not _is_dense(value):
             problems.append(f"{key}: the file has no plain values for it, but {_kind(value)} ones")
-    for key, new in names.items():
-        if new in own and not _is_extra(key) and own[new].shape != state[key].shape:
-            problems.append(
-                f"{key}: the file has shape {tuple(state[key].shape)}, the model "
-                f"{tuple(own[new].shape)}"
-            )
+        elif names[key] in own:
+            problems += [f"{key}: {why}" for why in _misfits(key, value, own[names[key]])]
     if strict:
         missing = set(lora_state_dict(model)) - set(names.values())
         problems += [f"{key}: not in the file" for key in own if key in missing]
     layers = [
         (name, layer, _saved_of(state, name))
-        for name, layer in model.named_modules()
+        for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, MergingLayer) and hasattr(layer, "lora_A")
     ]
+    for name, saved in state._metadata.items():  # type: ignore[attr-defined]
+        problem = marks.wrong_version(saved)
+        if problem:
+            problems.append(f"{name or 'the model'}: {problem}")
     for name, layer, saved in layers:
         found = marks.misfits(layer, saved)
         problems += [f"{name or 'the model'}: {problem}" for problem in found]
@@ -292,6 +302,33 @@ def _problems(model: nn.Module, state: "OrderedDict[str, Any]", strict: bool) ->
     return problems
 
 
+def _misfits(key: str, value: Tensor, mine: Tensor) -> Iterator[str]:
+    """Yield why the values of a file can't take the place of the model's."""
+    if mine.shape != value.shape:
+        yield f"the file has shape {tuple(value.shape)}, the model {tuple(mine.shape)}"
+    if not _converts(value.dtype, mine.dtype, _leaf(key) in ("lora_A", "lora_B")):
+        yield f"the file has dtype {value.dtype}, which can't become the model's {mine.dtype}"
+
+
+def _converts(dtype: torch.dtype, mine: torch.dtype, is_factor: bool) -> bool:
+    """Tell whether values of one dtype can become those of another, as torch converts them.
+
+    Factors without fractions can't: they were quantized, and their scales are elsewhere.
+    """
+    if dtype is mine:
+        return True
+    if dtype.is_complex and not mine.is_complex:  # torch drops the imaginary parts
+        return False
+    has_fractions = dtype.is_floating_point or dtype.is_complex
+    if is_factor and not has_fractions and (mine.is_floating_point or mine.is_complex):
+        return False
+    try:
+        torch.empty(1, dtype=mine).copy_(torch.empty(1, dtype=dtype))
+    except RuntimeError:  # packed fractions of bytes
+        return False
+    return True
+
+
 def _saved_of(state: Any, name: str) -> dict[str, Any]:
     """What a file says of a module, which may be wrapped here, there, or in both."""
     marks = state._metadata
@@ -300,11 +337,16 @@ def _saved_of(state: Any, name: str) -> dict[str, Any]:
 
 
 def _is_dense(value: Tensor) -> bool:
-    return value.layout is torch.strided and not value.is_quantized and not value.is_meta
+    return value.layout is torch.strided and not _state_of(value)
+
+
+def _state_of(value: Tensor) -> str:
+    names = ("meta", "quantized", "nested")
+    return next((name for name in names if getattr(value, f"is_{name}")), "")
 
 
 def _kind(value: Tensor) -> str:
-    return "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+    return _state_of(value) or str(value.layout)
 
 
 def _released_conv_key(model: nn.Module, key: str) -> str:

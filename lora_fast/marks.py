@@ -1,6 +1,7 @@
 """What a file says of a layer beside its values; what cannot be so is refused before a load.
 
-The marks are those of `SavedState`: `lora_r`, `lora_scaling`, `lora_merged` and so on.
+The marks are those of `SavedState`: `lora_r`, `lora_scaling`, `lora_merged` and so on; and
+`version`, which torch keeps for every module.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,10 +29,24 @@ def misfits(layer: MergingLayer, saved: dict[str, Any]) -> Iterator[str]:
             yield f"saved with {name}={value}, the layer has {mine}"
 
 
+def wrong_version(saved: dict[str, Any]) -> str | None:
+    """Say what is wrong with the version of a module's state, which its own loading may compare.
+
+    Args:
+        saved: the marks that the file has for any module, of any types.
+    """
+    version = saved.get("version")
+    if version is None or type(version) is int:
+        return None
+    return f"the file's version must be an integer, got {version!r:.60}"
+
+
 def why_not_unmerged(
     layer: MergingLayer, state: dict[str, Any], prefix: str, saved: dict[str, Any]
 ) -> str | None:
     """Say why the adapter can't be taken out of a weight that was saved merged, if so.
+
+    By its mark; or, where it has none, by what loading will take it for.
 
     Args:
         layer: the layer that is to load it.
@@ -40,7 +55,10 @@ def why_not_unmerged(
         saved: the layer's marks, which do not misfit.
     """
     keys = [prefix + name for name in (layer._weight_key(), "lora_A", "lora_B")]
-    if not all(key in state for key in keys) or not layer._is_still_merged(state, prefix, saved):
+    if not all(key in state for key in keys):
+        return None
+    is_marked = layer._is_still_merged(state, prefix, saved)
+    if not is_marked and "lora_merged" in saved:
         return None
     weight, lora_A, lora_B = (state[key].detach() for key in keys)
     scaling = saved.get("lora_scaling", layer.scaling)
@@ -50,14 +68,21 @@ def why_not_unmerged(
         # The base weight may be here, and need not be computed.
         is_here = isinstance(error, OverflowError) and (
             layer._holds_what_is_here(state, prefix)
-            or layer._is_mine_merged(state, prefix, is_marked=True)
+            or layer._is_mine_merged(state, prefix, is_marked)
         )
-        return None if is_here else f"its adapter can't be taken out of the saved weight: {error}"
+        if is_here or not (is_marked or _is_taken_for_merged(layer, state, prefix)):
+            return None
+        return f"its adapter can't be taken out of the saved weight: {error}"
     return None
 
 
+def _is_taken_for_merged(layer: MergingLayer, state: dict[str, Any], prefix: str) -> bool:
+    return layer._was_given_merged(state, prefix) or layer._is_rather_merged(state, prefix)
+
+
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    # An integer of more than 64 bits fits no tensor, and perhaps no float.
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _is_sample(value: Any) -> bool:
@@ -72,7 +97,7 @@ def _are_numbers(value: Any, count: int) -> bool:
 
 
 _MARKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "lora_r": ("an integer", lambda value: type(value) is int),
+    "lora_r": ("an integer", lambda value: type(value) is int and _is_number(value)),
     "lora_scaling": ("a number", _is_number),
     "lora_merged": ("True or False", lambda value: type(value) is bool),
     "lora_sample": ("a list of elements, four numbers each", _is_sample),

@@ -143,6 +143,47 @@ def test_without_strict_the_others_are_loaded(
     assert lines == ["q.lora_C: not in the model"]
 
 
+@pytest.mark.parametrize("lora_only", [True, False], ids=["adapters", "whole"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("name", NAMES)
+def test_factors_without_fractions_and_imaginary_parts(
+    name: str, factor: str, dtype: torch.dtype, lora_only: bool, refused: Any, tmp_path: Path
+) -> None:
+    source = net()
+    state = dict(lora.lora_state_dict(source) if lora_only else source.state_dict())
+    key = f"conv.{factor}"
+    state |= {key: state[key].to(dtype)}
+    state = {k: v.contiguous() for k, v in state.items()}
+    _, *lines = refused(write(state, tmp_path / name))
+    assert lines == [
+        f"{key}: the file has dtype {dtype}, which can't become the model's torch.float32"
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("lora_only", [True, False], ids=["adapters", "whole"])
+@pytest.mark.parametrize("name", NAMES)
+def test_factors_in_other_fractions_are_loaded(
+    name: str, lora_only: bool, dtype: str, target: nn.ModuleDict, tmp_path: Path
+) -> None:
+    source = net()
+    state = dict(lora.lora_state_dict(source) if lora_only else source.state_dict())
+    factors = {k: v.to(getattr(torch, dtype)) for k, v in state.items() if "lora_" in k}
+    state = {k: v.contiguous() for k, v in (state | factors).items()}
+    lora.load(target, write(state, tmp_path / name))
+    target.train()
+    for key, value in state.items():
+        assert torch.equal(target.state_dict()[key], value.float()), key
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_is_no_plain_value(refused: Any, tmp_path: Path) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    _, *lines = refused(write({**net().state_dict(), "q.lora_A": nested}, tmp_path / "a.pt"))
+    assert lines == ["q.lora_A: the file has no plain values for it, but nested ones"]
+
+
 def test_the_checkpoint_of_a_trainer_is_refused(refused: Any, tmp_path: Path) -> None:
     torch.save({"model": net().state_dict(), "step": 3}, tmp_path / "a.pt")
     (line,) = refused(tmp_path / "a.pt")
@@ -251,6 +292,14 @@ def test_a_link_stays_one(name: str, exists: bool, tmp_path: Path) -> None:
     lora.save(model, link)
     assert link.is_symlink() and os.listdir(file.parent) == ["file"]
     lora.load(net(), link)  # in the form that the link's name tells
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_link_to_itself(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to(tmp_path / name)
+    with pytest.raises(OSError, match=rf"symbolic links: '.*{name}'"):
+        lora.save(net(), tmp_path / name)
+    assert (tmp_path / name).is_symlink() and os.listdir(tmp_path) == [name]
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)

@@ -62,6 +62,10 @@ def merged(**marks: Any) -> dict[str, Any]:
             merged(lora_sample=[], lora_norms=[1.0]),
             "1: the file's lora_norms must be a list of two",
         ),
+        (merged(lora_sample=[[0, 0, 10**400, 1]]), "1: the file's lora_sample must be a list"),
+        (merged(lora_norms=[2**64, 1.0]), "1: the file's lora_norms must be a list of two"),
+        ({"version": "x"}, "1: the file's version must be an integer, got 'x'"),
+        ({"version": [1]}, "1: the file's version must be an integer, got [1]"),
     ],
     ids=str,
 )
@@ -80,10 +84,30 @@ def test_tensors_as_marks(mark: str, tmp_path: Path) -> None:
     assert refused(tmp_path / "a.pt", net()).startswith(f"1: the file's {mark} must be ")
 
 
+@pytest.mark.parametrize("version", ["x", [], {}])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_version_that_another_module_would_compare(
+    name: str, version: Any, tmp_path: Path
+) -> None:
+    """Its own loading raises after the layers before it were loaded."""
+    model = nn.Sequential(lora.Linear(4, 4, r=2), nn.BatchNorm1d(4))
+    other = randomize_(nn.Sequential(lora.Linear(4, 4, r=2), nn.BatchNorm1d(4)))
+    write(tmp_path / name, other.state_dict(), {"1": {"version": version}})
+    expected = f"1: the file's version must be an integer, got {version!r}"
+    for target in (model, model.eval()):
+        assert refused(tmp_path / name, target) == expected
+
+
+@pytest.mark.parametrize("mark", [{"lora_scaling": "x"}, {"lora_sample": 3}], ids=str)
+def test_the_other_name_of_a_layer(mark: dict[str, Any], tmp_path: Path) -> None:
+    layer = lora.Linear(4, 4, r=2)
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    write(tmp_path / "a.pt", model.state_dict(), {"b": mark})
+    assert refused(tmp_path / "a.pt", model).startswith(f"b: the file's {next(iter(mark))} must")
+
+
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
-@pytest.mark.parametrize(
-    "value", [torch.full((2, 4), torch.nan), torch.full((2, 4), torch.inf), torch.ones(2, 4).int()]
-)
+@pytest.mark.parametrize("value", [torch.full((2, 4), torch.nan), torch.full((2, 4), torch.inf)])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_merged_weight_whose_adapter_cannot_be_taken_out(
     name: str, factor: str, value: Tensor, tmp_path: Path
@@ -104,6 +128,23 @@ def test_a_base_weight_that_does_not_fit_its_dtype(name: str, tmp_path: Path) ->
     state["1.lora_B"] = torch.full((4, 2), 100.0, dtype=torch.float16)
     write(tmp_path / name, state, {"1": merged()})
     assert "does not fit torch.float16" in refused(tmp_path / name, net().half())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_mark_a_base_weight_that_does_not_fit_its_dtype(
+    name: str, tmp_path: Path
+) -> None:
+    """All but one element is what the weight here and the adapter add up to."""
+    target = net().half()
+    state = {key: value.clone() for key, value in target.state_dict().items()}
+    state["1.lora_A"] = torch.full((2, 4), 100.0, dtype=torch.float16)
+    state["1.lora_B"] = torch.full((4, 2), 100.0, dtype=torch.float16)
+    with torch.no_grad():
+        target[1].weight[0, 0] = -65504.0
+    weight = target[1].weight.detach() + 40000.0
+    weight[0, 0] = -65504.0
+    write(tmp_path / name, state | {"1.weight": weight}, {})
+    assert "does not fit torch.float16" in refused(tmp_path / name, target)
 
 
 def test_a_convolution_saved_merged_by_the_release(tmp_path: Path) -> None:
