@@ -387,6 +387,7 @@ def merged_weight(
         return reference.merged_weight(weight, *factors, enable_lora=enable, out_splits=widths)
     except (RuntimeError, TypeError):
         checks.dtypes("merged_weight", weight, lora_A, lora_B)
+        checks.mergeable("merged_weight", weight, lora_A, lora_B)
         raise
 
 

@@ -204,6 +204,31 @@ def test_weights_that_cannot_be_merged_into(
     assert torch.equal(weight.to_dense().float(), before.to_dense().float())
 
 
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda w: w.to_sparse(), TypeError, "weight must be dense, got layout torch.sparse_coo"),
+        (lambda w: w.to(torch.float8_e4m3fn), TypeError, "weight must have a dtype"),
+        (lambda w: w.to("meta"), ValueError, "weight, lora_A and lora_B must be on one device"),
+    ],
+    ids=["coo", "fp8", "meta"],
+)
+@pytest.mark.parametrize("enable_lora", [None, [True, True]], ids=["whole", "blocks"])
+def test_weights_to_which_nothing_can_be_added(
+    enable_lora: Any,
+    make: Callable[[Tensor], Tensor],
+    error: type[Exception],
+    message: str,
+    backend: str,
+) -> None:
+    a_rows = 2 if enable_lora is None else 4
+    factors = torch.randn(a_rows, 4), torch.randn(6, 2)
+    with pytest.raises(error, match=f"merged_weight: {message}"):
+        functional.merged_weight(make(torch.randn(6, 4)), *factors, 1.0, enable_lora=enable_lora)
+    meta = [t.to("meta") for t in (torch.randn(6, 4), *factors)]
+    assert functional.merged_weight(*meta, 1.0, enable_lora=enable_lora).shape == (6, 4)
+
+
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "one row"])
 def test_weights_that_are_not_contiguous_are_merged_into(layout: str, backend: str) -> None:
     weight = {
