@@ -69,7 +69,7 @@ class LoadedState(RecognisesMerged):
             self._warn_of_another_scaling(state_dict, prefix, local_metadata)
             is_like_mine = key in state_dict and "lora_merged" not in local_metadata
             if not (self._merged_itself() and is_like_mine):  # else only the subclass can tell
-                self._load_base(state_dict, prefix, local_metadata, loading)
+                self._load_base(state_dict, prefix, local_metadata)
         elif self.merged:  # the adapter was switched off or deleted meanwhile
             self._unmerge_adapter()
         if local_metadata.get("assign_to_params_buffers", False) and key in state_dict:
@@ -111,19 +111,13 @@ class LoadedState(RecognisesMerged):
         if type(state_dict[key]) is nn.Parameter and getattr(self, "lora_A", None) is not None:
             state_dict[key] = state_dict[key].detach()
 
-    def _load_base(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: dict[str, Any],
-        loading: Loading,
-    ) -> None:
+    def _load_base(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         """Put the base weight into the state and, as far as it goes, into the layer."""
         holds_mine = self._holds_what_is_here(state_dict, prefix)
         if metadata.get("lora_merged") is False and not self._is_view_of_mine(state_dict, prefix):
             holds_mine = False  # the sum was made the base, there
         if self._merged_itself():
-            loading.mode = self.training  # type: ignore[attr-defined]
+            self.__dict__["_loading"].mode = self.training  # type: ignore[attr-defined]
             self.train()  # type: ignore[attr-defined]
         if holds_mine or self._record is not None:
             self._unmerge_adapter()
@@ -133,7 +127,7 @@ class LoadedState(RecognisesMerged):
             weight: Any = self._weight_owner().weight
             state_dict[prefix + self._weight_key()] = weight.detach()
         else:
-            self._undo_saved_merge(state_dict, prefix, metadata, loading)
+            self._undo_saved_merge(state_dict, prefix, metadata)
 
     def _is_view_of_mine(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Tell whether a state's weight changes with the layer's, and its mark does not."""
@@ -211,11 +205,7 @@ class LoadedState(RecognisesMerged):
         )
 
     def _undo_saved_merge(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: dict[str, Any],
-        loading: Loading,
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
         """Put the base weight where the checkpoint holds a merged one."""
         is_merged = self._is_still_merged(state_dict, prefix, metadata)
@@ -233,7 +223,7 @@ class LoadedState(RecognisesMerged):
             or self._was_given_merged(state_dict, prefix)
             or self._is_rather_merged(state_dict, prefix)
         ):
-            self._subtract_saved_delta(state_dict, prefix, metadata, loading)
+            self._subtract_saved_delta(state_dict, prefix, metadata)
         else:
             self._tell_it_is_merged_now(state_dict, prefix)
             return
@@ -275,18 +265,14 @@ class LoadedState(RecognisesMerged):
         return not is_other
 
     def _subtract_saved_delta(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: dict[str, Any],
-        loading: Loading,
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
         scaling = metadata.get("lora_scaling", self.scaling)
         keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
         missing = [name for name in ("lora_A", "lora_B") if prefix + name not in state_dict]
         if missing or keys[0] not in state_dict:
             if keys[0] in state_dict and all(map(self._computes, missing)):
-                loading.scaling = scaling
+                self.__dict__["_loading"].scaling = scaling
             elif keys[0] in state_dict:
                 caller.warn(
                     f"{keys[0]}: it was saved merged, and without the lora_A and lora_B that would "
