@@ -327,6 +327,7 @@ def merged_delta(
 
     Returns:
         (N, K), differentiable; the rows of disabled blocks are zero.
+        Source: loralib/layers.py:207-215.
 
     Raises:
         ValueError: the factors do not fit each other or the blocks.
@@ -367,7 +368,7 @@ def merged_weight(
         RuntimeError: a forced backend cannot serve the call.
 
     Note:
-        Blocks are served by plain torch, whatever backend is chosen.
+        Torch serves blocks, whatever backend is chosen. Source: loralib/layers.py:287-294.
     """
     enable = widths = None
     if enable_lora is not None or out_splits is not None:

@@ -235,7 +235,10 @@ class LoadedState(RecognisesMerged):
         if module.training or not module.merge_weights:
             return
         summands = self._summands(state_dict, prefix, False)
-        if summands is None or not summands[3].any() or torch.equal(*summands[:2]):
+        if summands is None or not summands[3].any():
+            return
+        saved, base = summands[:2]
+        if torch.equal(saved, base.to(saved.dtype)):  # whose dtypes torch may not compare
             return
         level = logging.DEBUG if _told else logging.WARNING  # as all layers of a model are alike
         _told.add("merged now")

@@ -210,7 +210,8 @@ def unmerge_(weight: Tensor, record: MergeRecord) -> None:
         RuntimeError: csrc merged it, and was not built here.
 
     Note:
-        What was merged into one weight several times is taken out in the opposite order.
+        What was merged into one weight several times is taken out in the opposite order. loralib
+        subtracts, and rounds. Source: loralib/layers.py:126-141.
     """
     if not _is_as_left(_checked_local(weight, record), record):
         raise ValueError(

@@ -109,6 +109,11 @@ class MergeRecord:
                 f"unmerge_: the record is of a {self.dtype} weight of shape {tuple(self.shape)}, "
                 f"got a {weight.dtype} weight of shape {tuple(weight.shape)}"
             )
+        if weight.layout is not torch.strided:
+            raise TypeError(
+                f"unmerge_: weight must be dense, got layout {weight.layout}; unmerge the tensor "
+                "that merge_ was given"
+            )
         if self.lora_A.device != weight.device:
             raise ValueError(
                 f"unmerge_: the record is on {self.lora_A.device}, the weight on {weight.device}; "

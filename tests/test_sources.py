@@ -19,6 +19,9 @@ FORMULAS = {
     "lora_embedding": "Embedding.forward",
     "lora_conv": "ConvLoRA.forward",
     "merge_": "Linear.train",
+    "merged_delta": "MergedLinear.merge_AB",
+    "merged_weight": "ConvLoRA.forward",
+    "unmerge_": "Linear.train",
     "mark_only_lora_as_trainable": "mark_only_lora_as_trainable",
     "lora_state_dict": "lora_state_dict",
 }

@@ -47,3 +47,12 @@ def test_a_weight_that_is_not_finite(backend: str) -> None:
     bits = weight.clone().view(torch.int32)
     unmerge_(weight, merge_(weight, *factors(), 0.5))
     assert torch.equal(weight.view(torch.int32), bits)
+
+
+def test_a_weight_that_became_sparse(backend: str) -> None:
+    weight = torch.randn(12, 8)
+    base, record = weight.clone(), merge_(weight, *factors(), 0.5)
+    with pytest.raises(TypeError, match="unmerge_: weight must be dense"):
+        unmerge_(weight.to_sparse(), record)
+    unmerge_(weight, record)
+    assert torch.equal(weight, base)
