@@ -16,6 +16,7 @@ from typing import Any
 from harness.rendered import write_folder
 from harness.results import ROOT, markdown, read, result_folders, write_text
 from harness.tables import comparison_rows, facts_line, ordered, readme_rows, summary_rows
+from harness.targets import target_rows
 from lora_fast.commands import status_of
 
 README = ROOT / "README.md"
@@ -48,6 +49,15 @@ def section(folders: Sequence[Path]) -> str:
             "loralib / lora_fast, the median over the rows of each layer (and the extremes):",
             markdown(comparison_rows({folder.name: tables for folder, tables in others})),
             "\n".join(f"- {folder.name}: {_facts(folder, tables)}" for folder, tables in others),
+        ]
+    on_cpus = {folder.name: tables for folder, tables in found if not _rank((folder, tables))[0]}
+    lines = target_rows(on_cpus)
+    if lines:
+        parts += [
+            "### Targets on CPUs",
+            "Each is a ratio to lora_fast, or bytes; where it is of several rows, the one that is "
+            "furthest from it, and how many reach it.",
+            markdown(lines),
         ]
     return "\n\n".join(parts)
 

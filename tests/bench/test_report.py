@@ -89,13 +89,28 @@ def test_a_gpu_comes_first_and_then_the_newest_which_alone_shows_its_rows(save):
         save("first", row("a")),  # of the first of January
     ]
     text = report.section(folders)
-    assert re.findall(r"^### (.*)$", text, re.MULTILINE) == ["old", "Other machines"]
+    headings = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert headings == ["old", "Other machines", "Targets on CPUs"]
     assert text.count("Rank 16, the most rows of each shape") == 1
     assert text.index("Rank 16") < text.index("### Other machines")
     assert "| layer | what | newest | older | first |" in text
     cells = " | ".join(["1.25 (1.25-1.25)"] * 3)
     assert f"| Linear | fwd+bwd | {cells} |" in text
     assert re.findall(r"^- (\w+): ", text, re.MULTILINE) == ["newest", "older", "first"]
+
+
+def test_the_targets_on_cpus_are_held_against_the_furthest_row(save):
+    slow = row("b") | {"id": "slow"}
+    slow["peers"]["loralib"]["ratio"] = [0.5, 0.4, 0.6]
+    cycle = row("4096 x 4096", **{"pass": "eval+train"}) | {"id": "cycle"}
+    cycle["peers"]["lora_fast"]["peak B/weight"] = 1.25
+    text = report.section([save("cpu", row("a"), slow, cycle), save("gpu", row("a"), gpu="H200")])
+    lines = text[text.index("### Targets on CPUs") :].splitlines()
+    assert "| what | target | cpu |" in lines
+    assert "| Linear: loralib's time, all rows | >= 0.97 | 0.50 (1 of 2) |" in lines
+    assert any(line.startswith("| eval + train") and ">= 8 | 1.25 |" in line for line in lines)
+    assert any(line.endswith("bytes a weight | <= 1.1 | 1.25 |") for line in lines)
+    assert not any("MergedLinear" in line for line in lines)  # was not measured
 
 
 def test_twice_is_as_once(folder, monkeypatch, tmp_path):
