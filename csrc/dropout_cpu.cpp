@@ -150,7 +150,7 @@ void dropout_cpu(
   STD_TORCH_CHECK(
       state.numel() >= static_cast<int64_t>(sizeof(State)), "dropout_: state is no generator's");
   State saved;
-  std::memcpy(&saved, state.const_data_ptr(), sizeof(State));
+  std::memcpy(&saved, read_from(state, "state"), sizeof(State));
   STD_TORCH_CHECK(
       saved.left >= 1 && saved.left <= kWords + 1, "dropout_: state is no mt19937 generator's");
   auto twister = std::make_unique<Twister>();
@@ -159,17 +159,17 @@ void dropout_cpu(
   dispatch_format(dtype_of(x, "x"), [&](auto format) {
     using F = decltype(format);
     choose_drop<F>()(
-        *twister, static_cast<const typename F::Bits*>(x.const_data_ptr()), x.numel(),
+        *twister, static_cast<const typename F::Bits*>(read_from(x, "x")), x.numel(),
         static_cast<uint64_t>(std::ceil(std::ldexp(keep_rate, 53))),
         static_cast<typename F::Compute>(scale),
-        static_cast<typename F::Bits*>(dropped.mutable_data_ptr()),
-        static_cast<uint8_t*>(keep.mutable_data_ptr()));
+        static_cast<typename F::Bits*>(write_to(dropped, "dropped")),
+        static_cast<uint8_t*>(write_to(keep, "keep")));
   });
   if (x.numel() == 0) return;
   std::copy_n(twister->words, kWords, saved.words);
   saved.next = twister->used;
   saved.left = kWords + 1 - twister->used;
-  std::memcpy(state.mutable_data_ptr(), &saved, sizeof(State));
+  std::memcpy(write_to(state, "state"), &saved, sizeof(State));
 }
 
 }  // namespace

@@ -295,7 +295,7 @@ bool lora_delta_bwd_cpu(
       !keep ||
           (keep->scalar_type() == ScalarType::Bool && keep->numel() == dy.size(0) * lora_a.size(1)),
       "lora_delta: keep must be bool and of the size of x");
-  const auto* kept = keep ? static_cast<const uint8_t*>(keep->const_data_ptr()) : nullptr;
+  const auto* kept = keep ? static_cast<const uint8_t*>(read_from(*keep, "keep")) : nullptr;
   dispatch_fp32_sums(dy, [&](auto format) {
     using F = decltype(format);
     const Delta<F> delta(Sizes(dy, lora_a, lora_b, edges), scaling);

@@ -85,13 +85,14 @@ inline Item make_item(
   item.cols = lora_a.size(1);
   item.rank = lora_a.size(0);
   item.scaling = scaling;
+  // Before they are multiplied, which a product beyond 64 bits would not tell.
+  STD_TORCH_CHECK(
+      item.cols == 0 || item.rows <= std::numeric_limits<int32_t>::max() / item.cols,
+      "a weight beyond 2**31 - 1 elements must be passed in parts");
   STD_TORCH_CHECK(
       weight.dim() <= kMaxDims && weight.numel() == item.numel(), "weight has ", weight.numel(),
       " elements in ", weight.dim(), " dimensions, lora_B @ lora_A has ", item.rows, " x ",
       item.cols);
-  STD_TORCH_CHECK(
-      item.numel() <= std::numeric_limits<int32_t>::max(),
-      "a weight beyond 2**31 - 1 elements must be passed in parts");
   if (item.numel() == 0) return item;
 
   // One row or column of stride 0 or of a lone element leaves nothing to transpose; where more than

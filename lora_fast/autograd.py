@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_fast import blocks, checks, ops
 from lora_fast.autocast import no_autocast
 from lora_fast.blocks import Spans
+from lora_fast.reference import scaled_factors
 
 _SEED_END = 2**63 - 1
 
@@ -59,8 +60,16 @@ def lora_linear(
     else:
         forward = ops.launcher("lora_linear_fwd", x)
         edges = None if spans is None else blocks.edges(spans)
+        lora_B, scaling = _folded(x, lora_B, scaling)
         y = forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, edges)[0]
     return y
+
+
+def _folded(x: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
+    """B and the factor that the kernels round S with: in fp16 S may be too large for one over 1."""
+    if x.dtype is torch.float16 and abs(scaling) > 1.0:
+        return scaled_factors(x, lora_B, scaling)[1], 1.0
+    return lora_B, scaling
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -79,8 +88,9 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         y: Tensor
         edges = None if spans is None else blocks.edges(spans)
+        b, factor = _folded(x, lora_B, scaling)
         y, s, mask = ops.launcher("lora_linear_fwd", x)(
-            x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, edges
+            x, weight, bias, lora_A, b, factor, dropout_p, seed, edges
         )
         need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
         ctx.scaling, ctx.dropout_p, ctx.spans, ctx.edges = scaling, dropout_p, spans, edges
@@ -108,10 +118,14 @@ class _LoraLinear(torch.autograd.Function):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 grads = _differentiable_grads(ctx, saved, dy)
             else:
-                grads = ops.launcher("lora_linear_bwd", dy)(
-                    *(dy, *saved),
-                    *(ctx.scaling, ctx.dropout_p, needs, ctx.bias_dtype, ctx.edges),
+                x, weight, lora_A, lora_B, *rest = saved
+                b, factor = _folded(dy, lora_B, ctx.scaling)
+                *grads, dB = ops.launcher("lora_linear_bwd", dy)(
+                    *(dy, x, weight, lora_A, b, *rest),
+                    *(factor, ctx.dropout_p, needs, ctx.bias_dtype, ctx.edges),
                 )
+                is_whole = factor == ctx.scaling or not needs[4]
+                grads.append(dB if is_whole else (dB * ctx.scaling).to(lora_B.dtype))
         kept = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return (*kept, None, None, None, None)
 
@@ -123,7 +137,8 @@ def _differentiable_grads(
     x, weight, lora_A, lora_B, s, mask = saved
     need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
     flat = dy.reshape(-1, dy.shape[-1])
-    a, b = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
+    b, factor = _folded(dy, lora_B, ctx.scaling)
+    a, b = lora_A.to(dy.dtype), b.to(dy.dtype)
     rows = x.reshape(-1, a.shape[1]) if x is not None else None
     if need_B and rows is None and need_x:
         raise checks.no_input_kept()
@@ -136,7 +151,7 @@ def _differentiable_grads(
     spans = ((0, flat.shape[1]),) if ctx.spans is None else ctx.spans
     columns = [flat[:, lo:hi] for lo, hi in spans]
     factors = blocks.rows(b, spans)
-    ds = torch.cat([dy @ b for dy, b in zip(columns, factors, strict=True)], 1) * ctx.scaling
+    ds = torch.cat([dy @ b for dy, b in zip(columns, factors, strict=True)], 1) * factor
     dx = dW = dbias = dA = dB = None
     if need_x:
         delta = ds @ a
@@ -152,7 +167,8 @@ def _differentiable_grads(
     if need_B:
         # Where neither x nor A needs a gradient none flows through S, and the saved one serves;
         # the mask, which only their gradients read, was not kept.
-        u = s if dropped is None or not (need_x or need_A) else dropped @ a.t() * ctx.scaling
+        u = s if dropped is None or not (need_x or need_A) else dropped @ a.t() * factor
         ranks = blocks.columns(u, b.shape[1], spans)
-        dB = torch.cat([dy.t() @ u for dy, u in zip(columns, ranks, strict=True)]).to(lora_B.dtype)
+        dB = torch.cat([dy.t() @ u for dy, u in zip(columns, ranks, strict=True)])
+        dB = (dB if factor == ctx.scaling else dB * ctx.scaling).to(lora_B.dtype)
     return dx, dW, dbias, dA, dB

@@ -43,7 +43,14 @@ _KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
         **dict.fromkeys(("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap"), ("k_proj",)),
         "MaskFormerDetrMHAttentionMap": ("k_proj",),
         "DisentangledSelfAttention": ("in_proj",),
-        "MobileBertLMPredictionHead": ("dense",),
+        "DabDetrMHAttentionMap": ("k_linear",),
+        **dict.fromkeys(("DebertaEncoder", "DebertaV2Encoder"), ("rel_embeddings",)),
+        "LayoutLMv3Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+        "LongcatFlashTopkRouter": ("classifier",),
+        "MobileBertLMPredictionHead": ("dense", "decoder"),
+        "NeoMMEForMaskedLM": ("unembedding_projection",),
+        "Qwen2AudioEncoder": ("embed_positions",),
+        "TDNNLayer": ("kernel",),
         "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     },
 }
@@ -58,8 +65,8 @@ def expose_effective_weight(module: nn.Module, *names: str) -> None:
     leaves the adapter out. During the module's forward the layers' `weight` is their
     `effective_weight()`, through which gradients flow to A and B; it takes a dense product each.
     nn.MultiheadAttention, torchvision's Swin transformers, mamba_ssm and the models of transformers
-    that do so (Mamba and its kin, Qwen3-Next, LFM2, WavLM, DeBERTa, DETR) need no call: their
-    layers are found when they are set.
+    that are known to do so (Mamba and its kin, WavLM, DeBERTa, DETR and others, by `_KNOWN`) need no
+    call: their layers are found when they are set.
 
     Args:
         module: the one that reads.

@@ -282,8 +282,9 @@ def _problems(model: nn.Module, state: "OrderedDict[str, Any]", strict: bool) ->
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, MergingLayer) and hasattr(layer, "lora_A")
     ]
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, saved in state._metadata.items():  # type: ignore[attr-defined]
-        problem = marks.wrong_version(saved)
+        problem = marks.wrong_version(saved, modules.get(name))
         if problem:
             problems.append(f"{name or 'the model'}: {problem}")
     for name, layer, saved in layers:

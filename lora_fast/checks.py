@@ -166,7 +166,8 @@ def _is_number(value: Any) -> bool:
 def _of_torch(what: str, value: Any) -> None:
     """Refuse numbers that torch's functions do not take."""
     # Of NumPy's, an array can be written to.
-    if isinstance(value, (Decimal, Fraction)) or hasattr(value, "__setitem__"):
+    is_array = hasattr(value, "__setitem__") and not isinstance(value, Tensor)
+    if is_array or isinstance(value, (Decimal, Fraction)):
         raise TypeError(f"{what} must be a float, got {value!r} of type {_kind(value)}; convert it")
 
 

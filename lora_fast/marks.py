@@ -7,6 +7,8 @@ The marks are those of `SavedState`: `lora_r`, `lora_scaling`, `lora_merged` and
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import nn
+
 from lora_fast.lora_layer import MergingLayer
 
 
@@ -29,14 +31,15 @@ def misfits(layer: MergingLayer, saved: dict[str, Any]) -> Iterator[str]:
             yield f"saved with {name}={value}, the layer has {mine}"
 
 
-def wrong_version(saved: dict[str, Any]) -> str | None:
+def wrong_version(saved: dict[str, Any], module: nn.Module | None) -> str | None:
     """Say what is wrong with the version of a module's state, which its own loading may compare.
 
     Args:
         saved: the marks that the file has for any module, of any types.
+        module: the one that is to load it, which may have a version of another kind.
     """
     version = saved.get("version")
-    if version is None or type(version) is int:
+    if version is None or type(version) in (int, type(getattr(module, "_version", None))):
         return None
     return f"the file's version must be an integer, got {version!r:.60}"
 

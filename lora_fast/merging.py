@@ -19,6 +19,7 @@ from lora_fast import (
     versions,
 )
 from lora_fast.backend import Backend, choose_merge
+from lora_fast.blocks import output_blocks
 from lora_fast.native import Merge
 from lora_fast.record import MergeRecord, are_same, some_of
 
@@ -225,12 +226,29 @@ def _is_as_left(local: Tensor, record: MergeRecord) -> bool:
     """Tell whether a weight is as its merge has left it, of a native merge by some elements."""
     if local.is_meta:
         return True
-    if record.after is not None:
-        return are_same(some_of(local), record.after)
-    if record.original is None or record.of_shard:
+    rows = _merged_rows(local, record)
+    if record.after is not None:  # the way back leaves other blocks alone
+        sampled = some_of(rows.expand_as(local)) if rows is not None else ...
+        return are_same(some_of(local)[sampled], record.after[sampled])
+    original = record.original
+    if original is None or record.of_shard:
         return True
+    again = original.clone()
+    if merge_again(again, record) is not None and are_same(again, local):
+        return True
+    if rows is not None and not are_same(*(t[~rows[:, 0]] for t in (local, original))):
+        return False
     merged = (record.lora_A, record.lora_B, record.scaling)
-    return sums.is_sum(local, record.original, *merged, **record.blocks())
+    return sums.is_sum(local, original, *merged, **record.blocks())
+
+
+def _merged_rows(local: Tensor, record: MergeRecord) -> Tensor | None:
+    """Tell of each row of a grouped weight (N, 1) whether its block was merged; None for all."""
+    if record.enable_lora is None or record.of_shard:
+        return None
+    found = output_blocks(local.shape[0], record.enable_lora, record.out_splits)
+    parts = [torch.full((block.width, 1), block.enabled, device=local.device) for block in found]
+    return torch.cat(parts)
 
 
 def restore_(weight: Tensor, record: MergeRecord) -> None:

@@ -35,8 +35,10 @@ class MovesWeight(FitsResized):
     def _is_left_by(self, fn: Callable[[Tensor], Tensor]) -> bool:
         """Tell whether `fn` leaves the weight and the factors where and as they are.
 
-        As `to()` of a device and dtype that they have. Asked of an empty tensor like each.
+        As torch's `to()` of a device and dtype that they have. Asked of an empty tensor like each.
         """
+        if getattr(fn, "__module__", "") != nn.Module.__module__:
+            return False  # one of somebody's own, which may ask for more or write past torch
         weight = readers.stored_weight(self._weight_owner())
         found: list[Any] = [weight, getattr(self, "lora_A", None), getattr(self, "lora_B", None)]
         for tensor in found:

@@ -125,15 +125,14 @@ class RestoresWeight(FitsResized):
         return True
 
     def _restore_changed(self, shard: Tensor, record: MergeRecord) -> None:
-        if _is_base(shard, record) or _is_about_base(shard, record):
+        is_others = not record.of_shard and self._other_factors(record)
+        present = None
+        if is_others:
+            present = torch.zeros_like(shard, dtype=torch.promote_types(shard.dtype, torch.float32))
+            self._subtract(present)
+            present.neg_()
+        if _is_base(shard, record) or _is_about_base(shard, record, present):
             _log.debug("%s: the base weight was put back while merged", self._described())
-            return
-        if self._got_anothers_weight():
-            _log.warning(
-                "%s: its weight was tied to another module's while the adapter was merged into the "
-                "one before; it is left as it is. Call train() before tying weights.",
-                self._described(),
-            )
             return
         told = self.__dict__.get("_told_written", False)  # as each state of it is made so, too
         self.__dict__["_told_written"] = True
@@ -143,19 +142,12 @@ class RestoresWeight(FitsResized):
             "subtracted from what is there now. Call train() before writing to a weight.",
             self._described(),
         )
-        if not record.of_shard and self._other_factors(record):
+        if is_others:
             # The whole state is another's, as after DDP's broadcast.
             self._subtract(shard)
         else:
             factors = (record.lora_A.to(shard.device), record.lora_B.to(shard.device))
             functional.merge_(shard, *factors, -record.scaling, **record.blocks())
-
-    def _got_anothers_weight(self) -> bool:
-        """Tell whether the weight is in other memory than was merged, and another module's too."""
-        now, then = self._weight_version(), self._merged_version
-        if now is None or then is None or now[-1] == then[-1]:
-            return False
-        return readers.is_tied(self._weight_owner()._parameters)
 
     def _subtract(self, target: Tensor, scaling: float | None = None) -> None:
         """Take the delta of the present factors out of the weight."""
@@ -281,26 +273,40 @@ def _is_base(shard: Tensor, record: MergeRecord) -> bool:
     return len(mine) == len(its) and all(map(are_same, mine, its))
 
 
-def _is_about_base(shard: Tensor, record: MergeRecord) -> bool:
+def _is_about_base(shard: Tensor, record: MergeRecord, present: Tensor | None) -> bool:
     """Tell whether a weight is the base but for its rounding, as averages of bases are.
 
-    By some of its elements, nearer to those of the base than a tenth of the delta's.
+    Each of the elements that the record holds must be so, and they must show the delta as all do.
+
+    Args:
+        shard: the weight as it is now.
+        record: of the merge.
+        present: the delta of the factors that are there now, if others, of which the weight may be
+            a sum.
     """
     if record.of_shard or not _is_like(shard, record):
         return False
-    wide = torch.promote_types(shard.dtype, torch.float32)
-    delta = torch.zeros_like(shard, dtype=wide)
-    merged = (record.lora_A.to(wide), record.lora_B.to(wide), record.scaling)
-    functional.merge_(delta, *merged, **record.blocks())
-    change, now = some_of(delta), some_of(shard).to(wide)
+    delta = torch.zeros_like(shard, dtype=torch.promote_types(shard.dtype, torch.float32))
+    factors = (record.lora_A.to(delta), record.lora_B.to(delta), record.scaling)
+    functional.merge_(delta, *factors, **record.blocks())
     if record.original is not None:
-        base = some_of(record.original).to(wide)
+        now, change, base = (t.to(delta) for t in (shard, delta, record.original))
     elif record.after is not None:
-        base = record.after.to(wide) - change
+        now, change = some_of(shard).to(delta), some_of(delta)
+        base = record.after.to(delta) - change
+        present = None if present is None else some_of(present)
     else:
         return False
-    norm = torch.linalg.vector_norm
-    return bool(norm(now - base) < 0.1 * norm(change))
+    norm, distance = torch.linalg.vector_norm, now - base
+    rounding = 4 * torch.finfo(shard.dtype).eps * (base.abs() + change.abs())
+    if not (distance.abs() <= rounding + 0.05 * change.abs()).all():
+        return False
+    shows, seen = change.abs() > 2 * rounding, change.numel()
+    by_all = float(norm(change)) * (delta.numel() / seen) ** 0.5
+    whole = float(norm(delta))
+    if 5 * int(shows.sum()) <= seen or not 0.5 * whole <= by_all <= 2 * whole:
+        return False
+    return present is None or bool(norm(distance) < norm(distance - present))
 
 
 def _ordered(code: Code) -> Code:

@@ -235,7 +235,7 @@ def test_the_argument_of_a_layer_is_named(name: str, argument: str, value: Any) 
 
 
 @pytest.mark.parametrize("name", ["Linear", "MergedLinear", "Conv2d"])
-@pytest.mark.parametrize("p", [0, 1, False, np.float32(0.5)], ids=repr)
+@pytest.mark.parametrize("p", [0, 1, False, np.float32(0.5), torch.tensor(0.5)], ids=repr)
 def test_rates_that_are_no_floats(name: str, p: Any) -> None:
     cls, arguments = LAYERS[name]
     arguments = {**arguments, "lora_dropout": p}

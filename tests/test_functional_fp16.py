@@ -51,12 +51,24 @@ def _as_loralib(t: Tensors, scaling: float) -> Tensor:
     return F.linear(x, weight) + F.linear(x, torch.cat([b0 @ a0, zero, b1 @ a1])) * scaling
 
 
+def _by_kernels(function: Function) -> Function:
+    def serve(t: Tensors, scaling: float) -> Tensor:
+        with lora.use_backend("triton"):
+            return function(t, scaling)
+
+    return serve
+
+
 FUNCTIONS = {"linear": _linear, "dropping": _dropping, "merged": _merged, "first": _first}
+if not torch.cuda.is_available():  # where there is one, no kernel takes tensors of the CPU
+    FUNCTIONS |= {
+        f"{name} by kernels": _by_kernels(FUNCTIONS[name]) for name in ("linear", "merged")
+    }
 
 
 def drawn(name: str, rows: int, r: int, x: Tensor, b_std: float) -> Tensors:
     """Operands in fp16: A in [0, 1/16], so that S is large where x is."""
-    groups, width = (2, N // 3 * 2) if name == "merged" else (1, N)
+    groups, width = (2, N // 3 * 2) if name.startswith("merged") else (1, N)
     tensors = {
         "x": x,
         "weight": torch.randn(N, K) / K,

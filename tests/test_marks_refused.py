@@ -98,6 +98,17 @@ def test_a_version_that_another_module_would_compare(
         assert refused(tmp_path / name, target) == expected
 
 
+@pytest.mark.parametrize("version", ["1.2", 2.0], ids=str)
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_a_version_of_a_modules_own_kind(name: str, version: Any, tmp_path: Path) -> None:
+    head = type("Head", (nn.Linear,), {"_version": version})
+    model = nn.Sequential(lora.Linear(4, 4, r=2), head(4, 4))
+    state = {key: torch.ones_like(value) for key, value in model.state_dict().items()}
+    write(tmp_path / name, state, {"1": {"version": version}})
+    lora.load(model, tmp_path / name)
+    assert model[1].weight.eq(1).all()
+
+
 @pytest.mark.parametrize("mark", [{"lora_scaling": "x"}, {"lora_sample": 3}], ids=str)
 def test_the_other_name_of_a_layer(mark: dict[str, Any], tmp_path: Path) -> None:
     layer = lora.Linear(4, 4, r=2)

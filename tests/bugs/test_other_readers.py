@@ -44,6 +44,8 @@ def adapt(module: nn.Module, *names: str) -> None:
             sizes = (old.in_channels, old.out_channels, *old.kernel_size)
             options = {"groups": old.groups, "padding": old.padding, "bias": old.bias is not None}
             new = lora.Conv1d(*sizes, r=2, **options)
+        elif isinstance(old, nn.Embedding):
+            new = lora.Embedding(old.num_embeddings, old.embedding_dim, r=2)
         else:
             new = lora.Linear(old.in_features, old.out_features, r=2, bias=old.bias is not None)
         new.load_state_dict(old.state_dict(), strict=False)
@@ -59,7 +61,7 @@ def plain_twin(make: Callable[[], nn.Module], module: nn.Module) -> nn.Module:
         if isinstance(layer, lora.LoRALayer):
             state.pop(f"{name}.conv.weight", None)
             state[f"{name}.weight"] = layer.effective_weight().detach()
-            if layer.bias is not None:
+            if getattr(layer, "bias", None) is not None:
                 state.pop(f"{name}.conv.bias", None)
                 state[f"{name}.bias"] = layer.bias.detach()
     twin.load_state_dict(state)
@@ -120,6 +122,37 @@ def test_the_dropout_that_is_passed_by_warns() -> None:
     module.qkv = lora.Linear(6, 12, r=2, lora_dropout=0.5)
     with pytest.warns(UserWarning, match="Reading.qkv: Reading reads .* lora_dropout is not"):
         expose_effective_weight(module, "qkv")
+
+
+def _x_vector() -> nn.Module:
+    from transformers import Wav2Vec2Config
+    from transformers.models.wav2vec2.modeling_wav2vec2 import TDNNLayer
+
+    sizes = {"tdnn_dim": (4, 6), "tdnn_kernel": (3,), "tdnn_dilation": (1,)}
+    return TDNNLayer(Wav2Vec2Config(**sizes))
+
+
+def test_x_vector_heads() -> None:
+    module = _x_vector()
+    adapt(module, "kernel")
+    check(_x_vector, module, torch.randn(2, 9, 4))
+
+
+def _deberta() -> nn.Module:
+    from transformers import DebertaConfig, DebertaModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
+    sizes |= {"intermediate_size": 8, "max_relative_positions": 8}
+    off = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    kind = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    return DebertaModel(DebertaConfig(**sizes, **off, **kind))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_deberta() -> None:
+    model = _deberta()
+    adapt(model, "encoder.rel_embeddings")
+    check(_deberta, model, torch.randint(11, (2, 5)))
 
 
 def _mamba() -> nn.Module:

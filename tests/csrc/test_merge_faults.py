@@ -290,6 +290,24 @@ def test_memory_that_was_freed_is_refused(freed: str) -> None:
         ops.merge_(*tensors, [1.0], code, *lists, torch.zeros(1, dtype=torch.int64))
 
 
+def test_memory_that_was_freed_is_refused_by_the_other_ops() -> None:
+    x, dropped, keep = torch.randn(2, 4), torch.empty(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    state = torch.get_rng_state()
+    keep.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="keep has no memory: it was freed"):
+        ops.dropout_(x, dropped, keep, state, 0.5, 2.0)
+
+
+def test_sizes_whose_product_no_integer_holds() -> None:
+    """20 times the columns are 4 beyond 2^64, as many as the weight has elements."""
+    lora_A, lora_B = torch.empty(0, 922337203685477581), torch.empty(20, 0)
+    code, index = torch.empty(4, dtype=torch.int8), torch.empty(0, dtype=torch.int32)
+    tensors = [[t] for t in (torch.zeros(4), lora_A, lora_B)]
+    status = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"2\*\*31 - 1 elements must be passed in parts"):
+        ops.merge_(*tensors, [1.0], [code], [index], [torch.empty(0)], status)
+
+
 class _StopError(BaseException):
     """What a thread is told to raise as soon as it comes back from what it is in."""
 

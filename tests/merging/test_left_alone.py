@@ -39,8 +39,11 @@ def test_moved_to_where_it_is_already(name: str, backend: str) -> None:
         lambda layer: layer._apply(lambda t: t.mul_(2)),
         lambda layer: layer._apply(lambda t: t * 2),
         lambda layer: layer.double()._apply(lambda t: t * 2).float(),
+        lambda layer: layer._apply(lambda t: t.data.mul_(2) if t.numel() > 0 else t),
+        lambda layer: layer._apply(lambda t: t * 2 if isinstance(t, nn.Parameter) else t),
+        lambda layer: layer._apply(lambda t: t * (2 if t.abs().max() > 0 else 0)),
     ],
-    ids=["in place", "anew", "and converted"],
+    ids=["in place", "anew", "and converted", "past torch", "parameters", "by values"],
 )
 def test_changed_by_what_is_applied(layer: Any, change: Any, backend: str) -> None:
     base = base_of(layer)

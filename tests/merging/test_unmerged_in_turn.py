@@ -56,3 +56,24 @@ def test_a_weight_that_became_sparse(backend: str) -> None:
         unmerge_(weight.to_sparse(), record)
     unmerge_(weight, record)
     assert torch.equal(weight, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_of_different_blocks(dtype: torch.dtype, backend: str) -> None:
+    weight = torch.randn(12, 8, dtype=dtype)
+    base = weight.clone()
+    one = (torch.randn(3, 8), torch.randn(6, 3), 0.01)
+    first = merge_(weight, *one, enable_lora=[True, False])
+    second = merge_(weight, *one, enable_lora=[False, True])
+    if (
+        first.original is None and second.original is None
+    ):  # whose way back leaves the other block alone
+        unmerge_(weight, first)
+        assert torch.equal(weight[:6], base[:6]) and not torch.equal(weight[6:], base[6:])
+        unmerge_(weight, second)
+    else:  # of which the copy would throw the other away
+        with pytest.raises(ValueError, match="take out the last merge first"):
+            unmerge_(weight, first)
+        unmerge_(weight, second)
+        unmerge_(weight, first)
+    assert torch.equal(weight, base)

@@ -189,3 +189,35 @@ def test_a_write_is_told_once_however_many_states_are_taken(
     for _ in range(3):
         layer.state_dict()
     assert caplog.text.count("was written to") == 1
+
+
+@pytest.mark.parametrize("small", [0.01, 0.3])
+def test_another_models_merged_weights_with_a_small_delta(layer: Any, small: float) -> None:
+    """They are that model's base plus its delta, which is close to the base."""
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.lora_B.mul_(small)
+    base = base_of(layer)
+    layer.eval()
+    with torch.no_grad():
+        for mine, its in zip(layer.parameters(), other.eval().parameters(), strict=True):
+            mine.copy_(its)
+    torch.testing.assert_close(base_of(layer.train()), base)
+
+
+def test_a_row_of_which_alone_the_elements_tell() -> None:
+    """A table of which few rows were trained, one of them put back while merged."""
+    table = lora.Embedding(3000, 16, r=2)
+    nn.init.normal_(table.lora_B)
+    with torch.no_grad():
+        table.weight[0] = 0
+        table.lora_A.zero_()
+        table.lora_A[:, ::375] = 0  # those that are looked at, but the first
+        table.lora_A[:, 1:200].normal_()
+        table.lora_A[:, 0] = 1
+    base = table.weight.detach().clone()
+    table.eval()
+    with torch.no_grad():
+        table.weight[0] = 0
+    table.train()
+    torch.testing.assert_close(table.weight[1:], base[1:])
