@@ -64,9 +64,8 @@ def expose_effective_weight(module: nn.Module, *names: str) -> None:
     For a module that computes with `self.layer.weight` in the place of calling `self.layer`, which
     leaves the adapter out. During the module's forward the layers' `weight` is their
     `effective_weight()`, through which gradients flow to A and B; it takes a dense product each.
-    nn.MultiheadAttention, torchvision's Swin transformers, mamba_ssm and the models of transformers
-    that are known to do so (Mamba and its kin, WavLM, DeBERTa, DETR and others, by `_KNOWN`) need no
-    call: their layers are found when they are set.
+    nn.MultiheadAttention, torchvision's Swin transformers, mamba_ssm and those of transformers that
+    are known to do so (docs/differences.md, B12) need no call: their layers are found when set.
 
     Args:
         module: the one that reads.

@@ -126,12 +126,9 @@ class RestoresWeight(FitsResized):
 
     def _restore_changed(self, shard: Tensor, record: MergeRecord) -> None:
         is_others = not record.of_shard and self._other_factors(record)
-        present = None
-        if is_others:
-            present = torch.zeros_like(shard, dtype=torch.promote_types(shard.dtype, torch.float32))
-            self._subtract(present)
-            present.neg_()
-        if _is_base(shard, record) or _is_about_base(shard, record, present):
+        if _is_base(shard, record) or _is_about_base(
+            shard, record, self._present_delta(shard) if is_others else None
+        ):
             _log.debug("%s: the base weight was put back while merged", self._described())
             return
         told = self.__dict__.get("_told_written", False)  # as each state of it is made so, too
@@ -148,6 +145,13 @@ class RestoresWeight(FitsResized):
         else:
             factors = (record.lora_A.to(shard.device), record.lora_B.to(shard.device))
             functional.merge_(shard, *factors, -record.scaling, **record.blocks())
+
+    def _present_delta(self, like: Tensor) -> Tensor:
+        """Return the delta of the present factors, in fp32 or wider."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        delta = torch.zeros_like(like, dtype=wide)
+        self._subtract(delta)
+        return delta.neg_()
 
     def _subtract(self, target: Tensor, scaling: float | None = None) -> None:
         """Take the delta of the present factors out of the weight."""

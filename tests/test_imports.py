@@ -81,7 +81,7 @@ def test_kernels_know_nothing_of_the_rest(name):
         ),
         (
             "merging",
-            {"backend", "checks", "native", "ops", "record", "reference", "shapes"}
+            {"backend", "blocks", "checks", "native", "ops", "record", "reference", "shapes"}
             | {"sharded", "sums", "torch_internals", "versions"},
         ),
         ("native", {"ops", "record", "reference", "torch_internals"}),
