@@ -39,7 +39,7 @@ def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
         _holders.uses.pop(id(owner._parameters["weight"]), None)
         return None
     may_be_hidden = _holders.heed(owner._parameters, uses)
-    if is_tied(owner._parameters) or _shares_memory(owner._parameters):
+    if _is_tied(owner._parameters) or _shares_memory(owner._parameters):
         return "the weight is tied: another module holds it too"
     if may_be_hidden and _has_other_holders(owner._parameters):
         return "the weight may be tied: gc.freeze() hides who else holds it"
@@ -279,7 +279,7 @@ def forget_holders(*args: object) -> None:
     _holders.is_stale = True
 
 
-def is_tied(parameters: dict[str, Any]) -> bool:
+def _is_tied(parameters: dict[str, Any]) -> bool:
     """Tell whether another module holds the same tensor."""
     if _references(parameters) <= _UNSHARED:  # only this dict does
         return False
