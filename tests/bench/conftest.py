@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # for example_rows
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 from harness.clock import Clock

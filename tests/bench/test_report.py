@@ -7,36 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from example_rows import CEILINGS, row
 
-import model_table
 import report
 from harness import rendered, results, tables
 from harness.results import device_name, number, read
-
-
-def row(name: str, **columns: Any) -> dict[str, Any]:
-    shown = {"layer": "Linear", "shape": name, "M": 512, "K": 64, "N": 48, "r": 16, "dropout": 0.0}
-    shown |= {"dtype": "float32", "pass": "fwd+bwd", "mode": "eager"}
-    ours = {"us": 2000.0, "us_low": 1900.0, "us_high": 2100.0, "ratio": [1.0, 1.0, 1.0]}
-    ours |= {
-        "efficiency": 0.91,
-        "saved_bytes": 2**20,
-        "peak_bytes": 2**21,
-        "error": 0.4,
-        "GB/s": 3.0,
-    }
-    peers = {
-        "frozen": {"us": 1800.0, "ratio": [0.9, 0.88, 0.93]},
-        "loralib": {"us": 2500.0, "ratio": [1.25, 1.2, 1.31], "saved_bytes": 2**22},
-        "peft": {"failed": "out of memory"},
-        "lora-first": {"absent": "written without dropout"},
-        "lora_fast": ours,
-        "lora_fast:split": {"us": 2200.0, "ratio": [1.1, 1.0, 1.2]},
-    }
-    return {"id": name, "columns": shown | columns, "peers": peers, "ideal_us": 1820.0}
-
-
-CEILINGS = {"float32 TFLOP/s": 1.5, "copy GB/s": 20.0, "missing": {"lorafusion": "no checkout"}}
 
 
 @pytest.fixture
@@ -171,42 +146,6 @@ def test_the_options_that_narrowed_a_run_are_told():
     assert tables.facts_line(facts) == "cpu a cpu; narrowed by `--peers loralib,lora_fast:*`"
 
 
-@pytest.mark.parametrize("main", [report.main, model_table.main], ids=["report", "model_table"])
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"K": None}, "row a: column K must be a whole number from 1 on, got nothing"),
-        ({"N": None}, "row a: column N must be a whole number from 1 on, got nothing"),
-        ({"M": 0}, "row a: column M must be a whole number from 1 on, got 0"),
-        ({"r": "16"}, "row a: column r must be a whole number from 1 on, got '16'"),
-        ({"pass": None}, "row a: column pass must be a text, got nothing"),
-        ({"shape": 7}, "row a: column shape must be a text, got 7"),
-        ({"dropout": -0.1}, "row a: column dropout must be a number from 0 to 1, got -0.1"),
-    ],
-)
-def test_columns_that_readers_need_are_checked(main, changed, message, save, capsys):
-    damaged = row("a", **changed)
-    damaged["columns"] = {k: v for k, v in damaged["columns"].items() if v is not None}
-    folder = save("damaged", damaged, **CEILINGS)
-    assert main([str(folder)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"linear.json: {message}; measure again or delete the file")
-
-
-def test_tables_without_rows_and_broken_rows_are_refused(save, capsys):
-    broken = row("b")
-    del broken["peers"]
-    for rows, message in (
-        ([], "linear.json: expected rows, got none; measure again or delete the file"),
-        ([row("a"), broken], "linear.json: row 1 must have an id, columns and peers, as the"),
-    ):
-        before = report.README.read_bytes()
-        assert report.main([str(save("bad", *rows))]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert message in line
-        assert report.README.read_bytes() == before
-
-
 @pytest.mark.parametrize("refused", ["README.md", "linear.md"])
 def test_what_cannot_be_written_is_one_line(refused, folder, monkeypatch, tmp_path, capsys):
     readme = tmp_path / "README.md"
@@ -255,15 +194,6 @@ def test_rows_without_ratios_have_a_picture_without_a_legend(save):
     assert (folder / "speedup.svg").is_file()
 
 
-def test_tables_of_two_machines_in_a_folder_are_refused(save, capsys):
-    folder = save("mixed", row("a"))
-    results.write_json(folder, "merge", {"cpu": "another", "cores": 2}, [row("a")])
-    assert report.main([str(folder)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    told = "expected one machine, got linear of cpu a cpu, cores 2 and merge of cpu another, cores"
-    assert told in line
-
-
 def test_each_table_is_credited_to_its_own_run(save):
     folder = save("runs", row("a"), commit="abc", torch="2.13.0", **CEILINGS)
     facts = {"cpu": "a cpu", "cores": 2, "date": "2026-01-05", "commit": "def", "torch": "2.13.0"}
@@ -273,66 +203,6 @@ def test_each_table_is_credited_to_its_own_run(save):
         "linear: date 2026-01-01; commit abc. "
         "merge: date 2026-01-05; commit def; narrowed by items 1 of 9. All rows: "
     ) in report.section([folder])
-
-
-DAMAGED = [
-    ({"us_low": "abc"}, "us_low of lora_fast must be a finite number above 0, got 'abc'"),
-    ({"us_low": 9e9}, "us of lora_fast must lie between its quartiles, got [9000000000.0, 2000.0,"),
-    ({"us": True}, "us of lora_fast must be a finite number above 0, got True"),
-    ({"us": 10**400}, "us of lora_fast must be a finite number above 0, got 1000"),
-    ({"ratio": [1.0, 1.2, 0.9]}, "ratio of lora_fast must be 1 or 3 finite numbers above 0"),
-    ({"saved_bytes": "x"}, "saved_bytes of lora_fast must be a finite number from 0 on, got 'x'"),
-    ({"peak_bytes": "x"}, "peak_bytes of lora_fast must be a finite number from 0 on, got 'x'"),
-    ({"efficiency": None}, "efficiency of lora_fast must be a finite number from 0 on, got None"),
-    ({"error": "x"}, "error of lora_fast must be a number from 0 on, got 'x'"),
-    ({"chosen": "str"}, "chosen of lora_fast must be an object of texts, got 'str'"),
-    ({"failed": 3}, "failed of lora_fast must be a text, got 3"),
-]
-
-
-@pytest.mark.parametrize("main", [report.main, model_table.main], ids=["report", "model_table"])
-@pytest.mark.parametrize(("changed", "message"), DAMAGED, ids=[m for _, m in DAMAGED])
-def test_what_a_peer_measured_is_checked(main, changed, message, save, capsys):
-    damaged = row("a")
-    damaged["peers"]["lora_fast"] |= changed
-    assert main([str(save("damaged", damaged))]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"linear.json: row a: {message}" in line
-    assert line.endswith("; measure again or delete the file")
-
-
-@pytest.mark.parametrize(
-    ("facts", "message"),
-    [
-        ({"narrowed by": "-k"}, "narrowed by must be an object of texts, got '-k'"),
-        ({"missing": "peft"}, "missing must be an object of texts, got 'peft'"),
-        ({"date": 3}, "date must be a text, got 3"),
-        ({"float32 TFLOP/s": "fast"}, "float32 TFLOP/s must be a finite number above 0, got"),
-        ({"torch": ["2.13"]}, "torch must be a line of text or a number, got ['2.13']"),
-        ({"cpu": "a\nb"}, r"cpu must be a line of text or a number, got 'a\nb'"),
-    ],
-)
-def test_a_machines_facts_are_checked(facts, message, save, capsys):
-    assert report.main([str(save("damaged", row("a"), **facts))]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"linear.json: machine: {message}" in line
-
-
-def test_rows_have_ids_of_their_own(save, capsys):
-    for damaged, told in (
-        ((row("a"), row("a")), "row 1 must have a line of its own as id, got 'a'"),
-        ((row("a") | {"id": ["a"]},), "row 0 must have a line of its own as id, got ['a']"),
-        ((row("a\n"),), r"row 0 must have a line of its own as id, got 'a\n'"),
-    ):
-        assert report.main([str(save("damaged", *damaged))]) == 2
-        assert told in capsys.readouterr().err
-
-
-def test_json_nested_too_deeply_is_one_line(tmp_path, capsys):
-    (tmp_path / "linear.json").write_text("[" * 100_000)
-    assert report.main([str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "linear.json is no JSON that can be read: " in line
 
 
 def test_the_readme_shows_rank_16_and_the_most_rows(folder):
