@@ -125,7 +125,7 @@ def _memory(lab: Lab, layer: nn.Module) -> dict[str, float]:
     before = _weights(layer)
     weights = sum(weight.numel() for weight in before)
     peak = lab.clock.peak_bytes(Candidate([layer.eval]))
-    kept = sum(one._record.nbytes() for one in _members(layer))
+    kept = sum(one._merge_state.record.nbytes() for one in _members(layer))
     layer.train()
     if not all(map(torch.equal, before, _weights(layer))):
         raise AssertionError("the cycle did not restore the weight bit for bit")

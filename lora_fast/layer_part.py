@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_fast.merge_state import MergeState
 from lora_fast.record import MergeRecord
 
 
@@ -16,9 +17,7 @@ class LayerPart:
     merged: bool
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    _record: MergeRecord | None
-    _merged_version: tuple[int, ...] | None
-    _merged_marks: tuple[Any, ...] | None
+    _merge_state: MergeState
     # Of the layer: where its weight is, and how the delta lies in it.
     _has_adapter: Callable[[], bool]
     _weight_owner: Callable[[], nn.Module]
@@ -34,6 +33,7 @@ class LayerPart:
     _merged_itself: Callable[[], bool]
     _merged_target: Callable[[], Tensor]
     _remember: Callable[[bool, MergeRecord | None], None]
+    _note: Callable[..., None]
     _weight_version: Callable[[], tuple[int, ...] | None]
     # Of the other parts.
     _restore: Callable[[Tensor, MergeRecord | None], None]

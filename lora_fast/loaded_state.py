@@ -49,7 +49,7 @@ class LoadedState(RecognisesMerged):
     ) -> None:
         self._register_hooks()
         loading = self.__dict__["_loading"] = Loading()
-        was_merged = self.merged and self._record is not None  # by eval()
+        was_merged = self.merged and self._merge_state.record is not None  # by eval()
         # Before anything is judged, as they may rename or transpose; super() finds none left.
         hooks = self.__dict__["_load_state_dict_pre_hooks"]
         rest = (state_dict, prefix, local_metadata, strict)
@@ -119,7 +119,7 @@ class LoadedState(RecognisesMerged):
         if self._merged_itself():
             self.__dict__["_loading"].mode = self.training  # type: ignore[attr-defined]
             self.train()  # type: ignore[attr-defined]
-        if holds_mine or self._record is not None:
+        if holds_mine or self._merge_state.record is not None:
             self._unmerge_adapter()
         else:  # by hand, or emptied since: nothing to restore, and the state's base comes
             self._remember(False, None)
@@ -176,16 +176,16 @@ class LoadedState(RecognisesMerged):
             storage_id(sharded.local(value)) == storage_id(sharded.local(weight))
         )
         if not sharded.is_dtensor(weight):
-            if not is_mine or self._weight_version() == self._merged_version:
+            if not is_mine or self._weight_version() == self._merge_state.version:
                 return False
-            record, target = self._record, self._as_delta(weight.detach())
+            record, target = self._merge_state.record, self._as_delta(weight.detach())
             return record is None or not self._is_as_merged(target, record)
         # torch does not count what is written to a shard through a state; and into an empty shard
         # nothing is written at all.
         return sharded.on_any_rank(weight, is_mine and not self._is_shard_as_merged(weight))
 
     def _is_shard_as_merged(self, weight: Tensor) -> bool:
-        shard, record = sharded.local(self._as_delta(weight.detach())), self._record
+        shard, record = sharded.local(self._as_delta(weight.detach())), self._merge_state.record
         if shard.is_meta:
             return True
         return record is not None and record.of_shard and is_as_merged(shard, record)
@@ -227,7 +227,7 @@ class LoadedState(RecognisesMerged):
         else:
             self._tell_it_is_merged_now(state_dict, prefix)
             return
-        self.__dict__["_undid_merge"] = None
+        self._note(undone=True, left=None)
 
     def _tell_it_is_merged_now(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Log that eval mode adds an adapter to a weight of which nothing tells what it holds."""
@@ -254,12 +254,12 @@ class LoadedState(RecognisesMerged):
     def _note_what_is_left(self) -> None:
         """Note, after a load, the weight in which it has undone a merge."""
         weight = readers.stored_weight(self._weight_owner())
-        if "_undid_merge" in self.__dict__ and weight is not None and _has_values(weight):
-            self.__dict__["_undid_merge"] = sample.fingerprint(sharded.local(weight.detach()))
+        if self._merge_state.undone and weight is not None and _has_values(weight):
+            self._note(left=sample.fingerprint(sharded.local(weight.detach())))
 
     def _is_as_loading_left_it(self) -> bool:
         """Tell whether nobody has changed the weight since loading undid a merge in it."""
-        then, weight = self.__dict__["_undid_merge"], readers.stored_weight(self._weight_owner())
+        then, weight = self._merge_state.left, readers.stored_weight(self._weight_owner())
         if then is None or weight is None or not _has_values(weight):
             return True  # there is nothing that could tell
         is_other = not sample.has_fingerprint(sharded.local(weight.detach()), then)
@@ -333,13 +333,13 @@ def merge_after_load(layer: Any, incompatible_keys: Any) -> None:
     if loading.scaling is not None:  # its factors are parametrized, and there only now
         layer._subtract(layer._merged_target(), loading.scaling)
     if loading.is_refused and layer.merged:
-        layer._remember(True, layer._record)  # what was written was what had been there
-        layer.__dict__["_merged_marks"] = None  # but what was merged may be older
+        layer._remember(True, layer._merge_state.record)  # what was written was what had been there
+        layer._note(marks=None)  # but what was merged may be older
     # A subclass with a train() of its own merges itself, or never.
     merges = loading.was_merged or not layer._has_own_train()
     if not layer.training and layer.merge_weights and merges and not layer.merged:
         layer._merge_adapter()
-        layer.__dict__["_merged_by_loading"] = layer.merged
+        layer._note(by_loading=layer.merged)
     if loading.mode is not None:
         layer.train(loading.mode)
     layer._note_what_is_left()

@@ -13,17 +13,13 @@ from torch.nn.utils import parametrize
 from lora_fast import checks, fsdp, functional, interrupts, notices, readers, sharded
 from lora_fast.interrupts import merge_lock
 from lora_fast.loaded_state import LoadedState, merge_after_load
+from lora_fast.merge_state import MergeState
 from lora_fast.moving import MovesWeight
 from lora_fast.record import MergeRecord
 from lora_fast.restoring import RestoresWeight, merge_layers, settle
 from lora_fast.saved_state import SavedState, remember_view
 
 Layer = TypeVar("Layer", bound="MergingLayer")
-
-# Attributes that hold until a layer is next merged or unmerged.
-_UNTIL_NEXT = frozenset(
-    ("_undid_merge", "_given_to_child", "_merged_nothing", "_merged_by_loading", "_told_written")
-)
 
 
 def identity(x: Tensor) -> Tensor:
@@ -71,13 +67,11 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scaling: float
-    _record: MergeRecord | None = None
-    _merged_version: tuple[int, ...] | None = None
-    _merged_marks: tuple[Any, ...] | None = None
+    _merge_state: MergeState = MergeState()
     _merge_weights: bool = True
     _in_python = True
     # TorchScript takes the annotations of a class for its own types.
-    __jit_ignored_attributes__ = ("_record", "_merged_version", "_merged_marks")
+    __jit_ignored_attributes__ = ("_merge_state",)
     __jit_unused_properties__: tuple[str, ...] = ("merge_weights",)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -98,23 +92,23 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
             if value and own.get("merged") and self.merge_weights and self._is_ours():
                 self._outside_of_graphs(self._unmerge_adapter)
             return
-        if name == "merged" and value and "_undid_merge" in own:
+        if name == "merged" and value and self._merge_state.undone:
             if self._is_as_loading_left_it():
                 self._merge_now()
                 return
-            del own["_undid_merge"]
-        if name == "merged" and not value and own.get("_merged_by_loading"):
+            self._note(undone=False, left=None)
+        if name == "merged" and not value and self._merge_state.by_loading:
             self._unmerge_adapter()
         super().__setattr__(name, value)
-        if name == "merged" and not value and self._record is not None:
+        if name == "merged" and not value and self._merge_state.record is not None:
             self._remember(False, None)
             own.pop("_given_merged", None)  # what was merged is the base now
-        if name == "r" and own.get("_merged_nothing"):  # is switched on again
+        if name == "r" and self._merge_state.is_empty:  # is switched on again
             self._remember(False, None)
 
     def _is_ours(self) -> bool:
         """Tell whether what is merged was merged here, and not by a subclass."""
-        return self._record is not None or "_merged_nothing" in self.__dict__
+        return self._merge_state.record is not None or self._merge_state.is_empty
 
     def _merged_itself(self) -> bool:
         """Tell whether a subclass with a `train()` of its own has merged, its own delta perhaps."""
@@ -225,7 +219,8 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
             The layer itself.
         """
         super().train(mode)  # type: ignore[misc]
-        self.__dict__.pop("_merged_by_loading", None)  # from now on by eval()
+        if self._merge_state.by_loading:
+            self._note(by_loading=False)  # from now on by eval()
         if self.merge_weights:
             if self.merged == mode:
                 self._outside_of_graphs(self._unmerge_adapter if mode else self._merge_adapter)
@@ -273,7 +268,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
                 raise OverflowError(why_not)
         else:  # as in loralib; but nothing must be subtracted of an adapter that comes later
             self._remember(True, None)
-            self.__dict__["_merged_nothing"] = True
+            self._note(is_empty=True)
 
     def _merge_arguments(self) -> tuple[Tensor, Tensor, Tensor, float]:
         return self._target_of_merge(), self.lora_A, self.lora_B, self.scaling
@@ -293,8 +288,8 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
                 self._take_out()
 
     def _take_out(self) -> None:  # by itself: views of the weight must be gone before the lock is
-        record = self._record
-        by_hand = self._has_adapter() and "_merged_nothing" not in self.__dict__
+        record = self._merge_state.record
+        by_hand = self._has_adapter() and not self._merge_state.is_empty
         target = self._merged_target() if record is not None or by_hand else None
         try:
             if target is not None:
@@ -343,12 +338,12 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         """Set what belongs together, past `nn.Module.__setattr__`, which looks for parameters."""
         version = None if record is None else self._weight_version()
         marks = None if record is None else self._factor_marks()
-        self.__dict__.update(
-            merged=merged, _record=record, _merged_version=version, _merged_marks=marks
-        )
+        self.__dict__.update(merged=merged, _merge_state=MergeState(record, version, marks))
         torch.clear_autocast_cache()  # of what a weight that learns was before
-        for name in _UNTIL_NEXT & self.__dict__.keys():
-            del self.__dict__[name]
+
+    def _note(self, **changes: Any) -> None:
+        """Change some of what the layer remembers of its last merge."""
+        self.__dict__["_merge_state"] = self._merge_state._replace(**changes)
 
     def _described(self) -> str:
         """Return the layer in one line, whatever modules it holds."""

@@ -16,7 +16,7 @@ class MovesWeight(FitsResized):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or convert the original weight, not the merged one, and merge again."""
-        record = self._record if self.merged and not self._was_converted() else None
+        record = self._merge_state.record if self.merged and not self._was_converted() else None
         if record is not None and self._is_left_by(fn):
             record = None
         if record is not None:
@@ -75,4 +75,4 @@ class MovesWeight(FitsResized):
         lora_A = self._fitted(lora_A, weight)
         found = functional.merge_(weight, lora_A, lora_B, record.scaling, **record.blocks())
         self._remember(True, found)
-        self.__dict__["_merged_marks"] = None  # they would be of the present factors
+        self._note(marks=None)  # they would be of the present factors

@@ -10,13 +10,20 @@ from lora_fast.layer_part import LayerPart
 _log = logging.getLogger("lora_fast.merge")
 
 
+def is_new(layer: LayerPart, what: str) -> bool:
+    """Tell whether a layer tells something for the first time, and note that it has."""
+    told: set[str] = layer.__dict__.setdefault("_told", set())
+    if what in told:
+        return False
+    told.add(what)
+    return True
+
+
 def obstacle(layer: LayerPart, why: str) -> None:
     """Log, once a layer, that `eval()` does not merge it: who exports its weight must know."""
-    told = layer.__dict__.get("_told_obstacle") == why
-    told = told or readers.is_on_meta(layer._weight_owner())  # nobody exports that
-    layer.__dict__["_told_obstacle"] = why
+    is_on_meta = readers.is_on_meta(layer._weight_owner())  # nobody exports that
     _log.log(
-        logging.DEBUG if told else logging.WARNING,
+        logging.WARNING if is_new(layer, why) and not is_on_meta else logging.DEBUG,
         "%s stays unmerged in eval mode: %s. Its outputs are right, but its weight is the base "
         "weight alone; effective_weight() has the sum that eval() would have stored.",
         *(layer._described(), why),
@@ -39,11 +46,9 @@ def no_gradient(layer: LayerPart) -> None:
     # First, so that no graph asks whether a layer without an adapter is merged.
     if torch.compiler.is_compiling() or not layer.merged or not torch.is_grad_enabled():
         return
-    told = layer.__dict__.get("_told_no_gradient", False)
     # A tracer has put its own object in the place of layer.lora_A.
     lora_A = layer.__dict__["_parameters"].get("lora_A")
-    if not told and lora_A is not None and lora_A.requires_grad:
-        layer.__dict__["_told_no_gradient"] = True
+    if lora_A is not None and lora_A.requires_grad and is_new(layer, "no gradient"):
         _log.warning(
             "%s computes with merged weights while gradients are enabled: lora_A and lora_B get "
             "none. Call train(), or set merge_weights=False; for inference use torch.no_grad().",

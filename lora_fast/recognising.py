@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fast import sample, sums
+from lora_fast import notices, sample, sums
 from lora_fast.resizing import FitsResized
 from lora_fast.saved_state import layer_of_view, shares_memory
 
@@ -69,10 +69,8 @@ class RecognisesMerged(FitsResized):
             return False
         if not sums.is_nearer_to_sum(*summands, scaling, **self._blocks()):
             return False
-        told = self.__dict__.get("_told_rather_merged", False)
-        self.__dict__["_told_rather_merged"] = True
         _log.log(
-            logging.DEBUG if told else logging.WARNING,
+            logging.WARNING if notices.is_new(self, "rather merged") else logging.DEBUG,
             "%s: a state without a mark holds in %s about the base weight that was here plus the "
             "delta of its lora_A and lora_B, so it is taken for merged, and the delta is "
             "subtracted. Save in train mode, or by lora_fast.save, what is to be loaded as it is.",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast import functional, readers, reference, shapes, sharded, sums
+from lora_fast.merge_state import MergeState
 from lora_fast.merging import merge_again, merge_many, restore_, undo
 from lora_fast.native import Merge
 from lora_fast.record import Code, MergeRecord, are_same, some_of
@@ -27,7 +28,7 @@ class RestoresWeight(FitsResized):
         As by torchao's quantization, that of torch.ao, or `to_sparse()`. Then the merge is for
         good: the layer is moved, copied and saved as it is.
         """
-        record, weight = self._record, readers.stored_weight(self._weight_owner())
+        record, weight = self._merge_state.record, readers.stored_weight(self._weight_owner())
         if not self.merged or record is None:
             return False
         if weight is None or record.of_shard:
@@ -40,7 +41,7 @@ class RestoresWeight(FitsResized):
 
     def _was_put_back(self, record: MergeRecord) -> bool:
         """Tell whether somebody has written the base weight over the merged one."""
-        if record.spent or self._weight_version() == self._merged_version:
+        if record.spent or self._weight_version() == self._merge_state.version:
             return False
         weight = readers.stored_weight(self._weight_owner())
         if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
@@ -131,8 +132,8 @@ class RestoresWeight(FitsResized):
         ):
             _log.debug("%s: the base weight was put back while merged", self._described())
             return
-        told = self.__dict__.get("_told_written", False)  # as each state of it is made so, too
-        self.__dict__["_told_written"] = True
+        told = self._merge_state.told_written  # as each state of it is made so, too
+        self._note(told_written=True)
         _log.log(
             logging.DEBUG if told else logging.WARNING,
             "%s: its weight was written to while the adapter was merged into it; the adapter is "
@@ -161,11 +162,11 @@ class RestoresWeight(FitsResized):
 
     def _was_written(self, target: Tensor, record: MergeRecord) -> bool:
         """Tell whether somebody wrote to the weight since the merge, so that nothing is lost."""
-        if self._merged_version is None:
+        if self._merge_state.version is None:
             return False
         if sharded.local(target).shape != record.shape:
             return True  # resized, perhaps to a view of itself
-        is_counted = self._weight_version() != self._merged_version
+        is_counted = self._weight_version() != self._merge_state.version
         shard = sharded.local(target)
         # A copy would throw a write away that torch did not count, and a code would spoil it. Of a
         # shard the record may hold the factors of the whole.
@@ -213,13 +214,13 @@ def merge_layers(layers: Sequence[RestoresWeight]) -> list[str | None]:
         pairs = zip(layers, requests, strict=True)
         merged = [(layer.__dict__, it.record) for layer, it in pairs if it.record is not None]
         for own, record in merged:
-            own.update(merged=True, _record=record, _merged_version=None, _merged_marks=None)
+            own.update(merged=True, _merge_state=MergeState(record))
         try:
             undo(requests)
         finally:
             for own, record in merged:
                 if record.spent:
-                    own.update(merged=False, _record=None)
+                    own.update(merged=False, _merge_state=MergeState())
         raise
 
 

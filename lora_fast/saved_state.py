@@ -21,7 +21,7 @@ _views = WeakTensorKeyDictionary()
 # Merged weights of a layer that are recognised when they come back without a mark: as many epochs,
 # say, at most 1.5 KB each.
 _GIVEN = 32
-# In a copy's `_merged_version`: like no number, as the base weight was put back before.
+# A copy's version of the weight: like no number, as the base weight was put back before.
 _WRITTEN: tuple[int, ...] = ()
 # What wrappers of torch put into the names of modules, and take out of the keys of a state.
 _WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
@@ -54,31 +54,31 @@ class SavedState(FitsResized):
 
     def _pickled(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
-        state.pop("_given_to_child", None)
         state.pop("_given_merged", None)
         bypasses.without_exposed(state)
-        state["_merged_marks"] = None
-        record = self._record
+        record, mine = self._merge_state.record, self._merge_state._replace(marks=None)
         weight = readers.stored_weight(self._weight_owner())
         if record is not None and self._was_put_back(record):
-            state["_merged_version"] = _WRITTEN
+            mine = mine._replace(version=_WRITTEN)
         if not self.merged or self._was_converted():  # then the record is of no use
-            state["_record"] = None
+            mine = mine._replace(record=None)
         elif record is not None and record.codes and weight is not None:
             base = self._base_of(weight, record)
-            mine = sharded.local(base)
+            shard = sharded.local(base)
             if get_spawning_popen() is not None:  # the child has yet to open its memory
-                self.__dict__["_given_to_child"] = mine
-            state["_record"] = replace(
+                self._note(given_to_child=shard)
+            kept = replace(
                 record,
-                shape=mine.shape,
-                dtype=mine.dtype,
-                original=mine,
+                shape=shard.shape,
+                dtype=shard.dtype,
+                original=shard,
                 codes=(),
                 lora_A=self._fitted(record.lora_A, base),
                 after=None,  # it may have been resized or written to since
                 of_shard=sharded.is_dtensor(weight),
             )
+            mine = mine._replace(record=kept)
+        state["_merge_state"] = mine._replace(given_to_child=None)
         return state
 
     def _base_of(self, weight: Tensor, record: MergeRecord) -> Tensor:
@@ -94,8 +94,8 @@ class SavedState(FitsResized):
         if "merge_weights" in own:  # a layer of loralib, in whose place this one was imported
             own["_merge_weights"] = own.pop("merge_weights")
         readers.forget_holders()
-        if self._merged_version:
-            self._merged_version = self._weight_version()
+        if self._merge_state.version:
+            self._note(version=self._weight_version())
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -105,11 +105,13 @@ class SavedState(FitsResized):
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is None:
             return
-        record, is_merged = self._record, self.merged and "_merged_nothing" not in self.__dict__
+        record, is_merged = self._merge_state.record, self.merged and not self._merge_state.is_empty
         if record is not None and self._shows_base(record):
             record, is_merged = None, False
         # What a subclass has merged it takes out itself, as the mark can't tell how.
-        if (self._has_adapter() or self._record is not None) and not self._merged_itself():
+        if (
+            self._has_adapter() or self._merge_state.record is not None
+        ) and not self._merged_itself():
             metadata["lora_merged"] = is_merged
         if self._has_adapter():
             metadata["lora_r"] = self.r
@@ -139,7 +141,7 @@ class SavedState(FitsResized):
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
         """Save the base weight where the factors that are saved could not undo the merge."""
-        record, weight = self._record, readers.stored_weight(self._weight_owner())
+        record, weight = self._merge_state.record, readers.stored_weight(self._weight_owner())
         if record is None or record.of_shard or weight is None or not _can_be_read(weight):
             return
         if self._was_converted() or (
@@ -166,9 +168,9 @@ class SavedState(FitsResized):
 
     def _is_stale(self) -> bool:
         """Tell whether what is merged is no longer what the adapter is."""
-        record = self._record
+        record = self._merge_state.record
         if record is None:
-            return "_merged_nothing" in self.__dict__ and self._has_adapter()
+            return self._merge_state.is_empty and self._has_adapter()
         if record.of_shard:  # the ranks must agree
             return False
         if self._was_put_back(record):
@@ -179,15 +181,15 @@ class SavedState(FitsResized):
         marks = self._factor_marks()
         if (
             marks is not None
-            and self._merged_marks is not None
-            and marks[0] == self._merged_marks[0]
+            and self._merge_state.marks is not None
+            and marks[0] == self._merge_state.marks[0]
         ):
             return False
         if not self._has_adapter():  # switched off, or deleted to free their memory
             return self.r <= 0
         is_stale = self._one_scaling() != record.scaling or self._other_factors(record)
         if not is_stale:
-            self.__dict__["_merged_marks"] = marks
+            self._note(marks=marks)
         return is_stale
 
     def _factor_marks(self) -> tuple[tuple[Any, ...], Any] | None:
@@ -243,7 +245,7 @@ class SavedState(FitsResized):
 
     def _seems_untouched(self, target: Tensor, record: MergeRecord) -> bool:
         """Tell whether the weight is as it was merged, by its number and some of its elements."""
-        if self._merged_version is None or self._weight_version() != self._merged_version:
+        if self._merge_state.version is None or self._weight_version() != self._merge_state.version:
             return False
         return record.after is not None and are_same(some_of(target), record.after)
 
@@ -267,7 +269,7 @@ def remember_view(
     layer._save_base_of_other_factors(state_dict, prefix, metadata)
     value = state_dict.get(prefix + layer._weight_key())
     is_view = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-    if is_view and (layer._record is None or metadata.get("lora_merged")):
+    if is_view and (layer._merge_state.record is None or metadata.get("lora_merged")):
         _views[value] = weakref.ref(layer)
     _mark_unwrapped(state_dict, prefix, metadata)
 
@@ -303,9 +305,9 @@ def base_of_view(value: Any) -> Tensor | None:
     layer = layer_of_view(value)
     if layer is None or not _can_be_read(value) or layer._was_converted():
         return None
-    if not layer.merged or layer._record is None:
+    if not layer.merged or layer._merge_state.record is None:
         return None
-    base: Tensor = layer._as_delta(layer._base_of(value, layer._record))
+    base: Tensor = layer._as_delta(layer._base_of(value, layer._merge_state.record))
     return base
 
 

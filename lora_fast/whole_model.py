@@ -59,7 +59,7 @@ def _merge(layers: Layers, progress: bool) -> int:
         told = [f"{name or 'the model'}: {why}" for name, why in obstacles]
         raise RuntimeError("merge: nothing was merged. " + "; ".join(told))
     done: list[MergingLayer] = []
-    records = {name: layer._record for name, layer in stale.items()}
+    records = {name: layer._merge_state.record for name, layer in stale.items()}
     try:
         with interrupts.held_back():
             for layer in stale.values():
@@ -153,7 +153,7 @@ def _unmerge_batch(batch: Layers) -> None:
 
 def _restorable(layer: MergingLayer) -> tuple[Tensor, MergeRecord] | None:
     """A merged weight and its record, if that is all it takes to restore it."""
-    target, record = layer._merged_target(), layer._record
+    target, record = layer._merged_target(), layer._merge_state.record
     if record is None or record.spent or sharded.is_dtensor(target):
         return None
     return None if layer._was_written(target, record) else (target, record)
@@ -174,7 +174,7 @@ def _merged(model: nn.Module) -> Layers:
         for name, module in model.named_modules()
         if isinstance(module, MergingLayer)
         and module.merged
-        and (module._record is not None or module._has_adapter())
+        and (module._merge_state.record is not None or module._has_adapter())
     }
 
 

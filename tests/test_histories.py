@@ -78,7 +78,7 @@ class History(RuleBasedStateMachine):
 
     @rule()
     def unmerge_model(self) -> None:
-        if self.layer.merged and self.layer._record is not None:
+        if self.layer.merged and self.layer._merge_state.record is not None:
             assert lora.unmerge(self.layer) == 1
             self.is_stale = False
             assert torch.equal(self.weight(), self.base)

@@ -213,7 +213,7 @@ def test_users_of_loralib_say_by_hand_that_what_they_loaded_is_merged(
     torch.testing.assert_close(other.train()(x), y)
     assert torch.equal(other.weight, base)
     other.merged = True  # no longer about that file: what loralib does
-    assert other._record is None
+    assert other._merge_state.record is None
 
 
 def test_factors_of_other_kinds_are_saved() -> None:

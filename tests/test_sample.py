@@ -318,7 +318,7 @@ if __name__ == "__main__":
     child.start()
     child.join()
     assert child.exitcode == 0
-    assert "_given_to_child" not in vars(model.train()[0])
+    assert model.train()[0]._merge_state.given_to_child is None
 """
 
 
@@ -334,7 +334,7 @@ def test_a_sample_is_taken_once_for_a_weight_that_nobody_writes_to(
 ) -> None:
     """Averages ask for a state at each step, and to take a sample takes longer than the rest."""
     layer = randomize_(lora.Linear(8, 6, r=2)).eval()
-    if layer._record.original is not None:
+    if layer._merge_state.record.original is not None:
         pytest.skip("a copy says nothing of what was written past torch's count")
     calls, taken = [], sample.taken
     monkeypatch.setattr(sample, "taken", lambda *a, **b: calls.append(1) or taken(*a, **b))

@@ -46,7 +46,7 @@ def test_a_copy_that_fails_in_an_unmerge_leaves_every_record_good(
         model[1].weight.mul_(1e-12)  # its way back is a copy
     bases = [layer.weight.detach().clone() for layer in model]
     lora.merge(model)
-    assert [layer._record.original is None for layer in model] == [True, False, True]
+    assert [layer._merge_state.record.original is None for layer in model] == [True, False, True]
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", lambda *args: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):

@@ -184,7 +184,11 @@ def test_a_layer_that_needs_a_copy_is_merged_beside_the_others(
         close[3].lora_B.mul_(1e9)
     before = weights(close)
     lora.merge(close)
-    assert [m._record.original is None for m in (close[0], close[1], close[3])] == [1, 1, 0]
+    assert [m._merge_state.record.original is None for m in (close[0], close[1], close[3])] == [
+        1,
+        1,
+        0,
+    ]
     assert calls == [("merge_", n) for n in (4, 1, 3)]
     lora.unmerge(close)
     assert all(torch.equal(a, b) for a, b in zip(weights(close), before, strict=True))

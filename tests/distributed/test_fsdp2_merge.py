@@ -129,7 +129,7 @@ def test_the_record_is_of_the_shard_alone() -> None:
     layer = randomize_(lora.MergedLinear(64, 96, r=4, enable_lora=[True, False, True]), std=0.01)
     fully_shard(layer)
     layer.eval()
-    record = layer._record
+    record = layer._merge_state.record
     assert record.shape == (48, 64)
     assert (record.lora_A.shape, record.lora_B.shape) == ((4, 64), (32, 4))
     if ops.load_native("cpu") is None:

@@ -76,13 +76,13 @@ def test_eval_again_merges_what_the_adapter_is_now(layer: Any, change: str) -> N
 
 def test_eval_again_of_what_has_not_changed_does_nothing(layer: Any) -> None:
     layer.eval()
-    record, version = layer._record, weight_of(layer)._version
+    record, version = layer._merge_state.record, weight_of(layer)._version
     layer.eval()
-    assert layer._record is record
+    assert layer._merge_state.record is record
     assert weight_of(layer)._version == version
     copied = copy.deepcopy(layer)  # whose tensors are others
-    record = copied._record
-    assert copied.eval()._record is record
+    record = copied._merge_state.record
+    assert copied.eval()._merge_state.record is record
 
 
 def test_a_state_of_changed_factors_has_their_scaling() -> None:

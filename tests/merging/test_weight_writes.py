@@ -87,7 +87,7 @@ def test_a_base_that_is_put_back_beside_a_list_in_another_order() -> None:
         layer.weight[0, ::7] = 1e-30
     base = base_of(layer)
     layer.eval()
-    (code,) = layer._record.codes
+    (code,) = layer._merge_state.record.codes
     assert len(code.overflow_index) > 1
     for part in (code.overflow_index, code.overflow_value):
         part.copy_(part.flip(0))
