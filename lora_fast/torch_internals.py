@@ -71,10 +71,10 @@ def may_overlap(tensor: Tensor) -> bool:
 
 def overlaps(tensor: Tensor) -> bool:
     """Tell whether elements share memory, by all of their places where strides don't tell."""
-    if _internal_overlap(tensor) != 2:
-        return _internal_overlap(tensor) == 1
     if not may_overlap(tensor):
         return False
+    if _internal_overlap(tensor) == 1:
+        return True
     places = torch.zeros((), dtype=torch.int64)
     for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
         places = places.unsqueeze(-1) + stride * torch.arange(size)
