@@ -1,7 +1,7 @@
 """What every LoRA layer shares: the adapter's settings, and the merge of `eval()` and `train()`."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from lora_fast.moving import MovesWeight
 from lora_fast.record import MergeRecord
 from lora_fast.restoring import RestoresWeight, merge_layers, settle
 from lora_fast.saved_state import SavedState, remember_view
+from lora_fast.torch_internals import outside_of_graphs
 
 Layer = TypeVar("Layer", bound="MergingLayer")
 
@@ -90,7 +91,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
             # Past nn.Module.__setattr__, which looks for parameters: part of each eval().
             object.__setattr__(self, name, value)
             if value and own.get("merged") and self.merge_weights and self._is_ours():
-                self._outside_of_graphs(self._unmerge_adapter)
+                outside_of_graphs(self._unmerge_adapter)
             return
         if name == "merged" and value and self._merge_state.undone:
             if self._is_as_loading_left_it():
@@ -223,16 +224,15 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
             self._note(by_loading=False)  # from now on by eval()
         if self.merge_weights:
             if self.merged == mode:
-                self._outside_of_graphs(self._unmerge_adapter if mode else self._merge_adapter)
-            elif self.merged and not torch.compiler.is_compiling() and self._is_stale():
-                self._unmerge_adapter()
-                self._merge_adapter()
+                outside_of_graphs(self._unmerge_adapter if mode else self._merge_adapter)
+            elif self.merged:
+                outside_of_graphs(self._merge_anew)
         return self
 
-    def _outside_of_graphs(self, change: Callable[[], None]) -> None:
-        if torch.compiler.is_compiling():  # nothing of it can be traced
-            change = torch.compiler.disable(change)
-        change()
+    def _merge_anew(self) -> None:
+        if self._is_stale():
+            self._unmerge_adapter()
+            self._merge_adapter()
 
     def _obstacle(self) -> str | None:
         """Say why the weight must not be written to, if so."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 # Names of the functions themselves, as a call in between would take as long as the answer.
 mode_count: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -111,6 +112,13 @@ def untraced(function: Function) -> Function:
         strategy = found._FrameExecStrategy(found._FrameAction.SKIP, found._FrameAction.DEFAULT)
         found.set_code_exec_strategy(function.__code__, strategy)
     return function
+
+
+def outside_of_graphs(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function of which torch.compile can trace nothing: its graph ends before."""
+    if torch.compiler.is_compiling():
+        function = torch.compiler.disable(function)
+    return function(*arguments)
 
 
 def in_fake_mode() -> bool:

@@ -11,6 +11,7 @@ from lora_fast.interrupts import merge_lock
 from lora_fast.lora_layer import MergingLayer
 from lora_fast.record import MergeRecord
 from lora_fast.restoring import merge_layers, settle
+from lora_fast.torch_internals import outside_of_graphs
 
 Layers = dict[str, MergingLayer]
 # Weights from which a batch is merged, and Ctrl-C heard, before the next begins: at 1 ns a weight,
@@ -18,7 +19,6 @@ Layers = dict[str, MergingLayer]
 _BATCH = 2**26
 
 
-@readers.one_pass("model")
 def merge(model: nn.Module, *, progress: bool = False) -> int:
     """Fold every adapter of `model` into its weight, whatever `merge_weights` says; all or nothing.
 
@@ -40,11 +40,16 @@ def merge(model: nn.Module, *, progress: bool = False) -> int:
             The message names it; every layer is as it was. The same holds for any other exception.
     """
     checks.module("merge", model, "named_modules")
+    return outside_of_graphs(_merge, model, progress)
+
+
+@readers.one_pass("model")
+def _merge(model: nn.Module, progress: bool) -> int:
     with merge_lock:  # what is to be merged must be so until it is
-        return _merge(_adapted(model), progress)
+        return _merge_layers(_adapted(model), progress)
 
 
-def _merge(layers: Layers, progress: bool) -> int:
+def _merge_layers(layers: Layers, progress: bool) -> int:
     stale = {name: layer for name, layer in layers.items() if layer.merged and layer._is_stale()}
     todo = {name: m for name, m in layers.items() if not m.merged or name in stale}
     if not layers:
@@ -98,11 +103,15 @@ def unmerge(model: nn.Module, *, progress: bool = False) -> int:
         TypeError: `model` is no module.
     """
     checks.module("unmerge", model, "named_modules")
+    return outside_of_graphs(_unmerge, model, progress)
+
+
+def _unmerge(model: nn.Module, progress: bool) -> int:
     with merge_lock:
-        return _unmerge(_merged(model), progress)
+        return _unmerge_layers(_merged(model), progress)
 
 
-def _unmerge(layers: Layers, progress: bool) -> int:
+def _unmerge_layers(layers: Layers, progress: bool) -> int:
     if not layers:
         raise ValueError(
             "unmerge: no LoRA layer of the model is merged; merge(model) or eval() merges"

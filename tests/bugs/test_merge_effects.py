@@ -257,6 +257,39 @@ def test_b48_compiled_code_that_flips_the_mode_breaks_the_graph_and_is_right(cas
         assert torch.equal(case.weight(layer), before)
 
 
+def test_b48_compiled_code_that_merges_again_merges_what_has_changed(case: Any) -> None:
+    layer, x = case.build(), case.input()
+
+    def validate(x: Tensor) -> Tensor:
+        layer.eval()
+        return layer(x)
+
+    run = torch.compile(validate, backend="aot_eager")
+    layer.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            layer.lora_B.mul_(2)
+            got = run(x)
+            torch.testing.assert_close(got, layer.train()(x), rtol=1e-5, atol=1e-5)
+            layer.eval()
+
+
+def test_b48_compiled_code_merges_a_whole_model(case: Any) -> None:
+    layer, x = case.build(), case.input()
+    before = case.weight(layer).detach().clone()
+
+    def run(x: Tensor) -> Tensor:
+        lora.merge(layer)
+        y = layer(x)
+        lora.unmerge(layer)
+        return y
+
+    with torch.no_grad():
+        got = torch.compile(run, backend="aot_eager")(x)
+        torch.testing.assert_close(got, layer(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(case.weight(layer), before)
+
+
 def test_b48_a_flip_in_one_graph_is_refused(case: Any) -> None:
     run = torch.compile(flip_and_run, backend="aot_eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported):
