@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_fast import notices, sample, sums
 from lora_fast.resizing import FitsResized
-from lora_fast.saved_state import layer_of_view, shares_memory
+from lora_fast.saved_state import merge_of_view, shares_memory
 
 _log = logging.getLogger("lora_fast.merge")
 # How far, relative to it, a merged weight may be from itself after a change of dtype: in fp8 with 3
@@ -100,9 +100,9 @@ class RecognisesMerged(FitsResized):
     ) -> bool:
         """Tell whether a saved weight is merged: a view of a layer's own is what that layer is."""
         value = state_dict.get(prefix + self._weight_key())
-        layer = layer_of_view(value)
-        if layer is not None:
-            return bool(layer.merged)
+        is_merged = merge_of_view(value)
+        if is_merged is not None:
+            return is_merged
         # Somebody may have put another weight there: the mark is of the one before.
         if not metadata.get("lora_merged") or self._was_replaced(state_dict, prefix, metadata):
             return False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lora_fast import bypasses, checks, interrupts, readers, sample, sharded
+from lora_fast import bypasses, checks, fsdp, interrupts, readers, sample, sharded
 from lora_fast.record import MergeRecord, are_same, some_of
 from lora_fast.resizing import FitsResized
 from lora_fast.torch_internals import mode_count, storage_id
@@ -292,9 +292,26 @@ def layer_of_view(value: Any) -> Any:
     """Return the layer whose weight a value of a state is a view of, if it still is."""
     source = _views.get(value) if isinstance(value, Tensor) else None
     layer: Any = None if source is None else source()
-    if layer is None or not shares_memory(value, layer._weight_owner().weight):
-        return None  # gone, or its weight has moved on
+    if layer is None:
+        return None
+    weight = fsdp.shard(layer._weight_owner())  # also while FSDP2 shows a gathered copy
+    if not shares_memory(sharded.local(value), sharded.local(weight)):
+        return None  # its weight has moved on
     return layer
+
+
+def merge_of_view(value: Any) -> bool | None:
+    """Tell whether the layer whose weight a value is a view of is merged; None if it is no view.
+
+    Every rank that holds a shard of the value must ask, and gets the same answer.
+    """
+    layer = layer_of_view(value)
+    if not sharded.is_dtensor(value) or value not in _views:
+        return None if layer is None else bool(layer.merged)
+    # A rank may hold no element of it, or have collected the layer before the others.
+    if not sharded.on_any_rank(value, layer is not None):
+        return None
+    return sharded.on_any_rank(value, layer is not None and bool(layer.merged))
 
 
 def base_of_view(value: Any) -> Tensor | None:

@@ -116,6 +116,38 @@ def test_the_own_state_of_a_merged_model(again: bool) -> None:
     assert_same_bits(base_shards(model.train()), base)
 
 
+@pytest.mark.parametrize("into_another", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_state_whose_model_has_changed_its_mode_since(merged: bool, into_another: bool) -> None:
+    model = network()
+    tokens, _ = batch()
+    expected = outputs(model, tokens)
+    target = another(model) if into_another else model
+    shard(model).train(not merged)
+    state = model.state_dict()  # whose values go on changing with the model's
+    model.train(merged)
+    outputs(model, tokens)
+    target.load_state_dict(state)
+    torch.testing.assert_close(outputs(target, tokens), expected)
+    torch.testing.assert_close(outputs(target.train(), tokens), expected)
+
+
+def test_the_state_of_a_merged_model_filled_after_train(tmp_path: Path) -> None:
+    model = network()
+    tokens, _ = batch()
+    expected = outputs(model, tokens)
+    target = another(model).eval()
+    shard(model)
+    base = base_shards(model)
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path)
+    state = target.state_dict()
+    target.train()
+    dcp.load(state, checkpoint_id=tmp_path)
+    target.load_state_dict(state)
+    torch.testing.assert_close(outputs(target, tokens), expected)
+    assert_same_bits(base_shards(target), base)
+
+
 @pytest.mark.parametrize("gathered", [False, True])
 def test_a_merged_model_cannot_be_loaded_in_place(tmp_path: Path, gathered: bool) -> None:
     model = network()

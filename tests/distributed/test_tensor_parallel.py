@@ -177,3 +177,13 @@ def test_together_with_fsdp2(shape: tuple[int, int]) -> None:
         assert_merges(model, tokens, expected, base)
         torch.testing.assert_close(outputs(model, tokens), expected)
     assert_same_parameters(model, single)
+
+
+def test_the_own_state_of_before_train() -> None:
+    model = mlp()
+    parallelize(model, init_device_mesh("cpu", (2,)), PLAN)
+    base = base_shards(model)
+    state = model.eval().state_dict()  # whose values show the base weights from here on
+    model.train()
+    model.load_state_dict(state)
+    assert_same_bits(base_shards(model), base)
