@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from lora_fast.resizing import FitsResized
 from lora_fast.torch_internals import has_memory, is_fake_tensor
 
 _log = logging.getLogger("lora_fast.merge")
+
+_Summand = Literal["nothing", "merged delta", "present delta"]
 
 
 class RestoresWeight(FitsResized):
@@ -46,7 +48,21 @@ class RestoresWeight(FitsResized):
         weight = readers.stored_weight(self._weight_owner())
         if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
             return False
-        return _is_base(*self._merged_part(self._as_delta(weight.detach()), record))
+        part, its = self._merged_part(self._as_delta(weight.detach()), record)
+        return self._added(part, its) == "nothing"
+
+    def _added(self, shard: Tensor, record: MergeRecord) -> _Summand | None:
+        """Tell what a weight that was written to is the base plus; None where nothing tells."""
+        if _is_base(shard, record):
+            return "nothing"
+        if record.of_shard:
+            return None
+        is_others = self._other_factors(record) or self._one_scaling() != record.scaling
+        present = self._present_delta(shard) if is_others else None
+        found = _summand(shard, record, present) if _is_like(shard, record) else None
+        if found is None and self._other_factors(record):
+            return "present delta"  # the whole state is another's, as after DDP's broadcast
+        return found
 
     def _restore(self, target: Tensor, record: MergeRecord | None) -> None:
         if record is None:  # someone set `merged` by hand: do what loralib does
@@ -126,10 +142,8 @@ class RestoresWeight(FitsResized):
         return True
 
     def _restore_changed(self, shard: Tensor, record: MergeRecord) -> None:
-        is_others = not record.of_shard and self._other_factors(record)
-        if _is_base(shard, record) or _is_about_base(
-            shard, record, self._present_delta(shard) if is_others else None
-        ):
+        added = self._added(shard, record)
+        if added == "nothing":
             _log.debug("%s: the base weight was put back while merged", self._described())
             return
         told = self._merge_state.told_written  # as each state of it is made so, too
@@ -140,8 +154,7 @@ class RestoresWeight(FitsResized):
             "subtracted from what is there now. Call train() before writing to a weight.",
             self._described(),
         )
-        if is_others:
-            # The whole state is another's, as after DDP's broadcast.
+        if added == "present delta":
             self._subtract(shard)
         else:
             factors = (record.lora_A.to(shard.device), record.lora_B.to(shard.device))
@@ -278,40 +291,42 @@ def _is_base(shard: Tensor, record: MergeRecord) -> bool:
     return len(mine) == len(its) and all(map(are_same, mine, its))
 
 
-def _is_about_base(shard: Tensor, record: MergeRecord, present: Tensor | None) -> bool:
-    """Tell whether a weight is the base but for its rounding, as averages of bases are.
+def _summand(shard: Tensor, record: MergeRecord, present: Tensor | None) -> _Summand | None:
+    """Tell what a weight is about the base plus, as averages of bases are not quite the base.
 
-    Each of the elements that the record holds must be so, and they must show the delta as all do.
+    By the elements that the record holds; None where these do not show the delta as all do, or the
+    weight is not twice as near to one sum as to the next.
 
     Args:
-        shard: the weight as it is now.
+        shard: the weight as it is now, like the merged one.
         record: of the merge.
-        present: the delta of the factors that are there now, if others, of which the weight may be
-            a sum.
+        present: the delta of the factors that are there now, if others.
     """
-    if record.of_shard or not _is_like(shard, record):
-        return False
     delta = torch.zeros_like(shard, dtype=torch.promote_types(shard.dtype, torch.float32))
     factors = (record.lora_A.to(delta), record.lora_B.to(delta), record.scaling)
     functional.merge_(delta, *factors, **record.blocks())
     if record.original is not None:
         now, change, base = (t.to(delta) for t in (shard, delta, record.original))
-    elif record.after is not None:
+    elif record.after is not None and _shows_all(some_of(delta), delta):
         now, change = some_of(shard).to(delta), some_of(delta)
         base = record.after.to(delta) - change
         present = None if present is None else some_of(present)
     else:
-        return False
-    norm, distance = torch.linalg.vector_norm, now - base
-    rounding = 4 * torch.finfo(shard.dtype).eps * (base.abs() + change.abs())
-    if not (distance.abs() <= rounding + 0.05 * change.abs()).all():
-        return False
-    shows, seen = change.abs() > 2 * rounding, change.numel()
-    by_all = float(norm(change)) * (delta.numel() / seen) ** 0.5
-    whole = float(norm(delta))
-    if 5 * int(shows.sum()) <= seen or not 0.5 * whole <= by_all <= 2 * whole:
-        return False
-    return present is None or bool(norm(distance) < norm(distance - present))
+        return None
+    added: dict[_Summand, Tensor] = {"nothing": now - base, "merged delta": now - base - change}
+    if present is not None:
+        added["present delta"] = now - base - present
+    by_distance = sorted((float(torch.linalg.vector_norm(t)), name) for name, t in added.items())
+    (least, nearest), (next_least, _) = by_distance[:2]
+    return nearest if least < 0.5 * next_least else None
+
+
+def _shows_all(some: Tensor, delta: Tensor) -> bool:
+    """Tell whether some elements of a delta are as large as all are, and not few of them."""
+    large = some.abs() > 0.1 * some.abs().max()
+    size = float(torch.linalg.vector_norm(some)) * (delta.numel() / some.numel()) ** 0.5
+    whole = float(torch.linalg.vector_norm(delta))
+    return 5 * int(large.sum()) > some.numel() and 0.5 * whole <= size <= 2 * whole
 
 
 def _ordered(code: Code) -> Code:

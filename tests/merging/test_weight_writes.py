@@ -179,6 +179,56 @@ def test_an_average_whose_base_is_rounded_otherwise(layer: Any, dtype: torch.dty
     assert all(torch.equal(p, own[name]) for name, p in layer.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "decay", "steps"), [(torch.float32, 0.9999, 300), (torch.bfloat16, 0.9, 30)], ids=str
+)
+def test_an_average_that_has_drifted(
+    layer: Any, dtype: torch.dtype, decay: float, steps: int
+) -> None:
+    """It is kept, as `decay e + (1 - decay) p` has left it: not quite the base."""
+    with torch.no_grad():
+        layer.lora_B.mul_(0.2)
+        averages = [p.detach().clone() for p in layer.to(dtype).parameters()]
+        for _ in range(steps):
+            for e, p in zip(averages, layer.parameters(), strict=True):
+                e.copy_(decay * e + (1 - decay) * p)
+        layer.eval()
+        for e, p in zip(averages, layer.parameters(), strict=True):
+            p.copy_(e)
+    saved = copy.deepcopy(layer.state_dict())
+    fresh = copy.deepcopy(layer).train()
+    randomize_(fresh).load_state_dict(saved)
+    for kept in (fresh, layer.train()):
+        assert all(map(torch.equal, kept.parameters(), averages))
+
+
+def test_a_base_that_is_put_back_about_is_merged_anew(layer: Any) -> None:
+    """And a state of it says that it is not merged."""
+    base, merged = base_of(layer), layer.effective_weight().detach()
+    layer.eval()
+    with torch.no_grad():
+        weight_of(layer).copy_(0.9 * base + 0.1 * base)
+    saved = copy.deepcopy(layer.state_dict())
+    fresh = copy.deepcopy(layer).train()
+    randomize_(fresh).load_state_dict(saved)
+    torch.testing.assert_close(base_of(fresh), base)
+    layer.eval()
+    torch.testing.assert_close(base_of(layer), merged)
+    torch.testing.assert_close(base_of(layer.train()), base)
+
+
+def test_another_models_merged_weights_of_another_scaling(layer: Any) -> None:
+    other = copy.deepcopy(layer)
+    other.scaling = 0.04 * layer.scaling
+    base = base_of(layer)
+    layer.eval()
+    with torch.no_grad():
+        for mine, its in zip(layer.parameters(), other.eval().parameters(), strict=True):
+            mine.copy_(its)
+    layer.scaling = other.scaling
+    torch.testing.assert_close(base_of(layer.train()), base, rtol=1e-5, atol=1e-5)
+
+
 def test_a_write_is_told_once_however_many_states_are_taken(
     layer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
