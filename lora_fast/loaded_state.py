@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_fast import caller, fsdp, functional, readers, sample, sharded
 from lora_fast.recognising import RecognisesMerged
@@ -330,7 +332,10 @@ def merge_after_load(layer: Any, incompatible_keys: Any) -> None:
     loading = layer.__dict__.pop("_loading", Loading())
     if LoadedState not in type(layer).__mro__:  # it was given the class of a plain one since
         return
-    if loading.scaling is not None:  # its factors are parametrized, and there only now
+    if loading.scaling is not None:  # its factors are computed, and there only now
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, (BasePruningMethod, WeightNorm)):  # else by the next forward
+                hook(layer, ())
         layer._subtract(layer._merged_target(), loading.scaling)
     if loading.is_refused and layer.merged:
         layer._remember(True, layer._merge_state.record)  # what was written was what had been there

@@ -296,6 +296,21 @@ def test_a_weight_that_is_computed_since_the_merge(layer: Any, how: str) -> None
     torch.testing.assert_close(stored.detach(), base)
 
 
+@pytest.mark.parametrize("compute", [prune.identity, nn.utils.weight_norm])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_factor_that_hooks_compute_since_the_merge(
+    layer: Any, compute: Callable[..., Any], factor: str
+) -> None:
+    """The state has what it is computed of, and the layer computes it in a forward alone."""
+    other = randomize_(copy.deepcopy(layer))
+    base = base_of(layer)
+    layer.eval()
+    for each in (layer, other):
+        compute(each, factor)
+    other.load_state_dict(copy.deepcopy(layer.state_dict()))
+    torch.testing.assert_close(base_of(other), base)
+
+
 @pytest.mark.parametrize("other_factors", [False, True])
 def test_a_base_that_was_put_back_is_saved_as_it_is(
     layer: Any, other_factors: bool, tmp_path: Path
