@@ -323,7 +323,7 @@ def _why_eager(op: str, tensors: tuple[Tensor | None, ...], drops: bool) -> str 
     if torch.compiler.is_compiling() or torch_internals.is_tracing():
         return None
     if drops and x.numel() >= _MANY_DROPPED and x.is_contiguous():
-        return "a dropout of many numbers that keeps a byte of each"
+        return "a dropout that keeps a byte of each number"
     if products.are_slow(x):  # but for the products of one row with a matrix as it lies
         return _PRODUCTS_IN_FP32 if x.requires_grad or x.numel() > x.shape[-1] else None
     if x.dtype is not torch.float32 and x.dim() > 0 and delta.op_pays(x):
