@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -81,7 +82,11 @@ def merge_many(requests: Sequence[Merge]) -> None:
         ValueError: factors do not fit their weight.
     """
     for request in requests:
-        _check(request)
+        if sharded.is_dtensor(request.weight):
+            check = partial(_check, request)  # so that no rank waits for one that refuses
+            sharded.together([request.weight], check, sharded.NOT_MERGED)
+        else:
+            _check(request)
     if any([request.weight.is_inference() for request in requests]):
         with torch.inference_mode():  # only there they may be written to
             _merge_checked(requests)
@@ -119,8 +124,7 @@ def _merge_checked(requests: Sequence[Merge]) -> None:
 def _check(request: Merge) -> None:
     """Refuse what can't be merged; of the rest take what nobody changes until it is undone."""
     weight, enable_lora, out_splits = request.weight, request.enable_lora, request.out_splits
-    # A float, as nearly always; of a DTensor each rank is asked when the others hear the answer.
-    if type(request.scaling) is not float and not sharded.is_dtensor(weight):
+    if type(request.scaling) is not float:
         checks.scaling("merge_", request.scaling)
         request.scaling = checks.number(request.scaling)
     if type(request.scaling) is float and not math.isfinite(request.scaling):
@@ -232,9 +236,6 @@ def _is_as_left(local: Tensor, record: MergeRecord) -> bool:
         return are_same(some_of(local)[sampled], record.after[sampled])
     original = record.original
     if original is None or record.of_shard:
-        return True
-    again = original.clone()
-    if merge_again(again, record) is not None and are_same(again, local):
         return True
     if rows is not None and not are_same(*(t[~rows[:, 0]] for t in (local, original))):
         return False

@@ -104,7 +104,8 @@ def test_a_cpu_without_instructions_for_16_bits(cpu: Says) -> None:
     assert on_cpu[0] == [
         "reference        float32 (all but dropout of 2^16 numbers or more); bfloat16, float16 "
         "(1 row without a gradient of x): not a CUDA tensor",
-        "eager            dropout of 2^16 numbers or more: a dropout that keeps a byte of each number",
+        "eager            dropout of 2^16 numbers or more: "
+        "a dropout that keeps a byte of each number",
         f"eager            bfloat16, float16 (2 to 32 rows, more than 32 rows): {in_fp32}",
     ]
     assert on_cpu[1][:2] == [
@@ -118,7 +119,8 @@ def test_a_cpu_with_instructions_for_16_bits(cpu: Says) -> None:
     assert lines("lora_linear")[:3] == [
         "reference        float32 (all but dropout of 2^16 numbers or more); bfloat16, float16 "
         "(more than 32 rows): not a CUDA tensor",
-        "eager            dropout of 2^16 numbers or more: a dropout that keeps a byte of each number",
+        "eager            dropout of 2^16 numbers or more: "
+        "a dropout that keeps a byte of each number",
         "eager            bfloat16, float16 (1 row without a gradient of x, 2 to 32 rows): "
         "few rows of 16 bits, to which one native op adds the update",
     ]
