@@ -48,10 +48,8 @@ class MovesWeight(FitsResized):
             probe = tensor.new_empty((0,) * tensor.dim())
             if probe.is_inference():  # which has no version
                 return False
-            before = (probe._version, storage_id(probe), probe.is_shared())
-            if fn(probe) is not probe:
-                return False
-            if (probe._version, storage_id(probe), probe.is_shared()) != before:
+            before = _state_of(probe)
+            if fn(probe) is not probe or _state_of(probe) != before:
                 return False
         return True
 
@@ -76,3 +74,7 @@ class MovesWeight(FitsResized):
         found = functional.merge_(weight, lora_A, lora_B, record.scaling, **record.blocks())
         self._remember(True, found)
         self._note(marks=None)  # they would be of the present factors
+
+
+def _state_of(tensor: Tensor) -> tuple[int, int, bool]:
+    return tensor._version, storage_id(tensor), tensor.is_shared()
