@@ -191,23 +191,33 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
         TypeError: `model` is no module, or `path` no path.
         OSError: the file can't be read.
         MemoryError: there is no memory for what it holds; nothing was loaded.
+        RuntimeError: another rank of a sharded model could not load its file; nothing was loaded.
 
     Note:
         What a module's own loading raises, a hook or `set_extra_state` say, comes as it is, and
         after what was loaded before it.
     """
     checks.module("load", model, "named_modules")
-    state = _read(checks.path("load", path))
-    problems = _problems(model, state, strict)
-    if problems:
-        raise ValueError(f"load: {path} does not fit the model:\n  " + "\n  ".join(problems))
     own = model.state_dict()
+    state = sharded.together(
+        own.values(),
+        lambda: _read_fitting(model, checks.path("load", path), strict),
+        "load: it failed on another rank, whose error says why; nothing was loaded",
+    )
     for key, value in state.items():
         state[key] = sharded.like(value, own[_released_conv_key(model, key)])
     every: dict[str, Any] = state._metadata  # type: ignore[attr-defined]
     every.update({name: _saved_of(state, name) for name, _ in model.named_modules()})
     with interrupts.held_back():
         model.load_state_dict(state, strict=False)
+
+
+def _read_fitting(model: nn.Module, path: Path, strict: bool) -> "OrderedDict[str, Any]":
+    state = _read(path)
+    problems = _problems(model, state, strict)
+    if problems:
+        raise ValueError(f"load: {path} does not fit the model:\n  " + "\n  ".join(problems))
+    return state
 
 
 def _read(path: Path) -> "OrderedDict[str, Any]":

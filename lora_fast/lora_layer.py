@@ -252,6 +252,8 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
                 return
             try:
                 self._fold()
+            except sharded.LostRankError:  # the other ranks may be merged
+                raise
             except Exception as error:  # whatever it was: unmerged, the layer is right
                 if not self.merged:  # the way back may fail too; merged, it is as right
                     notices.not_merged(self, error)
@@ -278,9 +280,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         fsdp.show_shard(owner)
         # Not by the attribute, before which Ctrl-C may leave what attention was to read.
         weight: Any = owner._parameters.get("weight", owner.weight)
-        checks.not_faked("merge", weight)
-        self._take_own_memory(weight)
-        return self._as_delta(weight.detach())
+        return self._writable("merge", weight)
 
     def _unmerge_adapter(self) -> None:
         with merge_lock, interrupts.held_back():
@@ -318,9 +318,16 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
                 "into it, and the base weight cannot be restored; call train() or "
                 "lora_fast.unmerge(model) before converting it, or leave it merged"
             )
-        checks.not_faked("unmerge", weight)
+        return self._writable("unmerge", weight)
+
+    def _writable(self, what: str, weight: Tensor) -> Tensor:
+        """Return the weight as the delta lies, to be written to."""
+        checks.not_faked(what, weight)
         self._take_own_memory(weight)
-        return self._as_delta(weight.detach())
+        if not sharded.is_dtensor(weight) or weight.is_inference():
+            return self._as_delta(weight.detach())
+        with torch.inference_mode(False), torch.no_grad():  # torch takes no views of DTensors there
+            return self._as_delta(weight.detach())
 
     def _weight_version(self) -> tuple[int, ...] | None:
         """Return what changes with every write to the weight that torch counts."""

@@ -1,7 +1,8 @@
 """Merging DTensor weights (FSDP2, tensor parallel): every rank merges the shard that it holds."""
 
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,14 @@ from lora_fast import reference, versions
 from lora_fast.blocks import output_blocks
 from lora_fast.record import MergeRecord
 from lora_fast.torch_internals import storage_id
+
+Result = TypeVar("Result")
+
+NOT_MERGED = "merge_: it failed on another rank, whose error says why; no rank is merged"
+
+
+class LostRankError(RuntimeError):
+    """Another rank did not answer what all are asked together."""
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -126,10 +135,37 @@ def _votes(weight: Any, *mine: bool) -> list[float]:
     """How many ranks say yes to each question; every rank of the weight must ask them."""
     mesh = weight.device_mesh
     votes = torch.tensor([float(vote) for vote in mine], device=mesh.device_type)
-    for group in mesh.get_all_groups():
-        torch.distributed.all_reduce(votes, group=group)
-    found: list[float] = votes.tolist()
+    try:
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(votes, group=group)
+        found: list[float] = votes.tolist()
+    except RuntimeError as error:
+        raise LostRankError(f"the ranks could not agree: {error}") from error
     return found
+
+
+def together(values: Iterable[Any], function: Callable[[], Result], refusal: str) -> Result:
+    """Call a function that exchanges nothing; raise on every rank if it raises on any.
+
+    Args:
+        values: among them the DTensors whose ranks call this; the same on all.
+        function: what to call.
+        refusal: the message where it was another rank's call that raised.
+    """
+    error = None
+    try:
+        result = function()
+    except Exception as caught:
+        error = caught
+    is_refused = error is not None
+    meshes = {v.device_mesh: v for v in values if is_dtensor(v)}
+    for value in meshes.values():
+        is_refused = on_any_rank(value, is_refused)
+    if error is not None:
+        raise error
+    if is_refused:
+        raise RuntimeError(refusal)
+    return result
 
 
 def _refuse_together(weight: Any, part: Part, error: Exception | None) -> None:
@@ -140,9 +176,7 @@ def _refuse_together(weight: Any, part: Part, error: Exception | None) -> None:
     if overflows > 0:
         raise OverflowError(reference.why_not_finite(weight, part.lora_A, part.lora_B))
     if errors > 0:
-        raise RuntimeError(
-            "merge_: it failed on another rank, whose error says why; no rank is merged"
-        )
+        raise RuntimeError(NOT_MERGED)
 
 
 def _part(

@@ -307,3 +307,27 @@ def test_adapters_in_a_file_of_one_process(tmp_path: Path) -> None:
     lora.save(model, path)
     lora.load(fresh, path)
     assert_same_parameters(fresh, source, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("damage", ["missing", "damaged", "another rank of adapter"])
+def test_a_file_that_one_rank_cannot_load_is_loaded_by_none(
+    tmp_path: Path, damage: str, merged: bool
+) -> None:
+    model = shard(network()).train(not merged)
+    outputs(model, batch()[0])  # leaves the root's parameters gathered
+    before = {name: local(p).clone() for name, p in model.state_dict().items()}
+    path = tmp_path / "a.pt"
+    lora.save(another(network()), path)
+    if dist.get_rank() == 1:
+        if damage == "missing":
+            path = tmp_path / "b.pt"
+        elif damage == "damaged":
+            path = tmp_path / "damaged.pt"
+            path.write_bytes(b"nothing")
+        else:
+            lora.save(lora.Linear(2, 2, r=1), path := tmp_path / "other.pt")
+    error = (OSError, ValueError) if dist.get_rank() == 1 else RuntimeError
+    with pytest.raises(error, match=r"No such file|damaged|does not fit|on another rank"):
+        lora.load(model, path)
+    assert_same_bits({name: local(p) for name, p in model.state_dict().items()}, before)

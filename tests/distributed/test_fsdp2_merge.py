@@ -82,6 +82,27 @@ def test_eval_before_the_first_forward(unshard: bool) -> None:
     assert_merges(model, tokens, expected, base)
 
 
+@pytest.mark.parametrize("by", ["mode", "model"])
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_in_inference_mode(fan_in_fan_out: bool, by: str) -> None:
+    model = network(fan_in_fan_out=fan_in_fan_out)
+    single = twin(model)
+    tokens, target = batch()
+    expected = outputs(model, tokens)
+    shard(model)
+    base = base_shards(model)
+    for _ in range(2):
+        with torch.inference_mode():
+            model.eval() if by == "mode" else lora.merge(model)
+        torch.testing.assert_close(outputs(model, tokens), expected)
+        with torch.inference_mode():
+            model.train() if by == "mode" else lora.unmerge(model)
+    assert_same_bits(base_shards(model), base)
+    Trainer(model).train(mine(tokens), mine(target))
+    Trainer(single).train(tokens, target)
+    assert_merges(model, tokens, outputs(single, tokens), base)
+
+
 @pytest.mark.parametrize("reshard_after_forward", [None, True, False])
 @pytest.mark.parametrize("layer", ["project", "qkv"])
 @pytest.mark.parametrize("back", [False, True])
@@ -179,6 +200,23 @@ def test_a_rank_that_cannot_merge_stops_the_others(monkeypatch: pytest.MonkeyPat
         layer.eval()
     assert not layer.merged
     assert torch.equal(local(layer.weight), before)
+
+
+def test_factors_that_do_not_fit_on_one_rank_stop_the_others() -> None:
+    model = nn.Sequential(*(randomize_(lora.Linear(8, 8, r=2)) for _ in range(2)))
+    fully_shard(model)
+    base = base_shards(model)
+    if dist.get_rank() == 1:
+        model[0].lora_B = nn.Parameter(torch.zeros(8, 3))
+    with pytest.warns(RuntimeWarning, match="0: .* was not merged"):
+        model.eval()
+    assert [layer.merged for layer in model] == [False, True]
+    model.train()
+    error = ValueError if dist.get_rank() == 1 else RuntimeError
+    with pytest.raises(error, match=r"does not give a delta|on another rank"):
+        lora.merge(model)
+    assert not any(layer.merged for layer in model)
+    assert_same_bits(base_shards(model), base)
 
 
 def test_everything_changes_while_merged() -> None:
