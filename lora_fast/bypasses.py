@@ -21,6 +21,8 @@ from lora_fast import caller, torch_internals
 _MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj")
 _MAMBA_2 = ("conv1d", "out_proj")
 _CONV = ("conv1d",)
+_POSITIONS = ("embed_positions",)
+_LAYOUT = ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
 # Which layers' weights the classes read that are known to, by the package and the name of each.
 # Those of transformers are of 5.23; some read some of these on a GPU alone.
 _KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
@@ -45,11 +47,15 @@ _KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
         "DisentangledSelfAttention": ("in_proj",),
         "DabDetrMHAttentionMap": ("k_linear",),
         **dict.fromkeys(("DebertaEncoder", "DebertaV2Encoder"), ("rel_embeddings",)),
-        "LayoutLMv3Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+        "SEWDTransformerEncoder": ("rel_embeddings",),
+        "ProphetNetDecoder": ("ngram_embeddings",),
+        **dict.fromkeys(("LayoutLMv2Encoder", "LayoutLMv3Encoder"), _LAYOUT),
+        "PPDocLayoutV2ReadingOrderEncoder": ("rel_pos_bias",),
         "LongcatFlashTopkRouter": ("classifier",),
         "MobileBertLMPredictionHead": ("dense", "decoder"),
         "NeoMMEForMaskedLM": ("unembedding_projection",),
-        "Qwen2AudioEncoder": ("embed_positions",),
+        **dict.fromkeys(("Qwen2AudioEncoder", "AudioFlamingo3Encoder"), _POSITIONS),
+        **dict.fromkeys(("VoxtralEncoder", "MossTranscribeDiarizeAudioModel"), _POSITIONS),
         "TDNNLayer": ("kernel",),
         "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     },
@@ -230,6 +236,7 @@ def _expose(module: nn.Module, args: Any) -> None:
         for _, layer in sorted(_adapted(module), key=lambda pair: id(pair[1])):
             if not parametrize.is_parametrized(layer, "weight"):
                 is_first[layer] = _turn(layer).take(module)
+    layers = []
     for name, layer in _adapted(module):
         if parametrize.is_parametrized(layer, "weight"):  # by a property, which would hide it
             if not torch.compiler.is_compiling():
@@ -238,16 +245,65 @@ def _expose(module: nn.Module, args: Any) -> None:
                     "build the layer without it, or parametrize another one",
                     UserWarning,
                 )
-            continue
-        if not is_first.get(layer, True):
-            continue  # a forward around this one has it exposed
-        if not torch.compiler.is_compiling():
-            _take_back(layer)  # what an interrupted forward has left
-        effective = layer.effective_weight()
-        # An instance attribute is found before the parameter of the same name. A replica of
-        # nn.DataParallel and a pruned layer have their own weight there.
-        vars(layer)[_OWN_WEIGHT] = vars(layer).get("weight")
-        vars(layer)["weight"] = effective
+        elif is_first.get(layer, True):  # else a forward around this one has it exposed
+            layers.append(layer)
+    if not torch.compiler.is_compiling():
+        for layer in layers:
+            _end(module, layer)  # what an interrupted forward has left
+    for layer in layers:
+        weight = getattr(layer._weight_owner(), "weight", None)
+        is_away = _HOOK in vars(layer) and weight is not None and weight.is_meta
+        owner = layer if is_away else module
+        if _HOOK in vars(owner):
+            vars(owner)[_HOOK] = _Exposing(vars(owner)[_HOOK], layer)
+        else:
+            _put_in(layer)
+
+
+def _put_in(layer: Any) -> None:
+    effective = layer.effective_weight()
+    if effective.is_meta and layer._has_adapter() and not layer.lora_A.is_meta:
+        raise RuntimeError(
+            f"{type(layer).__name__}: the weight is on the meta device, the adapter on "
+            f"{layer.lora_A.device}; where accelerate offloads them, name the layer's class in "
+            "preload_module_classes"
+        )
+    # An instance attribute is found before the parameter of the same name. A replica of
+    # nn.DataParallel and a pruned layer have their own weight there.
+    vars(layer)[_OWN_WEIGHT] = vars(layer).get("weight")
+    vars(layer)["weight"] = effective
+
+
+# As accelerate calls what it runs around a module's forward, between torch's hooks and that.
+_HOOK = "_hf_hook"
+
+
+class _Exposing:
+    """accelerate's hook that brings weights in, or moves them, and a layer that has one of them."""
+
+    def __init__(self, hook: Any, layer: Any) -> None:
+        self.hook, self.layer = hook, layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self).get("hook"), name)  # a copy has none yet
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.hook.pre_forward(module, *args, **kwargs)
+        _take_back(self.layer)  # where it is run twice
+        _put_in(self.layer)
+        return arguments
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        _take_back(self.layer)
+        return self.hook.post_forward(module, output)
+
+
+def _end(module: nn.Module, layer: Any) -> None:
+    """Leave the layer, and the hooks that would expose its weight, as they were found."""
+    _take_back(layer)
+    for owner in (module, layer):
+        while isinstance(vars(owner).get(_HOOK), _Exposing):
+            vars(owner)[_HOOK] = vars(owner)[_HOOK].hook
 
 
 def _take_back(layer: nn.Module) -> None:
@@ -269,11 +325,11 @@ def without_exposed(attributes: dict[str, Any]) -> None:
 def _hide(module: nn.Module, args: Any, output: Any) -> None:
     for _, layer in _adapted(module):
         if torch.compiler.is_compiling():
-            _take_back(layer)
+            _end(module, layer)
         else:
             turn = _turn(layer)
             if turn.ends(module):
-                _take_back(layer)
+                _end(module, layer)
                 turn.give_back()
 
 

@@ -68,16 +68,19 @@ def plain_twin(make: Callable[[], nn.Module], module: nn.Module) -> nn.Module:
     return twin.train(module.training)
 
 
-def check(make: Callable[[], nn.Module], module: nn.Module, x: Tensor) -> None:
+def check(
+    make: Callable[[], nn.Module], module: nn.Module, x: Tensor, learns: bool = True, **more: Tensor
+) -> None:
     lora.mark_only_lora_as_trainable(module)
     twin = plain_twin(make, module)
     for mode in (True, False, True):
-        found, expected = module.train(mode)(x), twin.train(mode)(x)
+        found, expected = module.train(mode)(x, **more), twin.train(mode)(x, **more)
         found, expected = (getattr(y, "last_hidden_state", y) for y in (found, expected))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    found.sum().backward()
-    without = [name for name, p in module.named_parameters() if "lora_" in name and p.grad is None]
-    assert not without
+    if learns:
+        found.sum().backward()
+        parameters = module.named_parameters()
+        assert not [name for name, p in parameters if "lora_" in name and p.grad is None]
     assert not any("weight" in vars(m) for m in module.modules() if isinstance(m, lora.LoRALayer))
 
 
@@ -235,3 +238,101 @@ def test_wavlm() -> None:
     names = ("q_proj", "k_proj", "v_proj", "out_proj")
     adapt(model, *(f"encoder.layers.0.attention.{name}" for name in names))
     check(_wavlm, model, torch.randn(2, 60))
+
+
+def _sew_d() -> nn.Module:
+    from transformers import SEWDConfig, SEWDModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 8, "squeeze_factor": 1, "position_buckets": 4}
+    convolutions = {"conv_dim": (4,), "conv_stride": (2,), "conv_kernel": (3,)}
+    rest = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    off = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout")
+    none = dict.fromkeys((*off, "layerdrop", "mask_time_prob"), 0.0)
+    return SEWDModel(SEWDConfig(**sizes, **convolutions, **rest, **none))
+
+
+def _prophetnet() -> nn.Module:
+    from transformers import ProphetNetConfig, ProphetNetDecoder
+
+    sizes = {"hidden_size": 8, "num_decoder_layers": 1, "num_decoder_attention_heads": 2}
+    sizes |= {"decoder_ffn_dim": 8, "vocab_size": 11, "max_position_embeddings": 8}
+    none = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
+    return ProphetNetDecoder(ProphetNetConfig(**sizes, **none))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "name", "x"),
+    [
+        (_sew_d, "encoder.encoder.rel_embeddings", torch.randn(1, 40)),
+        (_prophetnet, "ngram_embeddings", torch.randint(3, 11, (2, 5))),
+    ],
+)
+def test_tables(make: Callable[[], nn.Module], name: str, x: Tensor) -> None:
+    model = make()
+    adapt(model, name)
+    check(make, model, x)
+
+
+_LAYOUT: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "has_relative_attention_bias": True,
+}
+
+
+def _layoutlmv2() -> nn.Module:
+    from transformers import LayoutLMv2Config
+    from transformers.models.layoutlmv2.modeling_layoutlmv2 import LayoutLMv2Encoder
+
+    return LayoutLMv2Encoder(LayoutLMv2Config(**_LAYOUT, has_spatial_attention_bias=True))
+
+
+def _pp_doclayout_v2() -> nn.Module:
+    from transformers.models.pp_doclayout_v2 import modeling_pp_doclayout_v2 as pp
+
+    # With the spatial bias it computes the other one, and leaves it out.
+    config = pp.PPDocLayoutV2ReadingOrderConfig(**_LAYOUT, has_spatial_attention_bias=False)
+    return pp.PPDocLayoutV2ReadingOrderEncoder(config)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("make", [_layoutlmv2, _pp_doclayout_v2])
+def test_layouts(make: Callable[[], nn.Module]) -> None:
+    """The biases of positions, which these models read where no gradient is recorded."""
+    model, boxes = make(), torch.randint(1, 99, (2, 5, 4))
+    adapt(model, "rel_pos_bias")
+    if make is _layoutlmv2:
+        adapt(model, "rel_pos_x_bias", "rel_pos_y_bias")
+    where = {"position_ids": torch.arange(5).expand(2, 5), "bbox": boxes}
+    where["attention_mask"] = torch.zeros(2, 1, 1, 5)
+    check(make, model, torch.randn(2, 5, 8), learns=False, **where)
+
+
+def _audio(kind: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, f"{kind.removesuffix('Model')}Config")
+        sizes = {"num_mel_bins": 4, "max_source_positions": 6, "intermediate_size": 8}
+        layers = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return getattr(transformers, kind)(config(**sizes, **layers))  # type: ignore[no-any-return]
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "kind", ["AudioFlamingo3Encoder", "VoxtralEncoder", "MossTranscribeDiarizeAudioModel"]
+)
+def test_positions_of_audio(kind: str) -> None:
+    make = _audio(kind)
+    model, x = make(), torch.randn(2, 4, 12)
+    adapt(model, "embed_positions")
+    is_masked = kind == "AudioFlamingo3Encoder"
+    check(make, model, x, **({"input_features_mask": torch.ones(2, 12)} if is_masked else {}))
