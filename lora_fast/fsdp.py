@@ -13,18 +13,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast.torch_internals import storage_id
 
-def why_not_merge(owner: nn.Module) -> str | None:
-    """Say why the weight of `owner` must not be written to, if so."""
+
+def why_not_merge(layer: Any, owner: nn.Module) -> str | None:
+    """Say why the weight of a layer, which `owner` holds, must not be written to, if so."""
     if "torch.distributed.fsdp" not in sys.modules:
         return None
     weight: Any = owner._parameters.get("weight")
     if weight is None:  # with use_orig_params=False a view, under the same name
         weight = vars(owner).get("weight")
     base = getattr(weight, "_base", None)
-    if getattr(weight, "_fsdp_flattened", False) or getattr(base, "_fsdp_flattened", False):
+    is_flat = getattr(weight, "_fsdp_flattened", False) or getattr(base, "_fsdp_flattened", False)
+    if is_flat or _is_shown_whole(layer, owner):
         return "FSDP1 keeps the weight in a flat parameter; fully_shard (FSDP2) can merge"
     return None
+
+
+def _is_shown_whole(layer: Any, owner: nn.Module) -> bool:
+    """Tell whether FSDP1 shows a weight for a while, in `summon_full_params` or during a load.
+
+    With use_orig_params=False it registers parameters then that bear no mark of it, but that share
+    the memory of the flat one. (ZeRO's buckets are memory of several parameters, too.)
+    """
+    weight, lora_A = owner._parameters.get("weight"), layer._parameters.get("lora_A")
+    if vars(owner).get("_fsdp_use_orig_params", True) or weight is None or lora_A is None:
+        return False
+    return storage_id(weight) == storage_id(lora_A)
 
 
 def show_shard(owner: nn.Module) -> None:

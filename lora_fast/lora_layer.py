@@ -191,13 +191,10 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         weight: Tensor = self._weight_owner().weight  # type: ignore[assignment]
         if self.merged or not self._has_adapter():
             return weight
-        merged = functional.merged_weight(
-            self._as_delta(weight),
-            self._fitted_factor(),
-            self.lora_B,
-            self.scaling,
-            **self._blocks(),
-        )
+        summands = self._as_delta(weight), self._fitted_factor(), self.lora_B
+        if weight.dim() > 2:  # torch makes no kernels of the rows of uneven shards
+            summands = tuple(map(sharded.replicated, summands))
+        merged = functional.merged_weight(*summands, self.scaling, **self._blocks())
         return self._as_delta(merged)  # a transposition undoes itself
 
     @property
@@ -237,7 +234,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
     def _obstacle(self) -> str | None:
         """Say why the weight must not be written to, if so."""
         owner = self._weight_owner()
-        why = fsdp.why_not_merge(owner) or readers.why_not_merge(self, owner)
+        why = fsdp.why_not_merge(self, owner) or readers.why_not_merge(self, owner)
         # The ranks that hold the shards of a weight decide together.
         return sharded.agreed(fsdp.shard(owner), why)
 

@@ -46,6 +46,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def replicated(tensor: Any) -> Any:
+    """`tensor` whole on every rank, a DTensor still, differentiable; a plain tensor as it is."""
+    if not is_dtensor(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """`tensor`, which every rank holds whole, in shards as `other`, if that is a DTensor."""
     if not is_dtensor(other) or is_dtensor(tensor):

@@ -23,8 +23,8 @@ def merge(model: nn.Module, *, progress: bool = False) -> int:
     """Fold every adapter of `model` into its weight, whatever `merge_weights` says; all or nothing.
 
     Layers that are merged already stay so, but for those whose adapter has changed since: these are
-    merged anew. `unmerge` restores the weights bit for bit; so does `train()` where `merge_weights`
-    is set.
+    merged anew, unless FSDP2 or tensor parallel shards them: call `unmerge` first. `unmerge`
+    restores the weights bit for bit; so does `train()` where `merge_weights` is set.
 
     Args:
         model: any module with LoRA layers.
@@ -57,7 +57,7 @@ def _merge_layers(layers: Layers, progress: bool) -> int:
     if not todo:
         raise ValueError(
             f"merge: all {len(layers)} LoRA layers of the model are merged already; unmerge(model) "
-            "or train() undoes it"
+            "or train() undoes it, also where the adapters of sharded layers have changed since"
         )
     obstacles = [(name, why) for name, layer in todo.items() if (why := layer._obstacle())]
     if obstacles:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from spmd import assert_same_parameters, batch, network, twin
+from spmd import assert_same_bits, assert_same_parameters, batch, network, outputs, twin
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -14,6 +14,7 @@ from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     StateDictType,
 )
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import lora_fast as lora
 
@@ -114,3 +115,39 @@ def test_the_log_says_why_nothing_is_merged(use_orig_params: bool) -> None:
         logger.removeHandler(said)
     assert len(said.messages) == 4  # once a layer
     assert all("FSDP1 keeps the weight" in message for message in said.messages)
+
+
+@pytest.mark.parametrize("shown_by", ["load", "summon", "summon to read"])
+def test_weights_that_are_shown_for_a_while_stay_unmerged(shown_by: str) -> None:
+    single = network().requires_grad_(False)
+    tokens, _ = batch()
+    expected = outputs(single, tokens)
+    model = wrapped(twin(single), use_orig_params=False)
+    if shown_by == "load":
+        model.eval()
+        with FullyShardedDataParallel.state_dict_type(model, FULL):
+            model.load_state_dict(single.state_dict())
+    else:
+        writeback = shown_by == "summon"
+        with FullyShardedDataParallel.summon_full_params(model, writeback=writeback):
+            model.eval()
+    assert not any(layer.merged for layer in model.module.children())
+    torch.testing.assert_close(outputs(model, tokens), expected)
+    torch.testing.assert_close(outputs(model.train(), tokens), expected)
+
+
+def test_the_buckets_of_zero_are_merged_into() -> None:
+    model = network()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    base = {name: p.clone() for name, p in model.named_parameters()}
+    tokens, _ = batch()
+    expected = outputs(model, tokens)
+    ZeroRedundancyOptimizer(
+        model.parameters(), torch.optim.SGD, parameters_as_bucket_view=True, lr=0.1
+    )
+    model.eval()
+    assert all(layer.merged for layer in model.children())
+    torch.testing.assert_close(outputs(model, tokens), expected)
+    model.train()
+    assert_same_bits(dict(model.named_parameters()), base)

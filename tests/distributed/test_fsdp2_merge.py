@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from spmd import (
     Trainer,
@@ -173,52 +172,6 @@ def test_merged_shards_are_those_of_one_process(dtype: torch.dtype) -> None:
         assert torch.equal(whole(parameter), base[name]), name
 
 
-def test_an_overflow_on_one_rank_is_refused_by_all() -> None:
-    layer = lora.Linear(4, 6, r=1, bias=False, dtype=torch.float16)
-    with torch.no_grad():
-        layer.lora_A.fill_(1.0)
-        layer.lora_B[-1] = 60000.0  # a row of the last rank
-        layer.weight.fill_(30000.0)
-    fully_shard(layer)
-    before = local(layer.weight).clone()
-    with pytest.warns(RuntimeWarning, match="was not merged: the merged weight does not fit"):
-        layer.eval()
-    assert not layer.merged
-    assert torch.equal(local(layer.weight), before)
-    with pytest.raises(RuntimeError, match="nothing was merged"):
-        lora.merge(layer)
-    assert torch.equal(local(layer.weight), before)
-
-
-def test_a_rank_that_cannot_merge_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = randomize_(lora.Linear(4, 6, r=1))
-    fully_shard(layer)
-    before = local(layer.weight).clone()
-    if dist.get_rank() == 1:
-        layer.scaling = "half"
-    with pytest.warns(RuntimeWarning, match="was not merged"):
-        layer.eval()
-    assert not layer.merged
-    assert torch.equal(local(layer.weight), before)
-
-
-def test_factors_that_do_not_fit_on_one_rank_stop_the_others() -> None:
-    model = nn.Sequential(*(randomize_(lora.Linear(8, 8, r=2)) for _ in range(2)))
-    fully_shard(model)
-    base = base_shards(model)
-    if dist.get_rank() == 1:
-        model[0].lora_B = nn.Parameter(torch.zeros(8, 3))
-    with pytest.warns(RuntimeWarning, match="0: .* was not merged"):
-        model.eval()
-    assert [layer.merged for layer in model] == [False, True]
-    model.train()
-    error = ValueError if dist.get_rank() == 1 else RuntimeError
-    with pytest.raises(error, match=r"does not give a delta|on another rank"):
-        lora.merge(model)
-    assert not any(layer.merged for layer in model)
-    assert_same_bits(base_shards(model), base)
-
-
 def test_everything_changes_while_merged() -> None:
     model = network(torch.float32)
     shard(model)
@@ -358,43 +311,6 @@ def test_sharded_while_merged(changed: bool) -> None:
             assert torch.equal(whole(parameter), base[name]), name
 
 
-def test_an_obstacle_on_one_rank_is_one_on_all() -> None:
-    """Another module holds a weight, a different one on each rank."""
-    model = nn.Sequential(*(randomize_(lora.Linear(8, 8, r=2)) for _ in range(2)))
-    x = torch.randn(3, 8)
-    expected = model(x).detach()
-    for layer in model:
-        fully_shard(layer)
-    fully_shard(model)
-    other = nn.Module()
-    other.weight = model[dist.get_rank()].weight
-    model.eval()
-    assert not any(layer.merged for layer in model)
-    torch.testing.assert_close(outputs(model, x), expected)
-    with pytest.raises(RuntimeError, match="nothing was merged"):
-        lora.merge(model)
-    del other
-
-
-def test_an_obstacle_on_one_rank_while_the_weights_are_gathered() -> None:
-    """As those of the root are after a forward: the ranks agree all the same."""
-    model = nn.Sequential(*(randomize_(lora.Linear(8, 8, r=2)) for _ in range(3)))
-    x = torch.randn(3, 8)
-    expected = model(x).detach()
-    fully_shard(model)
-    base = base_shards(model)
-    outputs(model, x)
-    other = nn.Module()
-    if dist.get_rank() == 0:
-        other.weight = model[0].weight
-    model.eval()
-    assert [layer.merged for layer in model] == [False, True, True]
-    torch.testing.assert_close(outputs(model, x), expected)
-    model.train()
-    assert_same_bits(base_shards(model), base)
-    del other
-
-
 def test_a_layer_that_stays_unmerged_has_its_backward_after_eval() -> None:
     """A tied weight of the root, which FSDP2 keeps gathered from forward to backward."""
     model = nn.Sequential(randomize_(lora.Linear(8, 8, r=2)), nn.Linear(8, 8))
@@ -406,3 +322,37 @@ def test_a_layer_that_stays_unmerged_has_its_backward_after_eval() -> None:
     assert not model[0].merged
     loss.backward()
     assert model[0].lora_A.grad is not None
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_effective_weight(even: bool) -> None:
+    model = (
+        network() if not even else nn.Sequential(lora.Conv2d(2, 4, 3, r=1), lora.Linear(4, 6, r=2))
+    )
+    randomize_(model)
+    single = twin(model)
+    shard(model)
+    for layer, expected in zip(model.children(), single.children(), strict=True):
+        found = layer.effective_weight()
+        assert found.shape == expected.effective_weight().shape
+        torch.testing.assert_close(whole(found), expected.effective_weight().detach())
+        found.square().sum().backward()
+        expected.effective_weight().square().sum().backward()
+    for (name, parameter), theirs in zip(
+        model.named_parameters(), single.parameters(), strict=True
+    ):
+        if "lora_" in name:
+            torch.testing.assert_close(whole(parameter.grad), theirs.grad, msg=name)
+
+
+def test_sharded_layers_whose_adapters_changed_are_merged_anew_after_unmerge() -> None:
+    layer = randomize_(lora.Linear(4, 6, r=2))
+    fully_shard(layer)
+    lora.merge(layer)
+    randomize_(layer)
+    with pytest.raises(ValueError, match=r"unmerge\(model\) .* adapters of sharded layers"):
+        lora.merge(layer)
+    lora.unmerge(layer)
+    expected = whole(layer.effective_weight())
+    assert lora.merge(layer) == 1
+    torch.testing.assert_close(whole(layer.weight), expected)
