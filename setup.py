@@ -29,7 +29,7 @@ if CHOICE not in CHOICES:
 LIMITED_API = [("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")]
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0", "-Wall", "-Werror=return-type"]
 # Each serves the later ones of its generation, and the last as PTX all that come.
-GPUS = ("8.0", "9.0", "10.0")
+GPUS = ("7.5", "8.0", "9.0", "10.0")
 # No --use_fast_math: the bits must be those of the CPU.
 # USE_CUDA: without it torch's stable headers declare nothing of CUDA.
 NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-DUSE_CUDA"]

@@ -78,13 +78,15 @@ std::vector<int64_t> merge(const std::vector<Item>& items, const Tensor& first) 
   auto* outcomes = static_cast<Outcome*>(outcome_bytes.mutable_data_ptr());
   auto* flags = static_cast<uint8_t*>(written.mutable_data_ptr());
   STD_CUDA_CHECK(cudaMemsetAsync(outcomes, 0, size, launcher.stream()));
-  launcher.template run<Mode::kMerge>(outcomes, flags);
+  // Before anything is written to: for want of memory nothing must be left half done.
   std::vector<Outcome> found(items.size());
+  std::vector<int64_t> status;
+  status.reserve(items.size());
+  launcher.template run<Mode::kMerge>(outcomes, flags);
   STD_CUDA_CHECK(
       cudaMemcpyAsync(found.data(), outcomes, size, cudaMemcpyDeviceToHost, launcher.stream()));
   STD_CUDA_CHECK(cudaStreamSynchronize(launcher.stream()));
 
-  std::vector<int64_t> status;
   bool has_failed = false;
   for (const Outcome& outcome : found) {
     const int64_t verdict = outcome.not_finite ? kNotFinite : outcome.list_full ? kListFull : 0;

@@ -41,7 +41,10 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
 // Where a tensor's elements are. FSDP1, for one, frees memory whose tensors live on.
 template <class Pointer>
 Pointer in_memory(Pointer found, const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(found != nullptr || tensor.numel() == 0, name, " has no memory: it was freed");
+  int64_t bytes = 0;  // of the pointer an offset may be left
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  const bool is_there = found != nullptr && bytes > 0;
+  STD_TORCH_CHECK(is_there || tensor.numel() == 0, name, " has no memory: it was freed");
   return found;
 }
 

@@ -152,7 +152,7 @@ def has_memory(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.numel() == 0:
         return True
     try:
-        return tensor.data_ptr() != 0
+        return tensor.untyped_storage().nbytes() != 0
     except RuntimeError:  # of a transform, say, which has no storage to be asked for
         return True
 

@@ -125,7 +125,7 @@ def test_an_unmerge_on_another_stream_than_the_merge() -> None:
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(50_000_000)
-        functional.unmerge_(weight, record)
+        native.unmerge([weight], [record])  # unmerge_ would look at the weight, and wait
     del record
     others = [torch.full_like(weight, 77, dtype=torch.int8) for _ in range(8)]
     torch.cuda.synchronize()

@@ -274,13 +274,14 @@ def test_factors_that_another_thread_trains(backend: str) -> None:
     assert torch.equal(layer.weight, base)
 
 
+@pytest.mark.parametrize("offset", [0, 64])
 @pytest.mark.parametrize("freed", ["weight", "lora_A", "lora_B"])
-def test_memory_that_was_freed_is_refused(freed: str) -> None:
+def test_memory_that_was_freed_is_refused(freed: str, offset: int) -> None:
     """As FSDP1 frees it, below the tensors."""
+    shapes = {"weight": (6, 4), "lora_A": (2, 4), "lora_B": (6, 2)}
     named = {
-        "weight": torch.randn(6, 4),
-        "lora_A": torch.randn(2, 4),
-        "lora_B": torch.randn(6, 2),
+        name: torch.randn(offset + 24)[offset:][: a * b].view(a, b)
+        for name, (a, b) in shapes.items()
     }
     code = [torch.empty(6, 4, dtype=torch.int8)]
     lists = [torch.empty(0, dtype=torch.int32)], [torch.empty(0)]
