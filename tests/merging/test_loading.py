@@ -296,6 +296,7 @@ def test_a_weight_that_is_computed_since_the_merge(layer: Any, how: str) -> None
     torch.testing.assert_close(stored.detach(), base)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("compute", [prune.identity, nn.utils.weight_norm])
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
 def test_a_factor_that_hooks_compute_since_the_merge(
