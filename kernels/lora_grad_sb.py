@@ -1,4 +1,4 @@
-"""The backward pass over dY: dS = factor * dY B, dB = dY^T S and dbias, block by block."""
+"""The backward pass over dY: dS = factor * dY B, dB = s_scaling * dY^T S and dbias."""
 
 from functools import lru_cache
 
@@ -35,7 +35,7 @@ def chunk_columns(blocks_and_gaps, chunk, N, CHUNK_N: tl.constexpr, BLOCK_N: tl.
 @triton.jit
 def lora_grad_sb_kernel(
     dy_ptr, dy_strides, b_ptr, b_strides, s_ptr, ds_ptr, db_ptr, dbias_ptr,
-    blocks_and_gaps, M, N, R, rows_b, factor,
+    blocks_and_gaps, M, N, R, rows_b, factor, s_scaling,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def lora_grad_sb_kernel(
             # The transposed product: dy stays in the layout that the other product reads.
             db = mma(tl.trans(s), dy, tl.zeros((BLOCK_R, BLOCK_N), tl.float32), PRECISION)
             db_ptrs = tile_ptrs(db_ptr, (1, R), offs_r, pid_m.to(tl.int64) * rows_b + offs_b)
-            tl.store(db_ptrs, db, mask=mask_n[None, :] & tl.trans(mask_r))
+            tl.store(db_ptrs, db * s_scaling, mask=mask_n[None, :] & tl.trans(mask_r))
         if dbias_ptr is not None:
             dbias = tl.sum(dy.to(tl.float32), axis=0)
             dbias_ptrs = dbias_ptr + pid_m.to(tl.int64) * N + offs_n
@@ -100,9 +100,11 @@ def lora_grad_sb(
     need_ds: bool,
     need_db: bool,
     dbias_dtype: torch.dtype | None,
+    s_scaling: float = 1.0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dS (M, R) = factor * dY B, dB (N, R) = dY^T S and dbias (N,); None where not asked.
+    """dS (M, R) = factor * dY B, dB (N, R) = s_scaling * dY^T S and dbias (N,), or None.
 
+    What is not asked for is None. Both factors multiply sums in fp32, before the rounding.
     With blocks B and dB have a row for each of their columns, and dS the ranks of all blocks.
     """
     (M, N), (rows_b, R) = dy.shape, lora_b.shape
@@ -124,7 +126,7 @@ def lora_grad_sb(
         lora_grad_sb_kernel,
         planned,
         *(dy, dy_strides, lora_b, b_strides, s if need_db else None, ds[0], db[0], dbias[0]),
-        *(blocks_and_gaps, M, N, R, rows_b, factor),
+        *(blocks_and_gaps, M, N, R, rows_b, factor, s_scaling),
     )
     reduce_partials(*(both for both in (ds, db, dbias) if both[0] is not None))
     return ds[1], db[1], dbias[1]
@@ -196,21 +198,24 @@ def library_grad_sb(
     need_ds: bool,
     need_db: bool,
     dbias_dtype: torch.dtype | None,
+    s_scaling: float = 1.0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The results of `lora_grad_sb` from vendor GEMMs, which are better at large ranks."""
     blocks, R = whole_or(blocks, dy.shape[1]), lora_b.shape[1]
     empty = {"device": dy.device, "dtype": dy.dtype}
     ds = torch.empty((dy.shape[0], R * len(blocks)), **empty) if need_ds else None
     db = torch.empty(lora_b.shape, **empty) if need_db else None
+    nothing = torch.empty((), **empty)
     for index, (first, end, row) in enumerate(blocks):
         dy_block, rows = dy[:, first:end], slice(row, row + end - first)
         ranks = slice(index * R, (index + 1) * R)
+        # The factors before the rounding: a product alone may be too large or too small for fp16.
         if ds is not None:
-            # The factor before the rounding: the product alone may pass fp16's range.
             b, out = lora_b[rows].to(dy.dtype), ds[:, ranks]
-            torch.addmm(dy.new_empty(()), dy_block, b, beta=0, alpha=factor, out=out)
+            torch.addmm(nothing, dy_block, b, beta=0, alpha=factor, out=out)
         if db is not None:
-            torch.mm(dy_block.t(), s[:, ranks], out=db[rows])
+            s_block, out = s[:, ranks], db[rows]
+            torch.addmm(nothing, dy_block.t(), s_block, beta=0, alpha=s_scaling, out=out)
     db = None if db is None else db.to(lora_b.dtype)
     dbias = None if dbias_dtype is None else dy.sum(0, dtype=torch.float32).to(dbias_dtype)
     return ds, db, dbias

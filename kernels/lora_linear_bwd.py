@@ -1,10 +1,10 @@
 """Backward of the LoRA linear layer: one pass over dY, one over x, one large product.
 
-    dS = factor * dY B, dB = dY^T S, dbias = sum of dY's rows      (pass over dY)
-    dA = dS^T (x * keep)                                           (pass over x)
-    dx = dY W + keep * (dS A)                                      (product)
+    dS = factor * dY B, dB = s_scaling * dY^T S, dbias = sum of dY's rows      (pass over dY)
+    dA = dS^T (x * keep)                                                       (pass over x)
+    dx = dY W + keep * (dS A)                                                  (product)
 
-S and dS carry the whole factor scaling / (1 - dropout_p), so `keep` is 0 or 1 everywhere.
+dS and s_scaling * S carry the whole factor scaling / (1 - dropout_p): `keep` is 0 or 1 everywhere.
 """
 
 from collections.abc import Sequence
@@ -155,6 +155,7 @@ def lora_linear_bwd(
     needs: list[bool],
     bias_dtype: torch.dtype,
     edges: Sequence[int] | None = None,
+    s_scaling: float = 1.0,
     *,
     plan: BackwardPlan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -162,7 +163,8 @@ def lora_linear_bwd(
 
     edges as there.
     x (..., K) is read for the gradients of A and the weight, weight (N, K) for x's, s (M, R) for
-    B's; mask as the forward returned it, None without dropout.
+    B's; mask as the forward returned it, None without dropout. s_scaling is what s lacks of
+    `scaling`: 1, or all of it where the forward took B * scaling and the factor 1.
 
     Returns dx (..., K), dW (N, K), dbias (N,), and dA and dB like A and B, contiguous, in the dtype
     of what they belong to; a gradient that is not needed is empty, of shape (0,).
@@ -192,6 +194,7 @@ def lora_linear_bwd(
             need_ds=need_dx or need_da,
             need_db=need_db,
             dbias_dtype=bias_dtype if need_dbias else None,
+            s_scaling=float(s_scaling),
         )
         da, dx = input_grads(
             *(dy_rows, rows if need_da else None, weight if need_dx else None),
@@ -228,14 +231,16 @@ def rank_grads(
     need_ds: bool,
     need_db: bool,
     dbias_dtype: torch.dtype | None,
+    s_scaling: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dS, dB and dbias by the plan's way; nothing runs where none is needed."""
     if not (need_ds or need_db or dbias_dtype is not None):
         return None, None, None
-    needs = {"need_ds": need_ds, "need_db": need_db, "dbias_dtype": dbias_dtype}
+    wanted = {"need_ds": need_ds, "need_db": need_db, "dbias_dtype": dbias_dtype}
+    operands = (dy, lora_b, s, factor, blocks)
     if plan.library_sb:
-        return library_grad_sb(dy, lora_b, s, factor, blocks, **needs)
-    return lora_grad_sb(dy, lora_b, s, factor, blocks, config=plan.grad_sb, **needs)
+        return library_grad_sb(*operands, **wanted, s_scaling=s_scaling)
+    return lora_grad_sb(*operands, config=plan.grad_sb, **wanted, s_scaling=s_scaling)
 
 
 def input_grads(

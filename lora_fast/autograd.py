@@ -12,7 +12,6 @@ from torch import Tensor
 from lora_fast import blocks, checks, ops
 from lora_fast.autocast import no_autocast
 from lora_fast.blocks import Spans
-from lora_fast.reference import scaled_factors
 
 _SEED_END = 2**63 - 1
 
@@ -65,11 +64,18 @@ def lora_linear(
     return y
 
 
+def _is_folded(x: Tensor, scaling: float) -> bool:
+    """Tell whether the forward multiplies B by `scaling`: in fp16 S may be too large for that."""
+    return x.dtype is torch.float16 and abs(scaling) > 1.0
+
+
 def _folded(x: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
-    """B and the factor that the kernels round S with: in fp16 S may be too large for one over 1."""
-    if x.dtype is torch.float16 and abs(scaling) > 1.0:
-        return scaled_factors(x, lora_B, scaling)[1], 1.0
-    return lora_B, scaling
+    """B and the factor that the forward's kernels round S with."""
+    if not _is_folded(x, scaling):
+        return lora_B, scaling
+    # A bf16 product would be rounded twice, the first time to 8 bits.
+    wide = lora_B.float() if lora_B.dtype is torch.bfloat16 else lora_B
+    return wide * scaling, 1.0
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -118,14 +124,11 @@ class _LoraLinear(torch.autograd.Function):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 grads = _differentiable_grads(ctx, saved, dy)
             else:
-                x, weight, lora_A, lora_B, *rest = saved
-                b, factor = _folded(dy, lora_B, ctx.scaling)
-                *grads, dB = ops.launcher("lora_linear_bwd", dy)(
-                    *(dy, x, weight, lora_A, b, *rest),
-                    *(factor, ctx.dropout_p, needs, ctx.bias_dtype, ctx.edges),
+                s_scaling = ctx.scaling if _is_folded(dy, ctx.scaling) else 1.0
+                grads = ops.launcher("lora_linear_bwd", dy)(
+                    *(dy, *saved, ctx.scaling, ctx.dropout_p, needs, ctx.bias_dtype, ctx.edges),
+                    s_scaling,
                 )
-                is_whole = factor == ctx.scaling or not needs[4]
-                grads.append(dB if is_whole else (dB * ctx.scaling).to(lora_B.dtype))
         kept = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return (*kept, None, None, None, None)
 
@@ -169,6 +172,7 @@ def _differentiable_grads(
         # the mask, which only their gradients read, was not kept.
         u = s if dropped is None or not (need_x or need_A) else dropped @ a.t() * factor
         ranks = blocks.columns(u, b.shape[1], spans)
-        dB = torch.cat([dy.t() @ u for dy, u in zip(columns, ranks, strict=True)])
-        dB = (dB if factor == ctx.scaling else dB * ctx.scaling).to(lora_B.dtype)
+        if _is_folded(dy, ctx.scaling):  # before the rounding: the product alone may be too small
+            columns = [dy * ctx.scaling for dy in columns]
+        dB = torch.cat([dy.t() @ u for dy, u in zip(columns, ranks, strict=True)]).to(lora_B.dtype)
     return dx, dW, dbias, dA, dB

@@ -25,8 +25,8 @@ torch.library.define(
 torch.library.define(
     "lora_fast::lora_linear_bwd",
     "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? mask, "
-    "float scaling, float dropout_p, bool[5] needs, ScalarType bias_dtype, int[]? edges=None) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)",
+    "float scaling, float dropout_p, bool[5] needs, ScalarType bias_dtype, int[]? edges=None, "
+    "float s_scaling=1.0) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)",
 )
 
 torch.library.define(
@@ -113,6 +113,7 @@ def _(
     needs: list[bool],
     bias_dtype: torch.dtype,
     edges: list[int] | None = None,
+    s_scaling: float = 1.0,
 ) -> tuple[Tensor, ...]:
     n, k = dy.shape[-1], lora_A.shape[1]
     shapes = ((*dy.shape[:-1], k), (n, k), (n,), lora_A.shape, lora_B.shape)

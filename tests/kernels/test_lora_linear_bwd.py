@@ -43,18 +43,24 @@ def skip_unless_served(plan: str, rank: int, *, dropout: bool) -> None:
         pytest.skip(reason)
 
 
-def run(inputs: Any, plan: str | None, p: float = 0.0, needs: Any = (True,) * 5) -> Any:
+def run(
+    inputs: Any,
+    plan: str | None,
+    p: float = 0.0,
+    needs: Any = (True,) * 5,
+    s_scaling: float = 1.0,
+) -> Any:
     """The gradients by the kernels, and the mask of the forward."""
     seed = torch.tensor([17], device=inputs.x.device) if p > 0.0 else None
-    args = (inputs.x, inputs.weight, inputs.bias, inputs.lora_a, inputs.lora_b, inputs.scaling)
-    _, s, mask = lora_linear_fwd(*args, p, seed)
+    args = (inputs.x, inputs.weight, inputs.bias, inputs.lora_a, inputs.lora_b)
+    _, s, mask = lora_linear_fwd(*args, inputs.scaling / s_scaling, p, seed)
     need_x, need_w, _, need_a, need_b = needs
     found = lora_linear_bwd(
         inputs.dy,
         inputs.x if need_w or need_a else None,
         inputs.weight if need_x else None,
         *(inputs.lora_a, inputs.lora_b, s if need_b else None, mask if p > 0.0 else None),
-        *(inputs.scaling, p, list(needs), inputs.dy.dtype),
+        *(inputs.scaling, p, list(needs), inputs.dy.dtype, None, s_scaling),
         plan=None if plan is None else BACKWARD[plan],
     )
     keep = unpack_mask(mask, inputs.x.shape[-1]).double() * keep_scale(p) if p > 0.0 else None
@@ -90,6 +96,15 @@ def test_dropout(plan: str, rank: int, p: float, make_inputs: Any) -> None:
 def test_half_precision(plan: str, dtype: torch.dtype, make_inputs: Any) -> None:
     inputs = make_inputs(40, 48, 72, 8, dtype)
     check(inputs, run(inputs, plan)[0])
+
+
+@pytest.mark.parametrize("plan", BACKWARD)
+def test_what_s_lacks_multiplies_before_the_rounding(plan: str, make_inputs: Any) -> None:
+    """dY^T S alone would be where fp16 has few digits, and S times the factor may overflow."""
+    inputs = make_inputs(40, 48, 72, 8, torch.float16)
+    inputs.scaling = 64.0
+    inputs.dy = (inputs.dy.float() * 1e-6).half()
+    check(inputs, run(inputs, plan, s_scaling=64.0)[0], names=["x", "lora_a", "lora_b"])
 
 
 @pytest.mark.parametrize("missing", range(5), ids=NAMES)
