@@ -103,7 +103,8 @@ def _differentiable_grads(
     options = {"padding_idx": ctx.padding_idx, "scale_grad_by_freq": ctx.by_freq}
     dA = dB = None
     if need_A:
-        ds = (rows @ lora_B.to(dy.dtype) * ctx.scaling).to(lora_A.dtype)
+        # As loralib scales, before the rounding: the product alone may be too small for fp16.
+        ds = (rows * ctx.scaling @ lora_B.to(dy.dtype)).to(lora_A.dtype)
         padding = -1 if ctx.padding_idx is None else ctx.padding_idx
         dA = ds
         if not ctx.sparse:

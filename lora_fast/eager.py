@@ -18,7 +18,7 @@ from lora_fast import blocks, delta, products, torch_internals
 from lora_fast.autocast import autocasts, no_autocast
 from lora_fast.blocks import Spans
 from lora_fast.dropout import dropout, keep_scale
-from lora_fast.reference import like, scaled_factors
+from lora_fast.reference import like, scaled_s
 
 
 def low_rank_linear(
@@ -151,7 +151,7 @@ def backward_through_reference(
     dropped = x if keep is None else x * keep.view(x.shape) * ctx.keep_scale
     shape = (*x.shape[:-1], lora_A.shape[0])
     s = kept_s.view(shape) if is_of_s else F.linear(dropped, lora_A)
-    s, lora_B = scaled_factors(s, lora_B, ctx.scaling)
+    s, rest = scaled_s(s, ctx.scaling)
     n = ctx.out_features
     y = x.new_zeros((*x.shape[:-1], n)) if weight is None else F.linear(x, weight)
     for (lo, hi), s_block, b_block in zip(
@@ -160,7 +160,8 @@ def backward_through_reference(
         blocks.rows(lora_B, ctx.spans),
         strict=True,
     ):
-        y = y + F.pad(F.linear(s_block, b_block), (lo, n - hi))
+        update = F.linear(s_block, b_block)
+        y = y + F.pad(update if rest == 1.0 else update * rest, (lo, n - hi))
     needed = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
     found = iter(torch.autograd.grad(y, needed, dy, create_graph=True) if needed else ())
     grads = [next(found) if need else None for need in ctx.needs_input_grad[:4]]

@@ -124,7 +124,7 @@ class _LoraFirst(torch.autograd.Function):
 def _scaled(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """`scaling * (a @ b)`, with the factor before the rounding and in no launch of its own."""
     if _transformed():  # whose rule for the other reads what it is to multiply by beta
-        return a @ b * scaling
+        return a * scaling @ b  # as loralib scales dY: before the rounding here, too
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
 
 

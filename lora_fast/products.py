@@ -146,8 +146,10 @@ def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """
     if are_slow(a, b) and not _loops_serve(a, b):
         return _mm_in_fp32(a, b, scaling)
-    if a.dtype is not torch.float16 or _is_transformed(a, b):
+    if a.dtype is not torch.float16:
         return mm(a, b).mul_(scaling)
+    if _is_transformed(a, b):
+        return mm(a * scaling, b)
     # Nothing, which beta=0 keeps from being read, but not under vmap.
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
 

@@ -50,25 +50,24 @@ def lora_expand(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float | Tensor) -
     )
     if in_one_product and y.dtype.itemsize > 2:
         return torch.addmm(y, s, lora_B.t(), alpha=scaling)
-    s, lora_B = scaled_factors(s, lora_B, scaling)
-    if in_one_product:
+    s, rest = scaled_s(s, scaling)
+    if in_one_product and rest == 1.0:
         return torch.addmm(y, s, lora_B.t())
     update = F.linear(s, like(lora_B, y))
+    update = update if rest == 1.0 else update * rest
     return y + (update if update.dtype is y.dtype else update.to(y.dtype))  # autocast's, say
 
 
-def scaled_factors(s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """S and B, one of them times `scaling`: S, which has fewer elements, but in fp16 not always.
+def scaled_s(s: Tensor, scaling: float) -> tuple[Tensor, float]:
+    """S, and the factor of S B^T: 1 where S, which has fewer elements, is times `scaling`.
 
-    There S may be too large to be multiplied by more than 1, but B, a parameter, is small, and
-    dS = dY (scaling B) keeps a small dY from underflowing. A factor below 1 does belong to S: B
-    might underflow, and dB = dY^T (scaling S), a sum over all rows, overflow without it.
+    In fp16 S may be too large to be multiplied by more than 1. There the product is, as loralib's,
+    so that backward multiplies dY before its products round what may be small. A factor below 1
+    does belong to S: dB = dY^T (scaling S), a sum over all rows, might overflow without it.
     """
     if _multiplies_in_fp16(s) and abs(scaling) > 1.0:
-        # A bf16 product would be rounded twice, the first time to 8 bits.
-        wide = lora_B.float() if lora_B.dtype is torch.bfloat16 else lora_B
-        return s, wide * scaling
-    return s * scaling, lora_B
+        return s, scaling
+    return s * scaling, 1.0
 
 
 def _multiplies_in_fp16(x: Tensor) -> bool:
@@ -114,8 +113,9 @@ def grouped_expand(
     y: Tensor, s: Tensor, lora_B: Tensor, scaling: float | Tensor, blocks: list[Block]
 ) -> Tensor:
     """Y, and block g of it + scaling S_g B_g^T where g is enabled, out of place."""
+    rest: float | Tensor = scaling
     if not isinstance(scaling, Tensor):  # of one's own, perhaps trained
-        s, lora_B = scaled_factors(s, lora_B, scaling)
+        s, rest = scaled_s(s, scaling)
     lora_B = like(lora_B, s)
     rank = lora_B.shape[1]
     updated = []
@@ -124,8 +124,8 @@ def grouped_expand(
         if block.enabled:
             s_block = s.narrow(-1, block.adapter * rank, rank)
             update = F.linear(s_block, lora_B.narrow(0, block.row, block.width))
-            if isinstance(scaling, Tensor):
-                update = (update * _of_block(scaling, block, y.shape[-1])).to(y.dtype)
+            if isinstance(rest, Tensor) or rest != 1.0:
+                update = (update * _of_block(rest, block, y.shape[-1])).to(y.dtype)
             part = part + update
         updated.append(part)
     return torch.cat(updated, dim=-1)
@@ -161,8 +161,6 @@ def lora_embedding(
     if isinstance(input, Tensor) and input.is_nested:  # no proxy of a tracer
         table = table.contiguous()  # as torch asks there
     a = F.embedding(input, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
-    if not isinstance(scaling, Tensor) and _multiplies_in_fp16(a):
-        a, scaling = a * scaling, 1.0  # rows of A, which are small
     return lora_expand(y, a, lora_B, scaling)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 def linear_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Y + scaling (X A^T) B^T."""
-    s, b = _scaled_factors(F.linear(x, lora_A.to(x.dtype)), lora_B, scaling)
-    return y + F.linear(s, b.to(x.dtype))
+    s, rest = _scaled_s(F.linear(x, lora_A.to(x.dtype)), scaling)
+    return y + _product(s, lora_B.to(x.dtype), rest)
 
 
 def grouped_update(
@@ -25,13 +25,13 @@ def grouped_update(
     widths: list[int],
 ) -> Tensor:
     """Y, and to block g of it scaling (X A_g^T) B_g^T added where g is enabled."""
-    s, b = _scaled_factors(F.linear(x, lora_A.to(x.dtype)), lora_B, scaling)
-    b = b.to(x.dtype)
+    s, rest = _scaled_s(F.linear(x, lora_A.to(x.dtype)), scaling)
+    b = lora_B.to(x.dtype)
     rank, row, column, group = b.size(1), 0, 0, 0
     for i in range(len(widths)):
         if enable_lora[i]:
             s_block = s[..., group * rank : (group + 1) * rank]
-            update = F.linear(s_block, b[row : row + widths[i]])
+            update = _product(s_block, b[row : row + widths[i]], rest)
             y = y + F.pad(update, [column, y.size(-1) - column - widths[i]])
             row += widths[i]
             group += 1
@@ -39,12 +39,16 @@ def grouped_update(
     return y
 
 
-def _scaled_factors(s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """S and B, one of them times `scaling`, as `lora_fast.reference.scaled_factors` chooses."""
+def _scaled_s(s: Tensor, scaling: float) -> tuple[Tensor, float]:
+    """S and the factor of S B^T, of which one is `scaling`, as `lora_fast.reference.scaled_s`."""
     if s.dtype == torch.float16 and abs(scaling) > 1.0:
-        wide = lora_B.float() if lora_B.dtype == torch.bfloat16 else lora_B
-        return s, wide * scaling
-    return s * scaling, lora_B
+        return s, scaling
+    return s * scaling, 1.0
+
+
+def _product(s: Tensor, lora_B: Tensor, factor: float) -> Tensor:
+    product = F.linear(s, lora_B)
+    return product if factor == 1.0 else product * factor
 
 
 def merged_kernel(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

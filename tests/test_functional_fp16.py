@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lora_fast as lora
 from lora_fast import functional
+from lora_fast.backend import BackendName
 from lora_fast.lora_first import lora_first
 from lora_fast.testing import assert_within_budget
 
@@ -51,19 +52,23 @@ def _as_loralib(t: Tensors, scaling: float) -> Tensor:
     return F.linear(x, weight) + F.linear(x, torch.cat([b0 @ a0, zero, b1 @ a1])) * scaling
 
 
-def _by_kernels(function: Function) -> Function:
+def _by(backend: BackendName, function: Function) -> Function:
     def serve(t: Tensors, scaling: float) -> Tensor:
-        with lora.use_backend("triton"):
+        with lora.use_backend(backend):
             return function(t, scaling)
 
     return serve
 
 
 FUNCTIONS = {"linear": _linear, "dropping": _dropping, "merged": _merged, "first": _first}
+BACKENDS: dict[str, BackendName] = {"reference": "reference"}
 if not torch.cuda.is_available():  # where there is one, no kernel takes tensors of the CPU
-    FUNCTIONS |= {
-        f"{name} by kernels": _by_kernels(FUNCTIONS[name]) for name in ("linear", "merged")
-    }
+    BACKENDS["kernels"] = "triton"
+FUNCTIONS |= {
+    f"{name} by {by}": _by(backend, FUNCTIONS[name])
+    for name in ("linear", "merged")
+    for by, backend in BACKENDS.items()
+}
 
 
 def drawn(name: str, rows: int, r: int, x: Tensor, b_std: float) -> Tensors:
@@ -146,6 +151,56 @@ def test_a_large_scaling_keeps_the_digits_of_small_gradients(
     found = results(FUNCTIONS[name], t, 64.0, dy, create_graph=create_graph)
     for key, tensor in found.items():
         assert_within_budget(tensor, eager[key], exact[key], what=key)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("scaling", [16.0, 64.0])
+@pytest.mark.parametrize("rows", [FEW, MANY])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradients_of_b_that_are_small_but_for_the_scaling(
+    name: str, rows: int, scaling: float, create_graph: bool
+) -> None:
+    """dY^T S is where fp16 has few digits, and `scaling` times as much is where it has all."""
+    t = drawn(name, rows, 4, torch.randn(rows, K), 0.5)
+    dy = (torch.randn(rows, N) * 2e-6).half()
+    exact = results(_as_loralib, {k: v.double() for k, v in t.items()}, scaling, dy)
+    eager = results(_as_loralib, t, scaling, dy)
+    found = results(FUNCTIONS[name], t, scaling, dy, create_graph=create_graph)
+    for key in ("x", "lora_A", "lora_B"):
+        assert_within_budget(found[key], eager[key], exact[key], what=key)
+
+
+@pytest.mark.parametrize("name", ["linear", "merged", "first"])
+def test_small_gradients_of_b_in_a_batch(name: str) -> None:
+    t = drawn(name, MANY, 4, torch.randn(MANY, K), 0.5)
+    dy = (torch.randn(MANY, N) * 2e-6).half()
+    exact = results(_as_loralib, {k: v.double() for k, v in t.items()}, 64.0, dy)
+    eager = results(_as_loralib, t, 64.0, dy)
+    found = results(FUNCTIONS[name], t, 64.0, dy.unsqueeze(0), is_grads_batched=True)
+    for key in ("x", "lora_A", "lora_B"):
+        assert_within_budget(found[key].squeeze(0), eager[key], exact[key], what=key)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("by", ["eager", *BACKENDS])
+def test_small_gradients_of_an_embedding(by: str, create_graph: bool) -> None:
+    def found(t: Tensors, scaling: float) -> Tensor:
+        with lora.use_backend(BACKENDS.get(by, "auto")):
+            operands = (t["weight"], t["lora_A"], t["lora_B"], scaling)
+            return functional.lora_embedding(index, *operands)
+
+    def as_loralib(t: Tensors, scaling: float) -> Tensor:
+        return F.embedding(index, t["weight"]) + t["lora_A"].t()[index] @ t["lora_B"].t() * scaling
+
+    index = torch.arange(MANY)
+    t = drawn("linear", MANY, 4, torch.randn(1), 0.1)
+    t = {"weight": torch.randn(K, N).half(), "lora_A": t["lora_A"], "lora_B": t["lora_B"]}
+    dy = (torch.randn(MANY, N) * 5e-7).half()
+    exact = results(as_loralib, {k: v.double() for k, v in t.items()}, 64.0, dy)
+    eager = results(as_loralib, t, 64.0, dy)
+    grads = results(found, t, 64.0, dy, create_graph=create_graph)
+    for key in ("lora_A", "lora_B"):
+        assert_within_budget(grads[key], eager[key], exact[key], what=key)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp16", "autocast"])
