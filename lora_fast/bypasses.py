@@ -265,8 +265,9 @@ def _put_in(layer: Any) -> None:
     if effective.is_meta and layer._has_adapter() and not layer.lora_A.is_meta:
         raise RuntimeError(
             f"{type(layer).__name__}: the weight is on the meta device, the adapter on "
-            f"{layer.lora_A.device}; where accelerate offloads them, name the layer's class in "
-            "preload_module_classes"
+            f"{layer.lora_A.device}; where accelerate offloads them, name in "
+            "preload_module_classes the class that has the weight, or that of the module that "
+            "reads it"
         )
     # An instance attribute is found before the parameter of the same name. A replica of
     # nn.DataParallel and a pruned layer have their own weight there.

@@ -218,13 +218,16 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         """
         super().train(mode)  # type: ignore[misc]
         if self._merge_state.by_loading:
-            self._note(by_loading=False)  # from now on by eval()
+            outside_of_graphs(self._merged_by_eval)
         if self.merge_weights:
             if self.merged == mode:
                 outside_of_graphs(self._unmerge_adapter if mode else self._merge_adapter)
             elif self.merged:
                 outside_of_graphs(self._merge_anew)
         return self
+
+    def _merged_by_eval(self) -> None:
+        self._note(by_loading=False)
 
     def _merge_anew(self) -> None:
         if self._is_stale():
@@ -347,7 +350,8 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
 
     def _note(self, **changes: Any) -> None:
         """Change some of what the layer remembers of its last merge."""
-        self.__dict__["_merge_state"] = self._merge_state._replace(**changes)
+        with merge_lock:  # else what another thread remembers meanwhile would be forgotten
+            self.__dict__["_merge_state"] = self._merge_state._replace(**changes)
 
     def _described(self) -> str:
         """Return the layer in one line, whatever modules it holds."""

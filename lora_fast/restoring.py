@@ -57,10 +57,11 @@ class RestoresWeight(FitsResized):
             return "nothing"
         if record.of_shard:
             return None
-        is_others = self._other_factors(record) or self._one_scaling() != record.scaling
-        present = self._present_delta(shard) if is_others else None
+        has_others = self._has_adapter() and self._other_factors(record)
+        is_other = has_others or self._one_scaling() not in (record.scaling, None)
+        present = self._present_delta(shard) if is_other else None
         found = _summand(shard, record, present) if _is_like(shard, record) else None
-        if found is None and self._other_factors(record):
+        if found is None and has_others:
             return "present delta"  # the whole state is another's, as after DDP's broadcast
         return found
 
@@ -160,11 +161,15 @@ class RestoresWeight(FitsResized):
             factors = (record.lora_A.to(shard.device), record.lora_B.to(shard.device))
             functional.merge_(shard, *factors, -record.scaling, **record.blocks())
 
-    def _present_delta(self, like: Tensor) -> Tensor:
-        """Return the delta of the present factors, in fp32 or wider."""
-        wide = torch.promote_types(like.dtype, torch.float32)
-        delta = torch.zeros_like(like, dtype=wide)
-        self._subtract(delta)
+    def _present_delta(self, like: Tensor) -> Tensor | None:
+        """Return the delta of the present factors, in fp32 or wider; None where they make none."""
+        if not self._has_adapter():
+            return None
+        delta = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+        try:
+            self._subtract(delta)
+        except (OverflowError, TypeError, ValueError):
+            return None
         return delta.neg_()
 
     def _subtract(self, target: Tensor, scaling: float | None = None) -> None:
@@ -295,7 +300,7 @@ def _summand(shard: Tensor, record: MergeRecord, present: Tensor | None) -> _Sum
     """Tell what a weight is about the base plus, as averages of bases are not quite the base.
 
     By the elements that the record holds; None where these do not show the delta as all do, or the
-    weight is not twice as near to one sum as to the next.
+    weight is not twice as near to one sum as to the next, or to the base as that is to zero.
 
     Args:
         shard: the weight as it is now, like the merged one.
@@ -318,6 +323,8 @@ def _summand(shard: Tensor, record: MergeRecord, present: Tensor | None) -> _Sum
         added["present delta"] = now - base - present
     by_distance = sorted((float(torch.linalg.vector_norm(t)), name) for name, t in added.items())
     (least, nearest), (next_least, _) = by_distance[:2]
+    if nearest == "nothing":  # or, beside a large delta, as small as the base
+        next_least = min(next_least, float(torch.linalg.vector_norm(base)))
     return nearest if least < 0.5 * next_least else None
 
 

@@ -333,6 +333,19 @@ def test_held_back_delivers_each_signal_and_restores_each_handler(
     assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
 
 
+def test_eval_forgets_nothing_that_another_thread_has_merged() -> None:
+    """What a load has noted is taken back under the lock of the merge, or the record would go."""
+    layer = randomize_(lora.Linear(8, 6, r=2)).eval()
+    layer.load_state_dict(layer.state_dict())
+    thread = threading.Thread(target=layer.eval)
+    with interrupts.merge_lock:
+        thread.start()
+        thread.join(timeout=0.2)
+        assert thread.is_alive()
+    thread.join()
+    assert not layer._merge_state.by_loading
+
+
 def test_two_threads_merge_their_own_layers() -> None:
     layers = [randomize_(lora.Linear(200, 200, r=8)) for _ in range(2)]
     before = [layer.weight.detach().clone() for layer in layers]

@@ -217,6 +217,51 @@ def test_a_base_that_is_put_back_about_is_merged_anew(layer: Any) -> None:
     torch.testing.assert_close(base_of(layer.train()), base)
 
 
+SMALL: dict[str, Callable[[Tensor], Any]] = {
+    "zeros": lambda weight: weight.zero_(),
+    "a few rows": lambda weight: weight[1:].zero_(),
+    "every other row": lambda weight: weight[::2].zero_(),
+    "limited": lambda weight: weight.clamp_(-0.02, 0.02),
+    "shrunk": lambda weight: weight.mul_(0.2),
+}
+
+
+@pytest.mark.parametrize("write", SMALL)
+def test_a_small_weight_is_no_base_beside_a_large_delta(layer: Any, write: str) -> None:
+    """`eval()` of a merged layer leaves what somebody has made of the sum."""
+    with torch.no_grad():
+        weight_of(layer).mul_(0.1)
+        layer.eval()
+        SMALL[write](weight_of(layer))
+    written = base_of(layer)
+    layer.eval()
+    assert torch.equal(base_of(layer), written)
+
+
+STRIPPED: dict[str, Callable[[Any], Any]] = {
+    "no factors": lambda layer: layer.__dict__["_parameters"].update(lora_A=None, lora_B=None),
+    "no adapter": lambda layer: [delattr(layer, n) for n in ("lora_A", "lora_B", "scaling")],
+    "several factors": lambda layer: setattr(layer, "scaling", torch.full((8, 1), 0.5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*was not merged:RuntimeWarning")
+@pytest.mark.parametrize("how", STRIPPED)
+def test_a_written_weight_whose_adapter_makes_no_delta_any_more(layer: Any, how: str) -> None:
+    """It can be evaluated and saved as loralib's can; what was merged is known without it."""
+    expected = layer.effective_weight().detach() * 0.99
+    layer.eval()
+    with torch.no_grad():
+        weight_of(layer).mul_(0.99)
+    STRIPPED[how](layer)
+    copied = copy.deepcopy(layer)
+    copied.state_dict()
+    for each in (layer, copied):
+        merged = base_of(each.eval())
+        if how != "several factors":  # which stays unmerged from now on
+            torch.testing.assert_close(merged, expected)
+
+
 def test_another_models_merged_weights_of_another_scaling(layer: Any) -> None:
     other = copy.deepcopy(layer)
     other.scaling = 0.04 * layer.scaling
