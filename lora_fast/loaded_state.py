@@ -272,7 +272,7 @@ class LoadedState(RecognisesMerged):
     def _subtract_saved_delta(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
-        scaling = metadata.get("lora_scaling", self.scaling)
+        scaling = self._merged_scaling(state_dict, prefix, metadata)
         keys = [prefix + k for k in (self._weight_key(), "lora_A", "lora_B")]
         missing = [name for name in ("lora_A", "lora_B") if prefix + name not in state_dict]
         if missing or keys[0] not in state_dict:
@@ -289,6 +289,14 @@ class LoadedState(RecognisesMerged):
         if in_fake_mode() or any(is_fake_tensor(state_dict[key]) for key in keys):
             return  # there are no values to subtract from
         state_dict[keys[0]] = self._without_delta(weight, lora_A, lora_B, scaling)
+
+    def _merged_scaling(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> float:
+        """Return the factor that a state was merged with; the layer's own where nothing tells."""
+        saved = self._saved_scaling(state_dict, prefix)
+        scaling: float = metadata.get("lora_scaling", self.scaling if saved is None else saved)
+        return scaling
 
     def _computes(self, name: str) -> bool:
         """Tell whether a factor is made of something else, or is kept by no state."""
@@ -343,8 +351,9 @@ def merge_after_load(layer: Any, incompatible_keys: Any) -> None:
     # A subclass with a train() of its own merges itself, or never.
     merges = loading.was_merged or not layer._has_own_train()
     if not layer.training and layer.merge_weights and merges and not layer.merged:
+        was_in = loading.was_merged and layer._merge_state.undone  # by loralib's count, too
         layer._merge_adapter()
-        layer._note(by_loading=layer.merged)
+        layer._note(by_loading=layer.merged and not was_in)
     if loading.mode is not None:
         layer.train(loading.mode)
     layer._note_what_is_left()

@@ -96,6 +96,7 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         if name == "merged" and value and self._merge_state.undone:
             if self._is_as_loading_left_it():
                 self._merge_now()
+                self._note(by_loading=True)  # as eval() would have: merged = False is no fold yet
                 return
             self._note(undone=False, left=None)
         if name == "merged" and not value and self._merge_state.by_loading:
@@ -103,7 +104,6 @@ class MergingLayer(SavedState, LoadedState, MovesWeight, RestoresWeight):
         super().__setattr__(name, value)
         if name == "merged" and not value and self._merge_state.record is not None:
             self._remember(False, None)
-            own.pop("_given_merged", None)  # what was merged is the base now
         if name == "r" and self._merge_state.is_empty:  # is switched on again
             self._remember(False, None)
 

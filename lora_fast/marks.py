@@ -64,7 +64,7 @@ def why_not_unmerged(
     if not is_marked and "lora_merged" in saved:
         return None
     weight, lora_A, lora_B = (state[key].detach() for key in keys)
-    scaling = saved.get("lora_scaling", layer.scaling)
+    scaling = layer._merged_scaling(state, prefix, saved)
     try:
         layer._without_delta(weight, lora_A, lora_B, scaling)
     except (TypeError, ValueError, OverflowError) as error:

@@ -35,7 +35,7 @@ class RecognisesMerged(FitsResized):
             scaling: that of the merge, by the mark; None for the layer's.
         """
         summands = self._summands(state_dict, prefix, is_marked)
-        scaling = self._one_scaling() if scaling is None else scaling
+        scaling = self._saved_scaling(state_dict, prefix) if scaling is None else scaling
         if summands is None or scaling is None:
             return False
         if not sums.is_sum(*summands, scaling, **self._blocks()):
@@ -49,11 +49,13 @@ class RecognisesMerged(FitsResized):
         The best epoch's, say, which a trainer has kept in a file without marks.
         """
         given = self.__dict__.get("_given_merged", ())
-        summands, scaling = self._summands(state_dict, prefix, False), self._one_scaling()
+        summands = self._summands(state_dict, prefix, False)
+        scaling = self._saved_scaling(state_dict, prefix)
         if not given or summands is None or scaling is None:
             return False
         weight, base, lora_A, lora_B = summands
-        if torch.equal(weight, base.to(weight.dtype)):
+        pairs = ((base, weight), (self.lora_A, lora_A), (self.lora_B, lora_B))
+        if all(torch.equal(mine.to(its.dtype), its) for mine, its in pairs):
             return False
         merged = (weight, lora_A, lora_B, scaling)
         return any(sample.is_of(taken, *merged, **self._blocks()) for taken in given)
@@ -64,7 +66,8 @@ class RecognisesMerged(FitsResized):
         In loralib each `eval()` and `train()` leaves the rounding of a sum in the base weight; and
         an average of states is not quite the sum of what it holds.
         """
-        summands, scaling = self._summands(state_dict, prefix, False), self._one_scaling()
+        summands = self._summands(state_dict, prefix, False)
+        scaling = self._saved_scaling(state_dict, prefix)
         if summands is None or scaling is None:
             return False
         if not sums.is_nearer_to_sum(*summands, scaling, **self._blocks()):
@@ -77,6 +80,13 @@ class RecognisesMerged(FitsResized):
             *(self._described(), prefix + self._weight_key()),
         )
         return True
+
+    def _saved_scaling(self, state_dict: dict[str, Any], prefix: str) -> float | None:
+        """Return the factor that a state without a mark was merged with; None if not one number."""
+        saved = state_dict.get(prefix + "scaling")  # of a layer that learns it
+        if isinstance(saved, Tensor) and saved.numel() == 1 and not saved.is_meta:
+            return float(saved)
+        return self._one_scaling()
 
     def _summands(
         self, state_dict: dict[str, Any], prefix: str, is_marked: bool

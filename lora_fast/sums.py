@@ -60,7 +60,7 @@ def is_nearer_to_sum(
 ) -> bool:
     """Tell whether weight - base is about scaling B A, as where some rounding errors add up.
 
-    |weight - base - scaling B A| < 1/2 min(|weight - base|, |scaling B A|), by Frobenius' norm of
+    |weight - base - scaling B A| < 1/4 min(|weight - base|, |scaling B A|), by Frobenius' norm of
     the blocks that have a delta. Another base differs from this one in a direction that has nothing
     to do with the delta's, or not at all.
 
@@ -82,7 +82,7 @@ def is_nearer_to_sum(
             change, delta = total - summand, float(scaling) * (b @ a)
             for i, found in enumerate((change - delta, change, delta)):
                 squares[i] += float(torch.linalg.vector_norm(found)) ** 2
-    return squares[0] < 0.25 * min(squares[1:])
+    return squares[0] < 0.0625 * min(squares[1:])
 
 
 def _are_mergeable(weight: Tensor, base: Tensor, *factors: Tensor) -> bool:

@@ -59,7 +59,7 @@ def _merge_layers(layers: Layers, progress: bool) -> int:
             f"merge: all {len(layers)} LoRA layers of the model are merged already; unmerge(model) "
             "or train() undoes it, also where the adapters of sharded layers have changed since"
         )
-    obstacles = [(name, why) for name, layer in todo.items() if (why := layer._obstacle())]
+    obstacles = [(name, why) for name, layer in todo.items() if (why := _why_not(layer))]
     if obstacles:
         told = [f"{name or 'the model'}: {why}" for name, why in obstacles]
         raise RuntimeError("merge: nothing was merged. " + "; ".join(told))
@@ -81,6 +81,13 @@ def _merge_layers(layers: Layers, progress: bool) -> int:
                 each.callback(layer._unmerge_adapter)
         raise
     return len(done)
+
+
+def _why_not(layer: MergingLayer) -> str | None:
+    is_ours = type(layer).forward.__module__.startswith("lora_fast.")
+    if layer._has_own_train() and not is_ours:
+        return "its class has a train() and a forward() of its own, perhaps for another delta"
+    return layer._obstacle()
 
 
 def _fold_again(layer: MergingLayer, record: MergeRecord | None) -> None:

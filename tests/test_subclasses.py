@@ -133,6 +133,18 @@ def with_its_own_train(library: Any) -> Any:
     return Own
 
 
+def test_merge_refuses_a_delta_that_it_may_not_know() -> None:
+    class Scaled(with_its_own_train(lora)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight + 2.0 * self.lora_B @ self.lora_A)
+
+    model = nn.Sequential(Scaled(6, 4, r=2))
+    with pytest.raises(RuntimeError, match=r"0: its class has a train\(\) and a forward\(\)"):
+        lora.merge(model)
+    assert not model[0].merged
+    assert lora.merge(nn.Sequential(with_its_own_train(lora)(6, 4, r=2))) == 1
+
+
 def test_loading_keeps_the_mode() -> None:
     model = nn.Sequential(built_by_itself(nn.Linear(6, 4), with_its_own_train(lora)))
     adapter = {name: value.clone() for name, value in lora.lora_state_dict(model).items()}

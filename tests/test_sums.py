@@ -77,9 +77,9 @@ def test_infinities_and_nan_equal_themselves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"), [(0.7, True), (0.65, False), (1.4, True), (1.6, False)]
+    ("share", "expected"), [(0.82, True), (0.78, False), (1.2, True), (1.3, False)]
 )
-def test_nearer_to_the_sum_than_by_half(share: float, expected: bool) -> None:
+def test_nearer_to_the_sum_than_by_a_quarter(share: float, expected: bool) -> None:
     _, base, lora_A, lora_B = summed()
     weight = base + share * (lora_B @ lora_A)
     assert sums.is_nearer_to_sum(weight, base, lora_A, lora_B, 1.0) is expected

@@ -207,3 +207,49 @@ def test_settings_in_any_order() -> None:
             self.r, self.merge_weights, self.merged = 0, False, False
 
     assert not Early().merge_weights
+
+
+def test_a_flag_that_is_set_and_taken_back_after_a_load(layer: Any) -> None:
+    """Switches the adapter off for a reference, and on again, with loralib and here."""
+    base, expected = base_of(layer), layer.effective_weight().detach()
+    state = copy.deepcopy(layer.eval().state_dict())
+    fresh = randomize_(copy.deepcopy(layer).train())
+    fresh.load_state_dict(state)
+    fresh.merged = True
+    fresh.merged = False
+    torch.testing.assert_close(fresh.effective_weight().detach(), expected)
+    torch.testing.assert_close(base_of(fresh), base)
+
+
+@pytest.mark.parametrize(
+    "keep", [copy.deepcopy, lambda state: {k: state[k].clone() for k in state}]
+)
+def test_a_fold_of_what_was_loaded_as_it_had_been_merged(layer: Any, keep: Any) -> None:
+    expected = layer.effective_weight().detach()
+    best = keep(layer.eval().state_dict())
+    randomize_(layer.train()).eval()
+    layer.load_state_dict(best)
+    layer.merged = False
+    torch.testing.assert_close(base_of(layer.train()), expected)
+
+
+def test_the_best_state_is_loaded_after_a_fold(layer: Any) -> None:
+    expected = layer.effective_weight().detach()
+    best = {key: value.clone() for key, value in layer.eval().state_dict().items()}
+    fold(layer)
+    layer.eval()
+    layer.load_state_dict(best)
+    torch.testing.assert_close(base_of(layer), expected)
+
+
+def test_the_best_state_of_a_scaling_that_learns(layer: Any) -> None:
+    scaling = layer.scaling
+    del layer.scaling
+    layer.scaling = nn.Parameter(torch.tensor(scaling))
+    base, expected = base_of(layer), layer.effective_weight().detach()
+    best = {key: value.clone() for key, value in layer.eval().state_dict().items()}
+    layer.train().scaling.data.mul_(0.5)
+    layer.eval()
+    layer.load_state_dict(best)
+    torch.testing.assert_close(base_of(layer), expected)
+    torch.testing.assert_close(base_of(layer.train()), base)
