@@ -36,8 +36,9 @@ def merge(model: nn.Module, *, progress: bool = False) -> int:
     Raises:
         ValueError: there is nothing to merge: no LoRA layer has an adapter, or all are merged.
         TypeError: `model` is no module.
-        RuntimeError: a layer can't be merged, because its weight is tied, say, or would overflow.
-            The message names it; every layer is as it was. The same holds for any other exception.
+        RuntimeError: a layer can't be merged, because its weight is tied, say, or would overflow,
+            or its class has a `train()` and a `forward()` of its own. The message names it; every
+            layer is as it was. The same holds for any other exception.
     """
     checks.module("merge", model, "named_modules")
     return outside_of_graphs(_merge, model, progress)
@@ -84,6 +85,7 @@ def _merge_layers(layers: Layers, progress: bool) -> int:
 
 
 def _why_not(layer: MergingLayer) -> str | None:
+    """Say why a layer can't be merged, if so: by ours, which knows B A alone."""
     is_ours = type(layer).forward.__module__.startswith("lora_fast.")
     if layer._has_own_train() and not is_ours:
         return "its class has a train() and a forward() of its own, perhaps for another delta"
